@@ -1,0 +1,201 @@
+"""Saving, resuming, and naming a model.
+
+    model, tokenizer, info = load_model("bundled")          # or a run folder, a .pt, a Hugging Face folder, a Hub id
+
+A run is a folder `log/<run>/`. A checkpoint in it is a pair: `model_00250.pt`, which anyone can load, and
+`state_00250/`, which resuming needs besides. Each is written under a temporary name and renamed, the state last and
+with the checksums of both, so that a pair is either whole or not taken for one. Nothing is unpickled freely.
+"""
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from requests import RequestException
+from safetensors.torch import load_file, save_file
+
+from errors import UserError
+from formats import load_huggingface
+from model import GPT
+from shards import sha256
+from tokenizer import Tokenizer, load_tokenizer
+
+BUNDLED = Path(__file__).parent / "assets" / "bundled"
+LOG = Path("log")
+KEEP = 2  # newest checkpoints of a run that stay, besides the best model
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A run's checkpoints
+
+def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float):
+    """Writes the checkpoint of `step`, marks it when its validation loss is the run's best, and prunes older ones."""
+    model_path, state_path = run / f"model_{step:05d}.pt", run / f"state_{step:05d}"
+    write_atomically(model_path, lambda path: torch.save({
+        "format": 1, "model": model.state_dict(), "config": dataclasses.asdict(model.config),
+        "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}, path))
+    temporary = run / "state.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file({name: t.contiguous() for name, t in optimizer_state.items()}, temporary / "optimizer.safetensors")
+    write_json(temporary / "state.json", {
+        "format": 1, "step": step, "config": config,
+        "sha256": {"model": sha256(model_path), "optimizer": sha256(temporary / "optimizer.safetensors")}})
+    shutil.rmtree(state_path, ignore_errors=True)
+    os.replace(temporary, state_path)
+    best = read_json(run / "best.json")
+    if val_loss is not None and val_loss <= best.get("val_loss", float("inf")):
+        write_json(run / "best.json", best := {"step": step, "val_loss": val_loss})
+    for old in steps(run)[:-KEEP]:
+        shutil.rmtree(run / f"state_{old:05d}")
+    kept = {*steps(run), best.get("step")}
+    for path in run.glob("model_*.pt"):
+        if step_of(path) not in kept:
+            path.unlink()
+
+
+def newest(run: Path) -> int | None:
+    """The step of the run's newest checkpoint whose two halves are whole, or None where there is none."""
+    for step in reversed(steps(run)):
+        folder = run / f"state_{step:05d}"
+        try:
+            stated = json.loads((folder / "state.json").read_text())["sha256"]
+            if stated == {"model": sha256(run / f"model_{step:05d}.pt"),
+                          "optimizer": sha256(folder / "optimizer.safetensors")}:
+                return step
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        print(f"warning: the checkpoint of step {step} in {run} is damaged; looking for an older one", file=sys.stderr)
+    return None
+
+
+def load_state(run: Path, step: int) -> tuple[dict, dict[str, torch.Tensor], dict]:
+    """(model checkpoint, optimizer tensors by name, configuration) of a checkpoint that `newest` found whole."""
+    folder = run / f"state_{step:05d}"
+    return (read_checkpoint(run / f"model_{step:05d}.pt"), load_file(folder / "optimizer.safetensors"),
+            json.loads((folder / "state.json").read_text())["config"])
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(step_of(path) for path in run.glob("state_*") if re.fullmatch(r"state_\d+", path.name))
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def write_atomically(path: Path, write):
+    temporary = path.with_suffix(".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict):
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Naming a model
+
+def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Tokenizer, dict]:
+    """The model that `name` means, ready to evaluate: (model, tokenizer, info).
+
+    `bundled[:name]`; else an existing path (a run folder, a `.pt`, a Hugging Face folder or its `.safetensors`); else
+    an id on the Hugging Face Hub. None: the newest run under log/, else `bundled`. `info` holds `name`, `path`,
+    `parameters`, and `step` and `val_loss` where they are known. Raises UserError where nothing is found or it is damaged.
+    """
+    path = find_model(name)
+    if path.suffix == ".pt":
+        checkpoint = read_checkpoint(path)
+        model, tokenizer = build_model(checkpoint, path)
+        info = {"step": checkpoint["step"], "val_loss": checkpoint["val_loss"]}
+    else:
+        model, tokenizer = load_huggingface(path)
+        info = {}
+    model = model.to(device).eval().requires_grad_(False)
+    return model, tokenizer, {"name": str(name or path), "path": str(path), "parameters": model.num_parameters(), **info}
+
+
+def find_model(name: str | Path | None) -> Path:
+    """The `.pt` file or Hugging Face folder that `name` means (see `load_model`)."""
+    if name is None:
+        runs = [run for run in LOG.glob("*") if any(run.glob("model_*.pt"))]
+        if not runs:
+            return find_model("bundled")
+        return best_of(max(runs, key=lambda run: max(p.stat().st_mtime for p in run.glob("model_*.pt"))))
+    name = str(name)
+    if name == "bundled" or name.startswith("bundled:"):
+        there = bundled()
+        wanted = name.partition(":")[2] or next(iter(there), "")
+        if wanted not in there:
+            raise UserError(f"There is no bundled model {wanted!r}; there are: {', '.join(there) or 'none'}.")
+        return BUNDLED / wanted
+    path = Path(name)
+    if path.suffix == ".safetensors" and path.is_file():
+        return path.parent
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return best_of(path) if any(path.glob("model_*.pt")) else path
+    return download(name)
+
+
+def bundled() -> list[str]:
+    """Names of the bundled models, the default first."""
+    return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
+
+
+def best_of(run: Path) -> Path:
+    """A run's best model where one is recorded, else its newest."""
+    best = run / f"model_{read_json(run / 'best.json').get('step', -1):05d}.pt"
+    return best if best.exists() else max(run.glob("model_*.pt"), key=step_of)
+
+
+def download(name: str) -> Path:
+    """A model of the Hugging Face Hub, in huggingface_hub's cache: only the files that Hugging Face's layout names."""
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", "model.safetensors",
+                                                                            "tokenizer.json", "tokenizer_config.json"]))
+    except HFValidationError:
+        reason = "and it cannot be the name of a model on the Hugging Face Hub"
+    except HfHubHTTPError as error:
+        reason = f"and the Hugging Face Hub does not give it ({type(error).__name__})"
+    except (OSError, RequestException) as error:
+        reason = f"and the Hugging Face Hub could not be asked ({type(error).__name__})"
+    raise UserError(f"There is no file, folder or run {name!r}, {reason}.")
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The contents of a `model_*.pt` of format 1; nothing but tensors and plain values is unpickled from it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path} is cut off or no checkpoint ({type(error).__name__}).") from None
+    fields = {"format", "model", "config", "tokenizer", "step", "val_loss"}
+    if not isinstance(checkpoint, dict) or not fields <= set(checkpoint) or checkpoint["format"] != 1:
+        raise UserError(f"{path} is no checkpoint of this program (format 1).")
+    return checkpoint
+
+
+def build_model(checkpoint: dict, path: Path) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a checkpoint; the weights must fit its configuration."""
+    with torch.device("meta"):
+        model = GPT(checkpoint["config"])
+    try:
+        model.load_state_dict(checkpoint["model"], assign=True)
+    except RuntimeError:
+        raise UserError(f"The weights in {path} do not fit the configuration beside them.") from None
+    return model, load_tokenizer(checkpoint["tokenizer"])

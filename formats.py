@@ -1,0 +1,79 @@
+"""Other people's weight layouts. Today: Hugging Face's folder, which `transformers`, vLLM and others open.
+
+Their `Conv1D` keeps (in, out) matrices where our `nn.Linear` keeps (out, in), so these are transposed on the way;
+names are the same. The padding rows of the embedding stay here.
+"""
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from errors import UserError
+from model import GPT, GPTConfig
+from tokenizer import load_tokenizer
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# Settings of a Hugging Face GPT-2 that would change the mathematics, each with the value that ours has.
+FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "tie_word_embeddings": True,
+         "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+
+
+def huggingface_config(model: GPT, tokenizer, dtype: torch.dtype) -> dict:
+    c = model.config
+    return {"architectures": ["GPT2LMHeadModel"], **FIXED, "activation_function": c.activation,
+            "vocab_size": tokenizer.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size,
+            "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": None,
+            "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "initializer_range": 0.02,
+            "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def to_huggingface(state: dict[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
+    """Our state as GPT2LMHeadModel's, without the embedding's padding rows; the head is tied and not stored."""
+    state = {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:vocab_size]
+    return state
+
+
+def from_huggingface(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """GPT2LMHeadModel's or GPT2Model's state as ours; their constant mask buffers and the tied head are left out."""
+    state = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": w for name, w in state.items()}
+    return {name: w.t().contiguous() if name.endswith(TRANSPOSED) else w for name, w in state.items()
+            if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
+
+
+def save_huggingface(folder, model: GPT, tokenizer, dtype: torch.dtype = torch.float16):
+    """Writes config.json, model.safetensors, generation_config.json and the tokenizer's files into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = to_huggingface(model.state_dict(), tokenizer.vocab_size)
+    save_file({name: w.detach().cpu().to(dtype).contiguous() for name, w in weights.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    tokens = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    for name, content in (("config.json", huggingface_config(model, tokenizer, dtype)),
+                          ("generation_config.json", {"do_sample": True, **tokens})):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    tokenizer.save(folder)
+
+
+def load_huggingface(folder) -> tuple[GPT, object]:
+    """(GPT in float32, tokenizer) of a folder in Hugging Face's layout. Raises UserError where it is no GPT-2."""
+    folder = Path(folder)
+    try:
+        c = json.loads((folder / "config.json").read_text())
+        for key, ours in FIXED.items():
+            if c.get(key, ours) != ours:
+                raise UserError(f"{folder} is no GPT-2 as this program runs it: its {key} is {c[key]!r}, not {ours!r}.")
+        config = GPTConfig(block_size=c["n_positions"], vocab_size=c["vocab_size"], n_layer=c["n_layer"],
+                           n_head=c["n_head"], n_embd=c["n_embd"], activation=c.get("activation_function", "gelu_new"))
+        with torch.device("meta"):
+            model = GPT(config)
+        state = {name: w.float() for name, w in from_huggingface(load_file(folder / "model.safetensors")).items()}
+        model.load_state_dict(state, assign=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no model folder: {Path(error.filename).name} is missing.") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"The model in {folder} is damaged or no GPT-2: {str(error).splitlines()[0]}.") from None
+    return model, load_tokenizer(folder)

@@ -1,0 +1,261 @@
+"""The sampling engine: a model and its tokenizer in, text out as it is made.
+
+    python generate.py -p "ROMEO:" -n 3 --seed 42            # without -p: interactive
+    python generate.py -m log/shakespeare-char --temperature 0.8 --top-k 50
+
+    engine = Engine(*load_model("bundled")[:2])
+    for piece in engine.stream("ROMEO:", max_new_tokens=200, seed=42):
+        print(piece, end="", flush=True)
+
+A model reads at most `block_size` tokens. A longer prompt keeps its end; and when sampling has filled the context, the
+engine keeps the last half of it and prefills that again. This is what going on past the context means, everywhere.
+"""
+import copy
+import dataclasses
+import math
+import secrets
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from checkpoint import load_model
+from ddp import pick_device, seed_of
+from errors import UserError, one_sentence
+from model import GPT, KVCache
+from tokenizer import Tokenizer
+
+DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def sample(logits, uniform, temperature=1.0, top_k=None, top_p=1.0):
+    """One token id for each row of logits (B, V), drawn where `uniform` (B,) in [0, 1) cuts its distribution; (B,).
+
+    Temperature first, then the top_k likeliest, then the fewest of those that hold top_p of the probability
+    (Holtzman et al. 2019). Temperature 0 takes the likeliest.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double() / temperature
+    ids = None
+    if top_k or top_p < 1:
+        k = min(top_k or logits.size(-1), logits.size(-1))
+        logits, ids = logits.topk(k)  # (B, k), the likeliest first
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        probs = probs.where(probs.cumsum(-1) - probs < top_p, 0)
+    cdf = probs.cumsum(-1)
+    choice = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).clamp(max=cdf.size(-1) - 1)
+    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+class Engine:
+    """Samples from a model and scores texts with it. `dtype` "auto" is bfloat16 on CUDA and float32 elsewhere."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: DTYPES = "auto"):
+        self.tokenizer, self.block_size = tokenizer, model.config.block_size
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        if dtype == "auto":
+            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.dtype = getattr(torch, dtype)
+        self.model = model if parameter.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
+
+    def encode(self, prompt: str) -> tuple[list[int], list[str]]:
+        """(the ids that the model is given for `prompt`, sentences on what of the prompt it could not be given).
+
+        An empty prompt becomes `<|endoftext|>`, or a line break for a tokenizer without one.
+        """
+        notices = []
+        prompt, unknown = self.tokenizer.replace_unknown(prompt)
+        if unknown:
+            notices.append(f"The model's alphabet lacks these characters, which became spaces or were left out: {unknown}")
+        ids = self.tokenizer.encode(prompt)
+        if len(ids) > self.block_size:
+            notices.append(f"The prompt has {len(ids):,} tokens and the model reads {self.block_size:,}: it was given the last.")
+            ids = ids[-self.block_size:]
+        if not ids:
+            ids = [self.tokenizer.eot] if self.tokenizer.eot is not None else self.tokenizer.encode("\n") or [0]
+        return ids, notices
+
+    def stream(self, prompt: str | list[int], **sampling) -> Iterator[str]:
+        """The continuation of a prompt (text, or ids from `encode`), piece by piece.
+
+        One piece a token, empty while a character is unfinished. For the options see `tokens`.
+        """
+        decode = self.tokenizer.stream_decoder()
+        for (token,) in self.tokens(prompt, **sampling):
+            yield decode([token])
+        if rest := decode([], final=True):
+            yield rest
+
+    def generate(self, prompt: str | list[int], n: int = 1, **sampling) -> list[str]:
+        """n finished continuations of one prompt, without it; they share its prefill and differ in their random draws."""
+        samples = [[] for _ in range(n)]
+        for step in self.tokens(prompt, n=n, **sampling):
+            for ids, token in zip(samples, step):
+                if token is not None:
+                    ids.append(token)
+        return [self.tokenizer.decode(ids) for ids in samples]
+
+    @torch.inference_mode()
+    def tokens(self, prompt: str | list[int], n: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float = 1.0, seed: int | None = None) -> Iterator[list[int | None]]:
+        """Samples n continuations token by token: at each step their n new ids, None for one that has ended.
+
+        Sample i draws from its own random stream, that of (seed, i); no seed is a random one. A sample ends at
+        `<|endoftext|>`, which it does not contain, or after max_new_tokens. Raises UserError for values out of range.
+        """
+        check_sampling(n, max_new_tokens, temperature, top_k, top_p)
+        seed = secrets.randbits(32) if seed is None else seed
+        randoms = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(n)]
+        ended = [False] * n
+        window = torch.tensor([self.given(prompt)], device=self.device)  # (1, t): what the model has been given
+        x, cache = self.prefill(window, max_new_tokens)
+        x, cache, window = x.repeat(n, 1), cache.repeat(n), window.repeat(n, 1)
+        for new in range(max_new_tokens):
+            if new:
+                window = torch.cat([window, token[:, None]], dim=1)
+                if cache.length < self.block_size:
+                    x = self.model.hidden(token[:, None], cache)[:, -1]
+                else:
+                    window = window[:, -max(1, self.block_size // 2):]
+                    x, cache = self.prefill(window, max_new_tokens - new)
+            uniform = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in randoms])
+            token = sample(self.logits(x), uniform.to(self.device), temperature, top_k, top_p)  # (n,)
+            ids = token.tolist()
+            ended = [over or i == self.tokenizer.eot for over, i in zip(ended, ids)]
+            if all(ended):
+                return
+            yield [None if over else i for over, i in zip(ended, ids)]
+
+    def prefill(self, window, new_tokens: int):
+        """The last hidden state (B, n_embd) of window (B, t), and a cache of it with room for new_tokens more."""
+        room = min(self.block_size, window.size(1) + new_tokens)
+        cache = KVCache(self.model.config, window.size(0), room, device=self.device, dtype=self.dtype)
+        return self.model.hidden(window, cache)[:, -1], cache
+
+    def logits(self, x):
+        """float32 logits of the tokenizer's own ids: the model's padding ids are never sampled nor scored."""
+        return self.model.logits(x)[..., :self.tokenizer.vocab_size].float()
+
+    def given(self, prompt: str | list[int]) -> list[int]:
+        """The prompt's ids; what `encode` has to say of a text goes out as a warning."""
+        if not isinstance(prompt, str):
+            return prompt
+        ids, notices = self.encode(prompt)
+        for notice in notices:
+            warnings.warn(notice, stacklevel=4)
+        return ids
+
+    def score(self, text: str) -> list[float | None]:
+        """The log-probability (nats) of each token of a text given those before it.
+
+        The first is given `<|endoftext|>`; for a tokenizer without one it is None.
+        """
+        return [token["logprob"] for token in self.inspect(text, top=0)]
+
+    @torch.inference_mode()
+    def inspect(self, text: str, top: int = 10) -> list[dict]:
+        """Token by token what the model made of a text: `id`, `text`, `logprob`, and `top`, its likeliest choices
+        there as (text, logprob) pairs. A text past the context is read in windows that overlap by half."""
+        ids = self.tokenizer.encode(self.tokenizer.replace_unknown(text)[0])
+        decode = self.tokenizer.decode
+        tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
+        given = 0 if self.tokenizer.eot is None else 1  # <|endoftext|> goes before the text
+        if given:
+            ids = [self.tokenizer.eot, *ids]
+        done = 1  # ids[done:] are still to be scored
+        while done < len(ids):
+            start = 0 if done < self.block_size else done - self.block_size // 2
+            window = torch.tensor([ids[start:start + self.block_size]], device=self.device)  # (1, t)
+            stop = min(start + self.block_size + 1, len(ids))
+            logprobs = self.logits(self.model.hidden(window)[0, done - 1 - start:stop - 1 - start]).log_softmax(-1)
+            best = logprobs.topk(min(top, self.tokenizer.vocab_size))
+            for row, i in enumerate(range(done, stop)):
+                tokens[i - given]["logprob"] = logprobs[row, ids[i]].item()
+                tokens[i - given]["top"] = [(decode([j]), p) for j, p in
+                                            zip(best.indices[row].tolist(), best.values[row].tolist())]
+            done = stop
+        return tokens
+
+
+def check_sampling(n, max_new_tokens, temperature, top_k, top_p):
+    """Raises UserError, naming the value, for one that sampling cannot mean anything with."""
+    for ok, sentence in (
+            (n >= 1, f"The number of samples is at least 1, not {n}."),
+            (max_new_tokens >= 0, f"The number of new tokens cannot be negative, as {max_new_tokens} is."),
+            (math.isfinite(temperature) and temperature >= 0, f"The temperature is 0 or above, not {temperature}."),
+            (top_k is None or top_k >= 1, f"top-k is at least 1, not {top_k}."),
+            (0 < top_p <= 1, f"top-p is above 0 and at most 1, not {top_p}.")):
+        if not ok:
+            raise UserError(sentence)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command line
+
+@dataclasses.dataclass
+class GenerateConfig:
+    """Continues a prompt; without one, asks for prompts until the input ends."""
+
+    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
+    """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id; the newest run or `bundled` when not given."""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """The text to continue; asked for when not given."""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    """Number of samples."""
+    max_new_tokens: int = 256
+    """Length of each sample, in tokens."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens that hold this share of the probability."""
+    seed: int | None = None
+    """The same seed gives the same text; a random one, which is printed, when not given."""
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+    dtype: DTYPES = "auto"
+    """auto is bfloat16 on CUDA and float32 elsewhere."""
+
+
+def main(config: GenerateConfig):
+    check_sampling(config.n, config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    model, tokenizer, info = load_model(config.model, pick_device(config.device))
+    engine = Engine(model, tokenizer, config.dtype)
+    print(f"{info['name']}: {info['parameters']:,} parameters, {engine.dtype} on {engine.device}", file=sys.stderr)
+    if config.prompt is not None:
+        return complete(engine, config.prompt, config)
+    while True:
+        try:
+            prompt = input("\n> ")
+        except EOFError:
+            return print()
+        complete(engine, prompt, config)
+
+
+def complete(engine: Engine, prompt: str, config: GenerateConfig):
+    """Prints n continuations of the prompt, a single one while it is made."""
+    seed = secrets.randbits(32) if config.seed is None else config.seed
+    ids, notices = engine.encode(prompt)
+    for notice in (f"seed {seed}", *notices):
+        print(notice, file=sys.stderr)
+    options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
+               "top_p": config.top_p, "seed": seed}
+    if config.n == 1:
+        print(prompt, end="", flush=True)
+        for piece in engine.stream(ids, **options):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print("\n--------\n".join(prompt + text for text in engine.generate(ids, n=config.n, **options)))
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main(tyro.cli(GenerateConfig))

@@ -1,0 +1,186 @@
+"""GPT-2, exactly: learned positions, pre-norm LayerNorm, gelu(tanh), biases, a tied head.
+
+    model = GPT(GPTConfig())                    # GPT-2 124M with random weights
+    logits, _ = model(idx)                      # idx (B, T) int64 -> (B, T, vocab_size)
+    _, loss = model(idx, targets)               # mean cross-entropy in nats per token
+
+Parameters carry the names of OpenAI's release and of Hugging Face (`transformer.h.0.attn.c_attn.weight` …), in
+`nn.Linear`'s (out, in) layout. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from errors import UserError
+
+
+@dataclasses.dataclass
+class GPTConfig:
+    block_size: int = 1024  # longest context, tokens
+    vocab_size: int = 50257  # 50304, a multiple of 128, when training from scratch with GPT-2's tokenizer
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    activation: str = "gelu_new"  # the tanh approximation; "gelu" is the exact one, as in nanoGPT's checkpoints
+
+
+# GPT-2's four sizes, and the eight of the GPT-3 paper (arXiv 2005.14165, table 2.1). Two rows of that table contradict
+# themselves, n_head * d_head being 3072 for XL's d_model of 2048 and 5120 for 13B's 5140. We follow d_model, which is
+# what the stated totals need, with the number of heads whose size comes nearest to the table's 128 and divides d_model.
+SIZES = {
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+    "gpt3-small": GPTConfig(2048, n_layer=12, n_head=12, n_embd=768),
+    "gpt3-medium": GPTConfig(2048, n_layer=24, n_head=16, n_embd=1024),
+    "gpt3-large": GPTConfig(2048, n_layer=24, n_head=16, n_embd=1536),
+    "gpt3-xl": GPTConfig(2048, n_layer=24, n_head=16, n_embd=2048),  # the table has 24 heads
+    "gpt3-2.7b": GPTConfig(2048, n_layer=32, n_head=32, n_embd=2560),
+    "gpt3-6.7b": GPTConfig(2048, n_layer=32, n_head=32, n_embd=4096),
+    "gpt3-13b": GPTConfig(2048, n_layer=40, n_head=20, n_embd=5140),  # the table has 40 heads
+    "gpt3-175b": GPTConfig(2048, n_layer=96, n_head=96, n_embd=12288),
+}
+
+ACTIVATIONS = {"gelu_new": nn.GELU(approximate="tanh"), "gelu": nn.GELU()}
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, kv=None, start=0, mask=None):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+                   for y in self.c_attn(x).split(C, dim=2))
+        if kv is not None:  # (2, B, nh, length, hs)
+            kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
+            k, v = kv[:, :, :, :start + T]  # (B, nh, start + T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.act = ACTIVATIONS[config.activation]
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        return F.dropout(self.c_proj(self.act(self.c_fc(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, kv=None, start=0, mask=None):
+        x = x + self.attn(self.ln_1(x), kv, start, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class KVCache:
+    """Keys and values of the tokens a model has seen: `kv` (n_layer, 2, B, n_head, max_length, head size).
+
+    `length` tokens of it are filled, the same number for each of the B sequences.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, **tensor_options):
+        self.kv = torch.empty(config.n_layer, 2, batch_size, config.n_head, max_length,
+                              config.n_embd // config.n_head, **tensor_options)
+        self.length = 0
+
+    def repeat(self, n: int) -> "KVCache":
+        """A cache of n copies of this one's single sequence, so that n samples share one prefill."""
+        copy = object.__new__(KVCache)
+        copy.kv, copy.length = self.kv.repeat(1, 1, n, 1, 1, 1), self.length
+        return copy
+
+
+class GPT(nn.Module):
+    """The model of a `GPTConfig`, or of a mapping with its fields, with GPT-2's initial weights.
+
+    Raises UserError for a configuration that no model can have.
+    """
+
+    def __init__(self, config: GPTConfig | Mapping):
+        super().__init__()
+        self.config = config = check_config(config)
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd)})
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                # 2 * n_layer residual projections add up in the stream: each is scaled to keep its variance.
+                scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(p, std=0.02 * scale)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) -> (logits (B, T, vocab_size), None), or with targets (B, T) -> (None, loss in nats per token)."""
+        logits = self.logits(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def hidden(self, idx, cache: KVCache | None = None):
+        """Final hidden states (B, T, n_embd) of idx (B, T); with a cache, of the T tokens that follow those in it."""
+        T, start = idx.size(1), cache.length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens are more than the model's context of {self.config.block_size}")
+        mask = None
+        if start and T > 1:  # each of the T sees all of the cache and what came before it among the T
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+        gpt = self.transformer
+        x = gpt.wte(idx) + gpt.wpe.weight[start:start + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(gpt.h):
+            x = block(x, cache.kv[i] if cache else None, start, mask)
+        if cache:
+            cache.length += T
+        return gpt.ln_f(x)
+
+    def logits(self, x):
+        """(…, n_embd) -> (…, vocab_size): the head is the token embedding itself."""
+        return F.linear(x, self.transformer.wte.weight)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def check_config(config: GPTConfig | Mapping) -> GPTConfig:
+    """The GPTConfig that `config` is or describes; UserError where it cannot be built."""
+    if isinstance(config, Mapping):
+        unknown = set(config) - {field.name for field in dataclasses.fields(GPTConfig)}
+        if unknown:
+            raise UserError(f"A GPT's configuration has no {', '.join(sorted(map(str, unknown)))}.")
+        config = GPTConfig(**config)
+    sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
+    if not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise UserError(f"Every size in a GPT's configuration is a positive whole number, not as in {config}.")
+    if config.n_embd % config.n_head:
+        raise UserError(f"n_embd {config.n_embd} does not divide into {config.n_head} heads.")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"dropout is at least 0 and below 1, not {config.dropout}.")
+    if config.activation not in ACTIVATIONS:
+        raise UserError(f"activation is one of {', '.join(ACTIVATIONS)}, not {config.activation!r}.")
+    return config

@@ -1,0 +1,120 @@
+"""Any text into token shards.
+
+    python prepare.py tiny_shakespeare --tokenizer char      # downloads it; --text FILE where there is no network
+    python prepare.py tiny_pushkin --text tiny_pushkin.txt --tokenizer gpt2
+    python prepare.py my_novel.txt --tokenizer gpt2 --out data/novel
+
+The last 10% of the characters are validation, as in nanoGPT. The result goes to data/<name>_<tokenizer>.
+"""
+import dataclasses
+import os
+from pathlib import Path
+
+import requests
+import tyro
+from tqdm import tqdm
+
+from errors import UserError, one_sentence
+from shards import ShardWriter, sha256
+from tokenizer import CharTokenizer, load_tokenizer
+
+# Texts with a name: where each comes from (None: no public address known) and the sha256 of the file.
+NAMES = {
+    "tiny_shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "tiny_pushkin": (None, "7c6c4d79cfa665fdad789ea74c48b7f9fa4a6e79f8ce63d1f71343c05716e90e"),
+}
+DATA = Path("data")
+TRAIN_SHARE = 0.9  # of the characters
+
+
+@dataclasses.dataclass
+class PrepareConfig:
+    """Turns a text into token shards, the last 10% of its characters for validation."""
+
+    source: tyro.conf.Positional[str]
+    """tiny_shakespeare, tiny_pushkin, or a text file."""
+    tokenizer: str = "char"
+    """char (an id for each character of the text), gpt2, or a folder that holds a tokenizer."""
+    text: Path | None = None
+    """The file that holds a named text, where there is no network."""
+    out: Path | None = None
+    """Folder for the shards; data/<name>_<tokenizer> when not given."""
+
+
+def main(config: PrepareConfig):
+    path = find_text(config.source, config.text)
+    text = read_text(path)
+    name = config.source if config.source in NAMES else path.stem
+    out = config.out or DATA / f"{name}_{Path(config.tokenizer).name}"
+    tokenizer = CharTokenizer("".join(sorted(set(text)))) if config.tokenizer == "char" else load_tokenizer(config.tokenizer)
+    unknown = tokenizer.replace_unknown(text)[1]
+    if unknown:
+        raise UserError(f"The tokenizer {config.tokenizer} cannot spell these characters of {path}: {unknown!r:.100}; "
+                        "use --tokenizer gpt2 or char.")
+    writer = ShardWriter(out, name, tokenizer, source={"name": config.source, "sha256": sha256(path)})
+    cut = int(len(text) * TRAIN_SHARE)
+    for split, part in ("val", text[cut:]), ("train", text[:cut]):
+        tokens = tokenizer.encode(part)
+        if tokenizer.eot is not None:  # a document starts with <|endoftext|>
+            tokens.insert(0, tokenizer.eot)
+        writer.write(split, tokens, documents=1)
+        print(f"{split:5} {len(part):12,} characters {len(tokens):12,} tokens")
+    writer.close()
+    print(f"{out} is ready: vocabulary of {tokenizer.vocab_size:,}, {len(text):,} characters of {path}")
+
+
+def find_text(source: str, text: Path | None) -> Path:
+    """The text file that `source` names, downloaded where it has an address and `text` is not given."""
+    if text is None and source in NAMES:
+        return download(source)
+    path = text or Path(source)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a text file in it.")
+    if not path.exists():
+        known = "" if text else f", and no known text (those are {', '.join(NAMES)})"
+        raise UserError(f"There is no file {path}{known}.")
+    return path
+
+
+def read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it first, for instance with iconv.") from None
+    if len(text) < 100:  # each split needs a token and the one that follows it
+        raise UserError(f"{path} holds {len(text)} characters, too few to learn from; at least 100 are needed.")
+    return text
+
+
+def download(name: str) -> Path:
+    """Fetches a named text into data/downloads, checks it, and returns its path; later calls find it there."""
+    url, expected = NAMES[name]
+    path = DATA / "downloads" / f"{name}.txt"
+    if path.exists() and sha256(path) == expected:
+        return path
+    if url is None:
+        raise UserError(f"{name} has no address to download from: give its file with --text FILE.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    try:
+        with requests.get(url, stream=True, timeout=30) as response, open(part, "wb") as file:
+            response.raise_for_status()
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"{name}.txt") as bar:
+                for chunk in response.iter_content(1 << 16):
+                    bar.update(file.write(chunk))
+    except requests.RequestException as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{url} could not be downloaded ({type(error).__name__}): "
+                        "fetch it elsewhere and give it with --text FILE.") from None
+    if sha256(part) != expected:
+        part.unlink()
+        raise UserError(f"{url} did not deliver the expected text (its sha256 differs): try again or use --text FILE.")
+    os.replace(part, path)
+    return path
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main(tyro.cli(PrepareConfig))

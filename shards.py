@@ -1,0 +1,122 @@
+"""Token shards on disk: written once, then read as one memory-mapped stream of N tokens a split.
+
+    data/tiny_shakespeare_char/
+        tiny_shakespeare_val_000000.npy      1-D uint16 (uint32 where the vocabulary needs it)
+        tiny_shakespeare_train_000001.npy    one running index over both splits
+        manifest.json                        source, tokenizer, and documents, tokens, sha256 of each shard
+
+Shards that others wrote are read in place: build-nanogpt's `.npy`, llm.c's and modded-nanogpt's `.bin` with its
+1024-byte header, nanoGPT's raw `train.bin` and `val.bin`.
+"""
+import bisect
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+
+MANIFEST = "manifest.json"
+LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32, of them magic, version, number of tokens
+
+
+class ShardWriter:
+    """Writes the shards of one corpus into `folder`, each under a temporary name first, and the manifest last."""
+
+    def __init__(self, folder, name: str, tokenizer, source: dict):
+        self.folder, self.name = Path(folder), name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / MANIFEST).unlink(missing_ok=True)  # without one the folder counts as unfinished
+        for old in self.folder.glob("*_*.npy"):
+            old.unlink()
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+        self.manifest = {"format": 1, "name": name, "source": source, "tokenizer": tokenizer.to_dict(), "shards": []}
+
+    def write(self, split: str, tokens, documents: int):
+        """Adds one shard of `split` ("train" or "val") with these token ids."""
+        shards = self.manifest["shards"]
+        path = self.folder / f"{self.name}_{split}_{len(shards):06d}.npy"
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.save(file, np.asarray(tokens, dtype=self.dtype))
+        os.replace(path.with_suffix(".tmp"), path)
+        shards.append({"file": path.name, "split": split, "documents": documents, "tokens": len(tokens),
+                       "sha256": sha256(path)})
+
+    def close(self):
+        path = self.folder / MANIFEST
+        path.with_suffix(".tmp").write_text(json.dumps(self.manifest, ensure_ascii=False, indent=1) + "\n",
+                                            encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+class Shards:
+    """The tokens of one split as one stream: `len()` of them, `read(start, stop)` from anywhere.
+
+    Raises UserError where the folder has no such shards or one of them is cut off.
+    """
+
+    def __init__(self, folder, split: str):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        files = sorted(p for pattern in ("*_{}_*.npy", "*_{}_*.bin", "{}.bin")
+                       for p in self.folder.glob(pattern.format(split)))
+        if not files:
+            raise UserError(f"{self.folder} holds no {split} shards; `python prepare.py` makes them.")
+        self.arrays = [open_shard(path) for path in files]
+        stated = {shard["file"]: shard["tokens"] for shard in self.manifest.get("shards", ())}
+        for path, array in zip(files, self.arrays):
+            if stated and stated.get(path.name) != len(array):
+                raise UserError(f"{path} holds {len(array):,} tokens and the manifest says "
+                                f"{stated.get(path.name, 0):,}: prepare the data again.")
+        self.ends = np.cumsum([len(array) for array in self.arrays])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop-1 of the stream, across shard ends."""
+        first = bisect.bisect_right(self.ends, start)
+        begin = int(self.ends[first - 1]) if first else 0
+        piece = self.arrays[first][start - begin:stop - begin]
+        if begin + len(self.arrays[first]) >= stop:
+            return piece
+        return np.concatenate([piece, self.read(begin + len(self.arrays[first]), stop)])
+
+
+def sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder) -> dict:
+    """The folder's manifest.json, or {} where others wrote the shards."""
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] == 1 and manifest["tokenizer"] and manifest["shards"]:
+            return manifest
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is not a manifest of format 1: prepare the data again.")
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """One shard's tokens, memory-mapped: `.npy`, llm.c's `.bin`, or raw uint16 as nanoGPT writes them."""
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            header = np.fromfile(path, dtype=np.int32, count=3)
+            if len(header) == 3 and header[0] == LLMC_MAGIC:
+                tokens = np.memmap(path, dtype=np.uint16, mode="r", offset=LLMC_HEADER_BYTES, shape=(int(header[2]),))
+            else:
+                tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is cut off or no token shard ({error}): prepare the data again.") from None
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
+        raise UserError(f"{path} is no token shard: it is {tokens.dtype} of shape {tokens.shape}.")
+    return tokens

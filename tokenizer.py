@@ -1,0 +1,162 @@
+"""Text to token ids and back.
+
+    tokenizer = load_tokenizer("gpt2")      # or a folder, or the dict that .to_dict() gave
+    tokenizer.decode(tokenizer.encode("Hello, I'm a language model,"))
+
+Two kinds with one interface: `gpt2`, the byte-level BPE of GPT-2 (run by tiktoken from assets/gpt2.tiktoken, so
+no machine downloads anything), and `char`, one id a character of a given alphabet.
+"""
+import base64
+import codecs
+import functools
+import json
+import re
+import warnings
+from pathlib import Path
+
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from errors import UserError
+
+RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """What both kinds share. `vocab_size` ids exist, 0 to vocab_size-1; `eot` is `<|endoftext|>`'s id or None."""
+    kind: str
+    vocab_size: int
+    eot: int | None
+
+    def decode_bytes(self, ids) -> bytes:
+        """UTF-8 of the ids, possibly cut inside a character. Ids past the vocabulary (a model's padding) are nothing."""
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream_decoder(self):
+        """A function `(ids, final=False) -> str` for ids that arrive one by one: it holds back an unfinished
+        character until the bytes that complete it, or `final`, arrive. The pieces join to `decode` of all ids."""
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda ids, final=False: utf8.decode(self.decode_bytes(ids), final)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE: any text goes in, `<|endoftext|>` in it as ordinary text, a lone surrogate as U+FFFD."""
+    kind, vocab_size, eot = "gpt2", 50257, 50256
+
+    def __init__(self):
+        ranks = (line.split() for line in RANKS.read_bytes().splitlines())
+        self.bpe = tiktoken.Encoding(
+            name="gpt2", pat_str=r50k_pat_str, special_tokens={END_OF_TEXT: self.eot},
+            mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in ranks})
+
+    def encode(self, text: str) -> list[int]:
+        return self.bpe.encode_ordinary(without_surrogates(text))
+
+    def replace_unknown(self, text: str) -> tuple[str, str]:
+        """Every text is within reach of a byte-level vocabulary: (text, "")."""
+        return text, ""
+
+    def decode_bytes(self, ids) -> bytes:
+        return self.bpe.decode_bytes([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind}
+
+    def save(self, folder):
+        """Names the tokenizer in `folder`/tokenizer_config.json; its ranks come with this repository."""
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}) + "\n")
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character of `chars`, in their order. What is not among them becomes a space, or nothing without one."""
+    kind, eot = "char", None
+
+    def __init__(self, chars: str):
+        if len(set(chars)) != len(chars) or not chars:
+            raise UserError("A character tokenizer needs an alphabet of distinct characters.")
+        self.chars = chars
+        self.ids = {c: i for i, c in enumerate(chars)}
+        self.vocab_size = len(chars)
+        self.replacement = " " if " " in self.ids else ""
+        self.outside = f"[^{re.escape(chars)}]"
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; warns once, naming them, of characters that the alphabet lacks."""
+        text, unknown = self.replace_unknown(text)
+        if unknown:
+            became = "became a space" if self.replacement else "were dropped"
+            warnings.warn(f"Characters outside the model's alphabet {became}: {unknown!r}", stacklevel=2)
+        return [self.ids[c] for c in text]
+
+    def replace_unknown(self, text: str) -> tuple[str, str]:
+        """(the text as the alphabet can spell it, the distinct characters that had to go, in order of appearance)."""
+        unknown = "".join(dict.fromkeys(re.findall(self.outside, text)))
+        return re.sub(self.outside, self.replacement, text) if unknown else text, unknown
+
+    def decode_bytes(self, ids) -> bytes:
+        return "".join(self.chars[i] for i in ids if 0 <= i < self.vocab_size).encode("utf-8", "surrogatepass")
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "chars": self.chars}
+
+    def save(self, folder):
+        """Writes Hugging Face's tokenizer.json: `transformers` and `tokenizers` give the same ids from it."""
+        fast = {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None,
+            "normalizer": {"type": "Replace", "pattern": {"Regex": self.outside}, "content": self.replacement},
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
+                              "invert": False},
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "WordLevel", "vocab": self.ids, "unk_token": self.chars[0]}}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        folder = Path(folder)
+        (folder / "tokenizer.json").write_text(json.dumps(fast, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def without_surrogates(text: str) -> str:
+    """The text as UTF-8 can hold it: surrogate pairs joined, lone ones U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@functools.cache
+def gpt2_tokenizer() -> GPT2Tokenizer:
+    return GPT2Tokenizer()
+
+
+def load_tokenizer(source: str | Path | dict) -> Tokenizer:
+    """The tokenizer named "gpt2", saved in a folder, or described by the dict of `to_dict`.
+
+    Raises UserError where the source names none that this repository knows.
+    """
+    if isinstance(source, dict):
+        if source.get("kind") == "gpt2":
+            return gpt2_tokenizer()
+        if source.get("kind") == "char" and isinstance(source.get("chars"), str):
+            return CharTokenizer(source["chars"])
+    elif source == "gpt2":
+        return gpt2_tokenizer()
+    elif Path(source).is_dir():
+        return _load_folder(Path(source))
+    raise UserError(f"No tokenizer is described by {source!r:.200}: give 'gpt2', a folder or a saved tokenizer's dict.")
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    def read(name):
+        path = folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        model = read("tokenizer.json").get("model", {})
+        if model.get("type") == "WordLevel":
+            vocab = model["vocab"]
+            return CharTokenizer("".join(sorted(vocab, key=vocab.get)))
+        if read("tokenizer_config.json").get("tokenizer_class", "").startswith("GPT2Tokenizer"):
+            return gpt2_tokenizer()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"The tokenizer files in {folder} are damaged: {error}.") from None
+    raise UserError(f"{folder} holds no tokenizer that this repository knows (GPT-2's or a character one).")

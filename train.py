@@ -1,0 +1,347 @@
+"""Trains a GPT: one loop from a character model on a laptop to GPT-2 124M on eight GPUs.
+
+    python train.py shakespeare-char-cpu                     # after: python prepare.py tiny_shakespeare
+    torchrun --standalone --nproc_per_node=8 train.py        # gpt2-124m; after: python fineweb.py
+    python train.py finetune --init-from bundled --data data/my_text_char
+
+A preset is a set of defaults: any option overrides it. The run is the folder log/<run>/, and the same command goes
+on where the run stopped.
+"""
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import checkpoint
+import ddp
+import optim
+from dataloader import DataLoader
+from errors import UserError, one_sentence
+from generate import Engine
+from model import GPT, GPTConfig
+from prepare import NAMES
+from shards import read_manifest
+from tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run: its data, its model, its optimization, what is measured on the way."""
+
+    data: Path = Path("edu_fineweb10B")
+    """Folder of token shards, as prepare.py and fineweb.py write it."""
+    run: str = "gpt2-124m"
+    """The run is the folder log/<run>; the preset's name when not given."""
+    resume: Literal["auto", "none"] = "auto"
+    """auto goes on from the run's newest checkpoint; none starts, and refuses a folder that holds a run."""
+    init_from: str | None = None
+    """A model to start from, under any of its names; its sizes are then the model's."""
+    seed: int = 1337
+
+    # The model
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    """Tokens of context, in the model and in a training sequence."""
+    vocab_size: int | None = None
+    """The tokenizer's when not given."""
+    dropout: float = 0.0
+
+    # The batch
+    batch_tokens: int = 2**19
+    """Tokens a step, over all processes and micro-batches."""
+    micro_batch: int = 64
+    """Sequences one process takes at a time; what it lacks to its share of the batch is accumulated."""
+
+    # The optimization
+    max_steps: int = 19_073
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 6e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 715
+    lr_floor: float = 0.1
+    """The cosine's end, as a share of the learning rate."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+
+    # What is measured, shown and kept, in steps
+    eval_every: int = 250
+    eval_tokens: int = 20 * 2**19
+    """At most this many validation tokens are scored each time, the first of the split."""
+    sample_every: int = 250
+    save_every: int = 1000
+    log_every: int = 10
+    sample_prompt: str = "Hello, I'm a language model,"
+
+    # The machine
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """The precision of matrix products, under autocast; the weights are float32."""
+    compile: bool = True
+    """Compile the model with torch.compile."""
+    dry_run: bool = False
+    """Print what the run would be, and stop."""
+
+
+# GPT-3 paper, table 2.1 and appendix B: 0.5M tokens a batch, 6e-4, betas 0.9 and 0.95, clip 1.0, decay 0.1; its warm-up
+# of 375M tokens is 715 steps, and 19,073 steps are 10B tokens.
+GPT2_124M = TrainConfig(vocab_size=50_304)
+
+# nanoGPT's baby GPT: 10.65M parameters, 5000 steps of 64 x 256 characters.
+SHAKESPEARE_CHAR = TrainConfig(
+    data=Path("data/tiny_shakespeare_char"), n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
+    batch_tokens=64 * 256, max_steps=5000, learning_rate=1e-3, warmup_steps=100, beta2=0.99,
+    eval_every=250, sample_every=500, save_every=500, sample_prompt="\n")
+
+PRESETS = {
+    "gpt2-124m": GPT2_124M,
+    "shakespeare-char": SHAKESPEARE_CHAR,
+}
+
+
+def main(argv: list[str]):
+    preset, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("gpt2-124m", argv)
+    if preset not in PRESETS:
+        raise UserError(f"There is no preset {preset!r}; there are: {', '.join(PRESETS)}.")
+    default = dataclasses.replace(PRESETS[preset], run=preset)
+    config = tyro.cli(TrainConfig, args=argv, default=default, prog=f"train.py {preset}",
+                      description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. The defaults below are {preset}'s.")
+    with ddp.world(config.device) as world:
+        train(config, world)
+
+
+def train(config: TrainConfig, world: ddp.World):
+    """The run that `config` describes, from its start or its newest checkpoint to its last step."""
+    run = checkpoint.LOG / config.run
+    resumed = find_checkpoint(config, run)
+    model, tokenizer, config = build(config, world)
+    training = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
+                          config.seed, world.rank, world.size)
+    validation = DataLoader(config.data, "val", 1, config.block_size)
+    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
+    if world.is_main:
+        print(plan(config, model, training, validation, world))
+    if config.dry_run:
+        return
+    start = resume(run, resumed, config, model, optimizers) if resumed is not None else 0
+    log = Log(run, config, resumed) if world.is_main else None
+    if config.compile:
+        model.compile()  # in place: parameters keep their names, and model.forward stays the plain one
+    wrapped = ddp.wrap(model, world)
+
+    bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=not world.is_main)
+    seconds, tokens = 0.0, 0
+    for step in range(start, config.max_steps + 1):  # `step` updates have been taken
+        is_last = step == config.max_steps
+        if step != resumed:
+            save_due = step > 0 and (step % config.save_every == 0 or is_last)
+            if step % config.eval_every == 0 or save_due:
+                val_loss = evaluate(model, validation, config, world)
+                if log:
+                    log.metrics(step=step, val_loss=val_loss)
+            if log and (step % config.sample_every == 0 or is_last):
+                log.sample(step, config.sample_prompt, draw_sample(model, tokenizer, config))
+            if log and save_due:
+                checkpoint.save(run, step, model, optim.named_state(model, optimizers), tokenizer,
+                                identity(config), val_loss)
+        if is_last:
+            break
+        began = time.perf_counter()
+        rate = optim.learning_rate(step, peak=config.learning_rate, schedule=config.schedule, floor=config.lr_floor,
+                                   warmup_steps=config.warmup_steps, max_steps=config.max_steps)
+        loss, norm = update(wrapped, optimizers, *training.batch(step), rate, step, config, world)
+        bar.update()
+        tokens += config.batch_tokens
+        log_due = (step + 1) % config.log_every == 0
+        if log_due:  # the only place where a step waits for its numbers
+            loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
+        seconds += time.perf_counter() - began  # of training alone
+        if log_due and log:
+            bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
+            log.metrics(step=step + 1, train_loss=loss, grad_norm=norm.item(), learning_rate=rate,
+                        tokens_per_s=round(tokens / seconds))
+        if log_due:
+            seconds, tokens = 0.0, 0
+    bar.close()
+    ddp.wait_for_all(world)
+    if world.is_main:
+        print(f"{run} is complete at step {config.max_steps}: python app.py --model {run}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Setting up
+
+def find_checkpoint(config: TrainConfig, run: Path) -> int | None:
+    """The step to go on from, None to start; refuses to start in a folder that holds a run."""
+    if config.resume == "auto":
+        return checkpoint.newest(run)
+    if checkpoint.steps(run):
+        raise UserError(f"{run} already holds a run: give this one another name with --run, or go on with --resume auto.")
+    return None
+
+
+def build(config: TrainConfig, world: ddp.World) -> tuple[GPT, Tokenizer, TrainConfig]:
+    """The model at its first step, the data's tokenizer, and the configuration with what those two decide filled in."""
+    tokenizer = data_tokenizer(config.data)
+    if config.init_from:
+        source, own, _ = checkpoint.load_model(config.init_from)
+        if own.to_dict() != tokenizer.to_dict():
+            raise UserError(f"{config.data} was made with another tokenizer than that of {config.init_from}: prepare it "
+                            "again with --tokenizer gpt2, or the folder of the model.")
+        sizes = dataclasses.replace(source.config, dropout=config.dropout)
+    else:
+        sizes = GPTConfig(config.block_size, config.vocab_size or tokenizer.vocab_size, config.n_layer, config.n_head,
+                          config.n_embd, config.dropout)
+    if sizes.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"A vocabulary of {sizes.vocab_size:,} does not hold the {tokenizer.vocab_size:,} ids of "
+                        f"{config.data}: leave --vocab-size out.")
+    torch.manual_seed(ddp.seed_of(config.seed, "init"))
+    model = GPT(sizes)
+    if config.init_from:
+        model.load_state_dict(source.state_dict())
+    block_size = min(config.block_size, sizes.block_size)  # a model can be trained on less than its context
+    if config.batch_tokens % (block_size * world.size):
+        raise UserError(f"--batch-tokens {config.batch_tokens:,} does not divide into sequences of {block_size} tokens "
+                        f"for {world.size} processes.")
+    config = dataclasses.replace(config, block_size=block_size, vocab_size=sizes.vocab_size, n_layer=sizes.n_layer,
+                                 n_head=sizes.n_head, n_embd=sizes.n_embd)
+    return model.to(world.device), tokenizer, config
+
+
+def data_tokenizer(data: Path) -> Tokenizer:
+    """The tokenizer that the shards were made with: GPT-2's where others wrote them without a manifest."""
+    if not data.is_dir():
+        name, _, kind = data.name.rpartition("_")
+        command = f"{name} --tokenizer {kind}" if name in NAMES else f"FILE.txt --tokenizer gpt2 --out {data}"
+        raise UserError(f"There is no data in {data}: make it with `python prepare.py {command}`.")
+    return load_tokenizer(read_manifest(data).get("tokenizer", "gpt2"))
+
+
+def plan(config: TrainConfig, model: GPT, training: DataLoader, validation: DataLoader, world: ddp.World) -> str:
+    """What the run will be, in a few lines."""
+    epochs = config.max_steps * config.batch_tokens / (training.sequences * config.block_size)
+    return (f"{config.run}: {model.num_parameters():,} parameters, {config.dtype} on {world.size} x {world.device.type}\n"
+            f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {epochs:.1f} epochs of "
+            f"{len(training.shards):,} tokens ({training.tail} left out as a tail), "
+            f"{len(validation.shards):,} for validation")
+
+
+def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) -> None:
+    """Puts model and optimizers where the checkpoint of `step` left them; refuses another configuration."""
+    saved, optimizer_state, saved_config = checkpoint.load_state(run, step)
+    for name, value in identity(config).items():
+        if saved_config.get(name) != value:
+            raise UserError(f"{run} was started with {name} {saved_config.get(name)}, not {value}: "
+                            "go on with the old value, or give this run another name with --run.")
+    model.load_state_dict(saved["model"])
+    optim.load_named_state(model, optimizers, optimizer_state)
+
+
+# What may differ when a run goes on: where it runs and what is shown, not what is computed.
+INCIDENTAL = {"run", "resume", "data", "init_from", "micro_batch", "eval_every", "eval_tokens", "sample_every", "save_every",
+              "log_every", "sample_prompt", "device", "dtype", "compile", "dry_run"}
+
+
+def identity(config: TrainConfig) -> dict:
+    """The part of a configuration that makes two runs the same run."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in INCIDENTAL}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A step, and what is measured between steps
+
+def update(model, optimizers, x, y, rate: float, step: int, config: TrainConfig, world: ddp.World):
+    """One update from this rank's sequences x, y (B / world, T): (this rank's mean loss, gradient norm), on the device."""
+    model.train()
+    torch.manual_seed(ddp.seed_of(config.seed, step, world.rank))  # dropout
+    optim.set_learning_rate(optimizers, rate)
+    loss = torch.zeros((), device=world.device)
+    parts = list(zip(x.split(config.micro_batch), y.split(config.micro_batch)))
+    for i, (x_part, y_part) in enumerate(parts):
+        # Gradients accumulate here and cross between ranks once, with the last micro-batch.
+        accumulate = model.no_sync() if world.size > 1 and i < len(parts) - 1 else contextlib.nullcontext()
+        with accumulate, autocast(config, world):
+            _, part_loss = model(x_part.to(world.device), y_part.to(world.device))
+            part_loss = part_loss * (len(x_part) / len(x))
+            part_loss.backward()
+        loss += part_loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def autocast(config: TrainConfig, world: ddp.World):
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+@torch.no_grad()
+def evaluate(model: GPT, validation: DataLoader, config: TrainConfig, world: ddp.World) -> float:
+    """Mean loss, nats per token, over the first `eval_tokens` of validation: the same sequences on any number of ranks."""
+    model.eval()
+    count = min(validation.sequences, max(1, config.eval_tokens // config.block_size))
+    total, tokens = 0.0, 0
+    for first in range(world.rank * config.micro_batch, count, world.size * config.micro_batch):
+        x, y = validation.read(range(first, min(first + config.micro_batch, count)))
+        with autocast(config, world):
+            _, loss = model.forward(x.to(world.device), y.to(world.device))
+        total, tokens = total + loss.item() * y.numel(), tokens + y.numel()
+    total, tokens = ddp.sum_over_ranks(world, total, tokens)
+    return total / tokens
+
+
+def draw_sample(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:
+    """One continuation of the sample prompt by the model as it is now."""
+    model.eval()
+    engine = Engine(model, tokenizer, dtype="float32")
+    return config.sample_prompt + engine.generate(engine.encode(config.sample_prompt)[0], max_new_tokens=200,
+                                                  temperature=0.8, top_k=200, seed=config.seed)[0]
+
+
+class Log:
+    """A run's config.json, metrics.jsonl and samples.jsonl. Lines are only ever appended: resuming says so in a line
+    of its own, and readers drop what the earlier attempt wrote beyond that step."""
+
+    def __init__(self, run: Path, config: TrainConfig, resumed: int | None):
+        self.run = run
+        run.mkdir(parents=True, exist_ok=True)
+        if resumed is None:
+            for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
+                (run / name).unlink(missing_ok=True)  # of an attempt that saved no checkpoint
+            checkpoint.write_json(run / "config.json", json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+        else:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                self.append(name, event="resume", step=resumed)
+
+    def metrics(self, **values):
+        self.append("metrics.jsonl", **values)
+        if "val_loss" in values:
+            tqdm.write(f"step {values['step']}: validation loss {values['val_loss']:.4f}")
+
+    def sample(self, step: int, prompt: str, text: str):
+        self.append("samples.jsonl", step=step, prompt=prompt, text=text)
+        tqdm.write(f"step {step}: {text}\n")
+
+    def append(self, name: str, **line):
+        path = self.run / name
+        torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"  # cut off while being written
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + json.dumps({"time": round(time.time(), 3), **line}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main(sys.argv[1:])
