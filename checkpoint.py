@@ -17,7 +17,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from requests import RequestException
 from safetensors.torch import load_file, save_file
 
@@ -132,10 +132,7 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
 def find_model(name: str | Path | None) -> Path:
     """The `.pt` file or Hugging Face folder that `name` means (see `load_model`)."""
     if name is None:
-        runs = [run for run in LOG.glob("*") if any(run.glob("model_*.pt"))]
-        if not runs:
-            return find_model("bundled")
-        return best_of(max(runs, key=lambda run: max(p.stat().st_mtime for p in run.glob("model_*.pt"))))
+        name = next(iter(runs()), "bundled")
     name = str(name)
     if name == "bundled" or name.startswith("bundled:"):
         there = bundled()
@@ -156,6 +153,12 @@ def find_model(name: str | Path | None) -> Path:
 def bundled() -> list[str]:
     """Names of the bundled models, the default first."""
     return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
+
+
+def runs() -> list[str]:
+    """The runs under log/ that have a model, the newest first."""
+    newest_model = {run: max((path.stat().st_mtime for path in run.glob("model_*.pt")), default=0) for run in LOG.glob("*")}
+    return [str(run) for run in sorted(newest_model, key=newest_model.get, reverse=True) if newest_model[run]]
 
 
 def best_of(run: Path) -> Path:

@@ -116,14 +116,7 @@ class Engine:
         window = torch.tensor([self.given(prompt)], device=self.device)  # (1, t): what the model has been given
         x, cache = self.prefill(window, max_new_tokens)
         x, cache, window = x.repeat(n, 1), cache.repeat(n), window.repeat(n, 1)
-        for new in range(max_new_tokens):
-            if new:
-                window = torch.cat([window, token[:, None]], dim=1)
-                if cache.length < self.block_size:
-                    x = self.model.hidden(token[:, None], cache)[:, -1]
-                else:
-                    window = window[:, -max(1, self.block_size // 2):]
-                    x, cache = self.prefill(window, max_new_tokens - new)
+        for new in range(1, max_new_tokens + 1):
             uniform = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in randoms])
             token = sample(self.logits(x), uniform.to(self.device), temperature, top_k, top_p)  # (n,)
             ids = token.tolist()
@@ -131,6 +124,14 @@ class Engine:
             if all(ended):
                 return
             yield [None if over else i for over, i in zip(ended, ids)]
+            if new == max_new_tokens:
+                return
+            window = torch.cat([window, token[:, None]], dim=1)
+            if cache.length < self.block_size:
+                x = self.model.hidden(token[:, None], cache)[:, -1]
+            else:
+                window = window[:, -max(1, self.block_size // 2):]
+                x, cache = self.prefill(window, max_new_tokens - new)
 
     def prefill(self, window, new_tokens: int):
         """The last hidden state (B, n_embd) of window (B, t), and a cache of it with room for new_tokens more."""

@@ -105,9 +105,24 @@ SHAKESPEARE_CHAR = TrainConfig(
     batch_tokens=64 * 256, max_steps=5000, learning_rate=1e-3, warmup_steps=100, beta2=0.99,
     eval_every=250, sample_every=500, save_every=500, sample_prompt="\n")
 
+# The same text for two CPU cores, where small batches and Muon bring the loss down soonest.
+SHAKESPEARE_CHAR_CPU = dataclasses.replace(
+    SHAKESPEARE_CHAR, n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_tokens=16 * 128, micro_batch=16,
+    max_steps=1000, optimizer="muon", learning_rate=4e-3, warmup_steps=40, lr_floor=0.02,
+    dtype="float32", compile=False)
+
 PRESETS = {
     "gpt2-124m": GPT2_124M,
     "shakespeare-char": SHAKESPEARE_CHAR,
+    "shakespeare-char-cpu": SHAKESPEARE_CHAR_CPU,
+    "shakespeare-bundled": dataclasses.replace(  # assets/bundled/shakespeare, under 4 MB in float16
+        SHAKESPEARE_CHAR_CPU, n_head=6, n_embd=192, block_size=256, batch_tokens=16 * 256, micro_batch=8,
+        max_steps=4000, learning_rate=3e-3, warmup_steps=100),
+    "pushkin-char": dataclasses.replace(SHAKESPEARE_CHAR, data=Path("data/tiny_pushkin_char")),
+    "finetune": TrainConfig(
+        data=Path("data/finetune"), init_from="bundled", batch_tokens=32 * 1024, micro_batch=8, max_steps=200,
+        learning_rate=3e-5, schedule="constant", warmup_steps=0, dropout=0.1, eval_every=20, sample_every=100,
+        save_every=100, compile=False),
 }
 
 

@@ -1,0 +1,94 @@
+"""The page: a GPT that goes on writing where you stop.
+
+    python app.py                                            # http://127.0.0.1:7860, with the newest run or the bundled model
+    python app.py --model log/shakespeare-char --port 8000
+
+It assembles the tabs of ui/; each asks the sampling engine. Nothing is loaded from, or reported to, anywhere else.
+"""
+import dataclasses
+import functools
+import os
+import socket
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+import tyro
+
+import checkpoint
+from ddp import pick_device
+from errors import UserError, one_sentence
+from generate import DTYPES, Engine
+from ui import write
+
+
+@dataclasses.dataclass
+class AppConfig:
+    """Opens the page."""
+
+    model: str | None = None
+    """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id; the newest run or `bundled` when not given."""
+    host: str = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    """Address to listen on; 0.0.0.0 lets other machines in."""
+    port: int = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
+    share: bool = False
+    """Ask Gradio for a public link."""
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+    dtype: DTYPES = "auto"
+    """auto is bfloat16 on CUDA and float32 elsewhere."""
+
+
+class Models:
+    """The models that the page offers, by name; each is loaded when it is first asked for, and the last few stay."""
+
+    def __init__(self, config: AppConfig):
+        self.names = list(dict.fromkeys([
+            *filter(None, [config.model]), *checkpoint.runs(), *(f"bundled:{name}" for name in checkpoint.bundled())]))
+        if not self.names:
+            raise UserError("There is no model to show: train one, or name one with --model.")
+        self.load = functools.lru_cache(maxsize=2)(
+            lambda name: self._load(name, pick_device(config.device), config.dtype))
+
+    @staticmethod
+    def _load(name: str, device, dtype: str) -> tuple[Engine, dict]:
+        model, tokenizer, info = checkpoint.load_model(name, device)
+        return Engine(model, tokenizer, dtype), info
+
+    def engine(self, name: str) -> Engine:
+        return self.load(name)[0]
+
+    def describe(self, name: str) -> str:
+        engine, info = self.load(name)
+        step = f", step {info['step']:,}" if "step" in info else ""
+        return (f"{info['parameters'] / 1e6:,.1f} million parameters{step}, reads {engine.block_size:,} tokens at a time; "
+                f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}")
+
+
+def build(models: Models) -> gr.Blocks:
+    with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False) as page:
+        gr.Markdown("# GPT-2 From Scratch\nA language model that this repository trained, in plain PyTorch. "
+                    "Give it a beginning.")
+        write.build(models.names, models.engine, models.describe)
+    return page
+
+
+def main(config: AppConfig):
+    check_port(config.host, config.port)
+    page = build(Models(config))
+    page.queue(max_size=32)
+    page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
+                run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False)
+
+
+def check_port(host: str, port: int):
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UserError(f"The page cannot listen on {host}:{port} ({error}): choose another port with --port.") from None
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main(tyro.cli(AppConfig))

@@ -1,0 +1,91 @@
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from generate import Engine
+from model import GPT, GPTConfig
+from tokenizer import CharTokenizer, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+PROSE = ("The fox went out on a chilly night,\nand prayed for the moon to give him light;\n"
+         "for he had many a mile to go that night\nbefore he reached the town-o.\n") * 40
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, where data/ and log/ are empty, on one thread, without the network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs one of the programs as a person does: command("train.py", "--help") -> the finished process."""
+    def run(program, *arguments, check=True, launcher=(), **options):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+        done = subprocess.run([sys.executable, *launcher, ROOT / program, *map(str, arguments)], cwd=tmp_path, text=True,
+                              encoding="utf-8", capture_output=True, timeout=300, env=environment, check=False, **options)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+    return run
+
+
+@pytest.fixture
+def prose(tmp_path):
+    path = tmp_path / "prose.txt"
+    path.write_text(PROSE, encoding="utf-8")
+    return path
+
+
+def tiny_gpt(vocab_size=32, block_size=16, seed=0, **sizes):
+    """A small model with weights far from zero, so that its predictions differ from token to token."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size, vocab_size, **{"n_layer": 2, "n_head": 2, "n_embd": 16, **sizes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.15)
+    return model
+
+
+@pytest.fixture
+def char_engine():
+    tokenizer = CharTokenizer("\n ,.abcdefghijklmnopqrstuvwxyz")
+    return Engine(tiny_gpt(vocab_size=32), tokenizer)
+
+
+@pytest.fixture
+def gpt2_engine():
+    return Engine(tiny_gpt(vocab_size=50304), load_tokenizer("gpt2"))
+
+
+@pytest.fixture
+def web():
+    """Serves files on loopback: web({"/path": bytes}) -> the server's address."""
+    servers = []
+
+    def serve(files: dict[str, bytes]) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                content = files.get(self.path)
+                self.send_response(404 if content is None else 200)
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.end_headers()
+                self.wfile.write(content or b"")
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()

@@ -1,0 +1,136 @@
+
+import pytest
+import torch
+from conftest import tiny_gpt
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from errors import UserError
+from formats import from_huggingface, load_huggingface, save_huggingface, to_huggingface
+from model import GPT, SIZES, GPTConfig, KVCache
+from tokenizer import CharTokenizer
+
+SHAPES = [GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8),
+          GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=48),
+          GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=3, n_embd=96, activation="gelu")]
+
+
+def their_model(c: GPTConfig) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        activation_function=c.activation, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+
+
+def randomize(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+
+
+@pytest.mark.parametrize("config", SHAPES)
+@pytest.mark.parametrize("direction", ["theirs to ours", "ours to theirs"])
+def test_logits_and_gradients_are_those_of_transformers(config, direction):
+    torch.manual_seed(0)
+    ours, theirs = GPT(config).eval(), their_model(config)
+    if direction == "theirs to ours":
+        randomize(theirs)
+        ours.load_state_dict(from_huggingface(theirs.state_dict()))
+    else:
+        randomize(ours)
+        missing, unexpected = theirs.load_state_dict(to_huggingface(ours.state_dict(), config.vocab_size), strict=False)
+        assert missing == ["lm_head.weight"] and not unexpected
+    idx = torch.randint(0, config.vocab_size, (3, config.block_size))
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+    inputs, targets = idx[:, :-1], idx[:, 1:]
+    nothing, loss = ours(inputs, targets)
+    their_loss = theirs(idx, labels=idx).loss
+    assert nothing is None
+    torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=0)
+    loss.backward()
+    their_loss.backward()
+    their_grads = from_huggingface({name: p.grad for name, p in theirs.named_parameters()})
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, their_grads[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_a_folder_of_transformers_opens_here_and_one_of_ours_there(tmp_path):
+    config = GPTConfig(block_size=16, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
+    model, tokenizer = tiny_gpt(vocab_size=8), CharTokenizer("\n abc")  # three rows of padding stay here
+    idx = torch.randint(0, 5, (2, 16))
+    save_huggingface(tmp_path / "ours", model, tokenizer, torch.float32)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "ours")
+    assert theirs.config.vocab_size == 5
+    torch.testing.assert_close(theirs(idx).logits, model(idx)[0][..., :5], atol=1e-4, rtol=0)
+
+    theirs = their_model(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer.save(tmp_path / "theirs")
+    ours, _ = load_huggingface(tmp_path / "theirs")
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_gpt2_124m_has_its_published_number_of_parameters():
+    with torch.device("meta"):
+        assert GPT(GPTConfig()).num_parameters() == 124_439_808
+
+
+# Totals that the papers state: GPT-2's as its released weights have them, GPT-3's of table 2.1 in arXiv 2005.14165.
+PUBLISHED = """gpt2,124e6
+gpt2-medium,355e6
+gpt2-large,774e6
+gpt2-xl,1558e6
+gpt3-small,125e6
+gpt3-medium,350e6
+gpt3-large,760e6
+gpt3-xl,1.3e9
+gpt3-2.7b,2.7e9
+gpt3-6.7b,6.7e9
+gpt3-13b,13.0e9
+gpt3-175b,175.0e9"""
+
+
+@pytest.mark.parametrize("name, published", [line.split(",") for line in PUBLISHED.splitlines()])
+def test_every_size_has_the_parameters_that_its_paper_states(name, published):
+    with torch.device("meta"):
+        assert GPT(SIZES[name]).num_parameters() == pytest.approx(float(published), rel=0.02)
+
+
+def test_every_published_size_is_named():
+    assert set(SIZES) == {line.split(",")[0] for line in PUBLISHED.splitlines()}
+
+
+def test_initial_weights_are_gpt2s():
+    config = GPTConfig(block_size=128, vocab_size=512, n_layer=8, n_head=4, n_embd=128)
+    model = GPT(config)
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert p.std().item() == pytest.approx(0.02 / 4, rel=0.05), name  # 1 / sqrt(2 * 8)
+        elif p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+        else:
+            assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
+    idx = torch.randint(0, 512, (8, 128))
+    assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(torch.tensor(512.0).log().item(), abs=0.1)
+
+
+def test_the_cache_changes_nothing_however_the_text_is_cut():
+    model = tiny_gpt(block_size=24)
+    idx = torch.randint(0, 32, (2, 24))
+    with torch.no_grad():
+        plain = model(idx)[0]
+        for cuts in ([24], [1] * 24, [7, 1, 1, 9, 6], [23, 1]):
+            cache, parts = KVCache(model.config, 2, 24), []
+            for part in idx.split(cuts, dim=1):
+                parts.append(model.logits(model.hidden(part, cache)))
+            torch.testing.assert_close(torch.cat(parts, dim=1), plain, atol=1e-4, rtol=0)
+
+
+def test_a_mapping_is_a_configuration_too():
+    model = GPT({"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 1, "n_embd": 4})
+    assert model.config == GPTConfig(8, 16, 1, 1, 4)
+
+
+@pytest.mark.parametrize("change", [{"n_head": 5}, {"n_layer": 0}, {"dropout": 1.0}, {"activation": "relu"}, {"width": 3}])
+def test_an_impossible_configuration_gets_one_sentence(change):
+    with pytest.raises(UserError):
+        GPT({"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 1, "n_embd": 4, **change})

@@ -1,0 +1,110 @@
+import hashlib
+
+import pytest
+import tiktoken
+from transformers import AutoTokenizer
+
+from errors import UserError
+from tokenizer import RANKS, CharTokenizer, load_tokenizer
+
+TEXTS = ["", "Hello, I'm a language model,", "Я вас любил: любовь ещё, быть может", "🦊👩‍👩‍👧 naïve\r\n\t  end ", "a\0b",
+         "before <|endoftext|> after", "   \n\n\n   ", "中文とにほんご"]
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return load_tokenizer("gpt2")
+
+
+def test_the_committed_ranks_are_openais():
+    assert hashlib.sha256(RANKS.read_bytes()).hexdigest().startswith("306cd27f03c1a714")
+
+
+def test_gpt2_gives_the_published_ids(gpt2):
+    assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_gpt2_gives_any_text_back(gpt2, text):
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+def test_end_of_text_in_a_text_is_ordinary_text(gpt2):
+    assert gpt2.eot not in gpt2.encode("a<|endoftext|>b")
+    assert gpt2.decode([gpt2.eot]) == "<|endoftext|>"
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character(gpt2):
+    assert gpt2.decode(gpt2.encode("a\ud800b")) == "a\ufffdb"
+    assert gpt2.decode(gpt2.encode("\ud83e\udd8a")) == "🦊"  # a pair is the character that it spells
+
+
+def test_ids_past_the_vocabulary_are_nothing(gpt2):
+    assert gpt2.decode([15496, *range(50257, 50304), 11, -1]) == "Hello,"
+    assert CharTokenizer("ab").decode([0, 2, 50303, -1, 1]) == "ab"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streaming_holds_back_unfinished_characters(gpt2, text):
+    decode, pieces = gpt2.stream_decoder(), []
+    for i in gpt2.encode(text):
+        pieces.append(decode([i]))
+    pieces.append(decode([], final=True))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streaming_ends_a_broken_character_with_the_replacement_character(gpt2):
+    ids = gpt2.encode("🦊")[:1]
+    decode = gpt2.stream_decoder()
+    assert decode(ids) == "" and decode([], final=True) == gpt2.decode(ids) == "\ufffd"
+
+
+def test_char_replaces_what_it_lacks_by_a_space_and_says_so():
+    tokenizer = CharTokenizer("\0 abc")
+    with pytest.warns(UserWarning, match="became a space: 'жq'"):
+        assert tokenizer.decode(tokenizer.encode("aжb\0qqc")) == "a b\0  c"
+    assert tokenizer.replace_unknown("aжb\0qqc") == ("a b\0  c", "жq")
+    assert tokenizer.encode("") == []
+
+
+def test_char_drops_what_it_lacks_where_there_is_no_space():
+    tokenizer = CharTokenizer("a-c]^\\")  # characters that mean something in a pattern
+    with pytest.warns(UserWarning, match="were dropped"):
+        assert tokenizer.decode(tokenizer.encode("[a-c]^ b\\\ud800")) == "a-c]^\\"
+
+
+@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), CharTokenizer("\n \0\\\"]^-абвabc🦊")], ids=["gpt2", "char"])
+def test_a_tokenizer_comes_back_from_a_dict_and_from_a_folder(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    for again in load_tokenizer(tokenizer.to_dict()), load_tokenizer(tmp_path):
+        assert again.to_dict() == tokenizer.to_dict() and again.encode("abc cab") == tokenizer.encode("abc cab")
+
+
+def test_transformers_reads_a_saved_char_tokenizer_alike(tmp_path):
+    tokenizer = CharTokenizer("\n \0\\\"]^-абвabc🦊")
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "ab\nc 🦊\\ [жa] -^\"\0" * 3
+    ids = tokenizer.encode(tokenizer.replace_unknown(text)[0])
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("source", ["gpt3", {"kind": "char"}, {"kind": "word"}, {}, "/nowhere"])
+def test_what_is_no_tokenizer_gets_one_sentence(source):
+    with pytest.raises(UserError, match="No tokenizer"):
+        load_tokenizer(source)
+
+
+def test_a_damaged_tokenizer_file_gets_one_sentence(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordLevel"')
+    with pytest.raises(UserError, match="damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_gpt2_agrees_with_tiktokens_own_reading_of_the_ranks(gpt2, monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    ranks = tiktoken.load.load_tiktoken_bpe(str(RANKS))
+    assert ranks == gpt2.bpe._mergeable_ranks
