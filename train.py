@@ -116,8 +116,8 @@ PRESETS = {
     "shakespeare-char": SHAKESPEARE_CHAR,
     "shakespeare-char-cpu": SHAKESPEARE_CHAR_CPU,
     "shakespeare-bundled": dataclasses.replace(  # assets/bundled/shakespeare, under 4 MB in float16
-        SHAKESPEARE_CHAR_CPU, n_head=6, n_embd=192, block_size=256, batch_tokens=16 * 256, micro_batch=8,
-        max_steps=4000, learning_rate=3e-3, warmup_steps=100),
+        SHAKESPEARE_CHAR_CPU, n_head=6, n_embd=192, block_size=256, batch_tokens=8 * 256, micro_batch=8,
+        max_steps=7000, learning_rate=3e-3, warmup_steps=100),
     "pushkin-char": dataclasses.replace(SHAKESPEARE_CHAR, data=Path("data/tiny_pushkin_char")),
     "finetune": TrainConfig(
         data=Path("data/finetune"), init_from="bundled", batch_tokens=32 * 1024, micro_batch=8, max_steps=200,
@@ -150,12 +150,14 @@ def train(config: TrainConfig, world: ddp.World):
         print(plan(config, model, training, validation, world))
     if config.dry_run:
         return
-    start = resume(run, resumed, config, model, optimizers) if resumed is not None else 0
+    if resumed is not None:
+        resume(run, resumed, config, model, optimizers)
     log = Log(run, config, resumed) if world.is_main else None
     if config.compile:
         model.compile()  # in place: parameters keep their names, and model.forward stays the plain one
     wrapped = ddp.wrap(model, world)
 
+    start = resumed or 0
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=not world.is_main)
     seconds, tokens = 0.0, 0
     for step in range(start, config.max_steps + 1):  # `step` updates have been taken

@@ -7,6 +7,7 @@ from conftest import PROSE
 import prepare
 from dataloader import DataLoader, permute
 from errors import UserError
+from prepare import PrepareConfig
 from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, ShardWriter, sha256
 from tokenizer import CharTokenizer, load_tokenizer
 
@@ -101,8 +102,8 @@ def test_bad_shards_get_one_sentence(stream, tmp_path):
         Shards(stream, "train")
 
 
-def test_a_text_becomes_shards_with_its_last_tenth_for_validation(command, prose, tmp_path):
-    command("prepare.py", prose)
+def test_a_text_becomes_shards_with_its_last_tenth_for_validation(prose, tmp_path):
+    prepare.main(PrepareConfig(str(prose)))
     out = tmp_path / "data" / "prose_char"
     manifest = json.loads((out / "manifest.json").read_text())
     tokenizer = load_tokenizer(manifest["tokenizer"])
@@ -116,8 +117,8 @@ def test_a_text_becomes_shards_with_its_last_tenth_for_validation(command, prose
         assert np.load(out / shard["file"]).shape == (shard["tokens"],)
 
 
-def test_with_gpt2s_tokenizer_a_document_starts_with_end_of_text(command, prose, tmp_path):
-    command("prepare.py", "tiny_pushkin", "--tokenizer", "gpt2", "--text", prose, "--out", "poems")
+def test_with_gpt2s_tokenizer_a_document_starts_with_end_of_text(prose, tmp_path):
+    prepare.main(PrepareConfig("tiny_pushkin", tokenizer="gpt2", text=prose, out=tmp_path / "poems"))
     for split in "train", "val":
         shards = Shards(tmp_path / "poems", split)
         assert shards.read(0, 1)[0] == 50256
@@ -139,15 +140,21 @@ def test_a_named_text_is_downloaded_and_checked(web, prose, tmp_path, monkeypatc
     assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == ["tiny_shakespeare.txt"]
 
 
-@pytest.mark.parametrize("content, arguments, sentence", [
-    (b"", [], "0 characters, too few"),
-    (b"\xff\xfe" * 100, [], "not UTF-8"),
-    (b"abc" * 100, ["--tokenizer", "gpt5"], "No tokenizer"),
-    (None, [], "no file"),
+@pytest.mark.parametrize("content, tokenizer, sentence", [
+    (b"", "char", "0 characters, too few"),
+    (b"\xff\xfe" * 100, "char", "not UTF-8"),
+    (b"abc" * 100, "gpt5", "No tokenizer"),
+    (None, "char", "no file"),
 ])
-def test_bad_texts_get_one_sentence(command, tmp_path, content, arguments, sentence):
+def test_bad_texts_get_one_sentence(tmp_path, content, tokenizer, sentence):
     if content is not None:
         (tmp_path / "text.txt").write_bytes(content)
-    done = command("prepare.py", "text.txt", *arguments, check=False)
-    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match=sentence):
+        prepare.main(PrepareConfig("text.txt", tokenizer))
     assert not (tmp_path / "data").exists()
+
+
+def test_the_command_line_prepares_too(command, prose):
+    assert "prose_char is ready: vocabulary of" in command("prepare.py", prose).stdout
+    done = command("prepare.py", "nothing.txt", check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: There is no file nothing.txt")

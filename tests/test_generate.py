@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_gpt
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from errors import UserError
 from generate import Engine, sample
@@ -114,7 +115,6 @@ def test_draws_follow_the_softmax_at_any_temperature():
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 5}, {"top_k": 500}, {"top_p": 0.01}, {"top_p": 0.6},
                                      {"top_k": 8, "top_p": 0.7}])
 def test_top_k_and_top_p_keep_what_those_of_transformers_keep(options):
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
     kept = logits
     if "top_k" in options:

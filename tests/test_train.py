@@ -1,0 +1,292 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PROSE, ROOT, tiny_gpt
+
+import checkpoint
+import prepare
+import publish
+import train
+from errors import UserError
+from generate import Engine
+from model import GPT, GPTConfig
+from optim import Muon, build_optimizers, learning_rate
+from tokenizer import CharTokenizer
+
+TINY = ["--data", "data/prose_char", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
+        "--batch-tokens", "128", "--micro-batch", "4", "--max-steps", "6", "--warmup-steps", "2", "--eval-every", "2",
+        "--save-every", "2", "--sample-every", "6", "--log-every", "1", "--dtype", "float32", "--no-compile", "--device", "cpu"]
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")  # else torchrun takes --run for its own
+
+
+@pytest.fixture
+def data(prose):
+    prepare.main(prepare.PrepareConfig(str(prose)))
+
+
+def train_here(*arguments):
+    """What `python train.py …` does, without a process of its own."""
+    train.main([str(argument) for argument in arguments])
+
+
+def metrics(run, *names):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[name] for name in names) for line in lines if all(name in line for name in names)]
+
+
+def weights(run, step=6):
+    return torch.load(run / f"model_{step:05d}.pt", weights_only=True)["model"]
+
+
+def assert_same_run(one, other, tolerance):
+    for name in "train_loss", "val_loss":
+        for (step, a), (other_step, b) in zip(metrics(one, "step", name), metrics(other, "step", name)):
+            assert step == other_step and a == pytest.approx(b, abs=tolerance)
+    for name, weight in weights(one).items():
+        torch.testing.assert_close(weight, weights(other)[name], atol=tolerance, rtol=0, msg=name)
+
+
+def test_a_run_learns_and_leaves_what_the_contract_names(data, tmp_path):
+    train_here("shakespeare-char", *TINY, "--max-steps", 200, "--learning-rate", 1e-2, "--eval-every", 50,
+            "--save-every", 50, "--sample-every", 100)
+    run = tmp_path / "log" / "shakespeare-char"
+    losses = [loss for _, loss in metrics(run, "step", "val_loss")]
+    assert losses[0] == pytest.approx(torch.tensor(float(len(set(PROSE)))).log().item(), abs=0.1)
+    assert losses[-1] < losses[0] - 1
+    assert metrics(run, "step", "train_loss")[0][0] == 1
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "best.json", "model_00150.pt", "model_00200.pt",
+        "state_00150", "state_00200"}
+    saved = torch.load(run / "model_00200.pt", weights_only=True)
+    assert set(saved) == {"format", "model", "config", "tokenizer", "step", "val_loss"}
+    assert saved["step"] == 200 and saved["val_loss"] == losses[-1]
+    model = GPT(saved["config"])
+    model.load_state_dict(saved["model"])
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 100, 200]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_ranks_take_the_steps_one_rank_takes(command, data, tmp_path, optimizer):
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--optimizer", optimizer, "--run", "one")
+    command("train.py", "shakespeare-char", *TINY, "--dropout", 0, "--optimizer", optimizer, "--run", "two",
+            "--micro-batch", 2, launcher=TWO_RANKS)
+    assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=2e-5)
+
+
+def test_micro_batches_only_divide_a_batch(data, tmp_path):
+    for run, micro_batch in ("one", 8), ("two", 3):  # 3 + 3 + 2 sequences
+        train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", run, "--micro-batch", micro_batch)
+    assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=2e-5)
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(data, tmp_path):
+    arguments = ["shakespeare-char", *TINY, "--max-steps", "400", "--dropout", "0.2", "--save-every", "20"]
+    train_here(*arguments, "--run", "whole")
+    run = tmp_path / "log" / "killed"
+    for reached in 20, 80:
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, "--run", "killed"], cwd=tmp_path,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        while not any(step >= reached for step in checkpoint.steps(run)) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was to be killed on its way"
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "tra')  # torn while being written
+    train_here(*arguments, "--run", "killed")
+
+    def last_said(run):
+        """step -> loss, as readers of the contract see it: what a resume went back behind is dropped."""
+        losses = {}
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            try:
+                said = json.loads(line)
+            except ValueError:
+                continue
+            if said.get("event") == "resume":
+                losses = {step: loss for step, loss in losses.items() if step <= said["step"]}
+            elif "train_loss" in said:
+                losses[said["step"]] = said["train_loss"]
+        return losses
+
+    whole = tmp_path / "log" / "whole"
+    assert last_said(run) == last_said(whole) and len(last_said(whole)) == 400
+    for name, weight in weights(whole, 400).items():
+        assert torch.equal(weight, weights(run, 400)[name]), name
+
+
+def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
+    train_here("shakespeare-char", *TINY, "--run", "whole")
+    run = tmp_path / "log" / "damaged"
+    shutil.copytree(tmp_path / "log" / "whole", run)
+    model = run / "model_00006.pt"
+    model.write_bytes(model.read_bytes()[:-1] + b"!")
+    train_here("shakespeare-char", *TINY, "--run", "damaged")
+    assert "checkpoint of step 6" in capsys.readouterr().err
+    assert metrics(run, "event", "step")[-1] == ("resume", 4)
+    assert_same_run(tmp_path / "log" / "whole", run, tolerance=0)
+
+
+def test_a_run_goes_on_only_as_it_was_started(data, capsys):
+    train_here("shakespeare-char", *TINY)
+    for change, sentence in (["--learning-rate", "0.5"], "learning_rate"), (["--n-layer", "2"], "n_layer"), \
+            (["--resume", "none"], "already holds a run"):
+        with pytest.raises(UserError, match=sentence):
+            train_here("shakespeare-char", *TINY, *change)
+    train_here("shakespeare-char", *TINY)
+    assert "complete at step 6" in capsys.readouterr().out
+
+
+def test_finetuning_starts_at_the_models_own_loss(data, tmp_path):
+    train_here("shakespeare-char", *TINY, "--max-steps", 60, "--learning-rate", 1e-2)
+    run = tmp_path / "log" / "shakespeare-char"
+    train_here("finetune", "--init-from", run, "--data", "data/prose_char", "--max-steps", 4, "--device", "cpu",
+            "--batch-tokens", 64, "--dtype", "float32", "--eval-every", 2)
+    best = json.loads((run / "best.json").read_text())
+    (step, first), *_ = metrics(tmp_path / "log" / "finetune", "step", "val_loss")
+    assert step == 0 and first == pytest.approx(best["val_loss"], abs=1e-5)
+    assert {rate for rate, in metrics(tmp_path / "log" / "finetune", "learning_rate")} <= {3e-5}
+
+
+def test_compiled_training_keeps_the_parameters_names_and_the_losses(data, tmp_path):
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "plain")
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "compiled", "--compile")
+    assert_same_run(tmp_path / "log" / "plain", tmp_path / "log" / "compiled", tolerance=1e-4)
+
+
+def test_bfloat16_autocast_trains_about_alike(data, tmp_path):
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "one")
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "two", "--dtype", "bfloat16")
+    assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=0.02)
+    assert all(weight.dtype == torch.float32 for weight in weights(tmp_path / "log" / "two").values())
+
+
+def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(data, tmp_path, capsys):
+    train_here("shakespeare-char", *TINY, "--dry-run")
+    said = capsys.readouterr().out
+    assert "6 steps of 128 tokens" in said and "parameters" in said
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["no-such-preset"], "There is no preset 'no-such-preset'"),
+    ([], "prepare.py"),
+    (["shakespeare-char"], "python prepare.py tiny_shakespeare --tokenizer char"),
+    (["pushkin-char"], "python prepare.py tiny_pushkin --tokenizer char"),
+    (["shakespeare-char", *TINY, "--batch-tokens", "100"], "does not divide"),
+    (["shakespeare-char", *TINY, "--vocab-size", "5"], "does not hold"),
+    (["shakespeare-char", *TINY, "--n-head", "3"], "heads"),
+    (["shakespeare-char", *TINY, "--device", "abacus"], "no device 'abacus'"),
+    (["finetune", *TINY, "--init-from", "data"], "no model folder"),
+])
+def test_bad_input_gets_one_sentence(data, arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train_here(*arguments)
+
+
+def test_the_sentence_goes_to_stderr_with_exit_code_2(command):
+    done = command("train.py", "no-such-preset", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: There is no preset 'no-such-preset'; there are: ") and done.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+def test_our_muon_takes_the_steps_of_torchs():
+    torch.manual_seed(0)
+    for shape in (32, 96), (64, 16):
+        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+        a = Muon([ours], lr=0.01, weight_decay=0.1)
+        b = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.clone()
+            a.step()
+            b.step()
+        moved = (theirs - 1).norm()
+        assert (ours - theirs).norm() < 0.02 * moved  # torch's works in bfloat16
+
+
+def test_only_matrices_decay_and_every_parameter_has_one_optimizer():
+    model = GPT(GPTConfig(8, 16, 2, 2, 8))
+    for name in "adamw", "muon":
+        groups = [group for optimizer in build_optimizers(model, name, 0.1, (0.9, 0.95)) for group in optimizer.param_groups]
+        assert all((p.dim() == 2) == (group["weight_decay"] == 0.1) for group in groups for p in group["params"])
+        assert sorted(map(id, model.parameters())) == sorted(id(p) for group in groups for p in group["params"])
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_floor():
+    rates = [learning_rate(step, peak=1.0, schedule="cosine", warmup_steps=10, max_steps=100, floor=0.1) for step in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(99, peak=1.0, schedule="constant", warmup_steps=10, max_steps=100, floor=0.1) == 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Naming a model
+
+@pytest.fixture
+def run(tmp_path):
+    """log/run with two checkpoints, of which the first is the best."""
+    run = tmp_path / "log" / "run"
+    run.mkdir(parents=True)
+    tokenizer = CharTokenizer("\n abc")
+    for step, val_loss in (1, 1.5), (2, 2.5):
+        checkpoint.save(run, step, tiny_gpt(vocab_size=8, seed=step), {"a": torch.ones(2)}, tokenizer, {}, val_loss)
+    return run
+
+
+def test_a_run_means_its_best_model_and_nothing_means_the_newest_run(run):
+    for name in run, "log/run", None, run / "model_00001.pt":
+        assert checkpoint.load_model(name)[2]["step"] == 1
+    assert checkpoint.load_model(run / "model_00002.pt")[2]["val_loss"] == 2.5
+
+
+def test_the_best_model_outlives_the_newer_ones(run):
+    for step in 3, 4:
+        checkpoint.save(run, step, tiny_gpt(vocab_size=8), {}, CharTokenizer("\n abc"), {}, 2.0)
+    assert sorted(path.name for path in run.glob("*_0*")) == [
+        "model_00001.pt", "model_00003.pt", "model_00004.pt", "state_00003", "state_00004"]
+    assert checkpoint.load_model(run)[2]["step"] == 1
+
+
+def test_an_exported_model_writes_what_the_run_writes(run, tmp_path):
+    publish.export(str(run), tmp_path / "exported", "float32")
+    texts = [Engine(*checkpoint.load_model(name)[:2]).generate("abc", max_new_tokens=50, seed=3)
+             for name in (run, tmp_path / "exported", tmp_path / "exported" / "model.safetensors")]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_nothing_is_unpickled_freely(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "it_ran").touch, ()
+    torch.save({"format": 1, "model": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.load_model(tmp_path / "evil.pt")
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_what_is_no_model_gets_one_sentence(run, tmp_path):
+    whole = (run / "model_00001.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
+    saved = torch.load(run / "model_00001.pt", weights_only=True)
+    torch.save({**saved, "config": {**saved["config"], "n_layer": 1}}, tmp_path / "misfit.pt")
+    (tmp_path / "folder").mkdir()
+    for name, sentence in (("cut.pt", "cut off"), ("text.pt", "cut off or no checkpoint"), ("empty.pt", "no checkpoint"),
+                           ("other.pt", "format 1"), ("misfit.pt", "do not fit"), ("folder", "config.json is missing"),
+                           ("nowhere.pt", "no file, folder or run"), ("bundled:nothing", "no bundled model")):
+        with pytest.raises(UserError, match=sentence):
+            checkpoint.load_model(name)
