@@ -67,18 +67,19 @@ class Models:
 
 def build(models: Models) -> gr.Blocks:
     with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False) as page:
-        gr.Markdown("# GPT-2 From Scratch\nA language model that this repository trained, in plain PyTorch. "
-                    "Give it a beginning.")
+        gr.Markdown("# GPT-2 From Scratch\nA small language model and the whole road to it, from raw text to this page, in plain "
+                    "PyTorch.")
         write.build(models.names, models.engine, models.describe)
     return page
 
 
-def main(config: AppConfig):
+def main(config: AppConfig, **launch_options) -> gr.Blocks:
     check_port(config.host, config.port)
     page = build(Models(config))
     page.queue(max_size=32)
     page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
-                run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False)
+                run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False, **launch_options)
+    return page
 
 
 def check_port(host: str, port: int):
