@@ -8,15 +8,17 @@ The last 10% of the characters are validation, as in nanoGPT. The result goes to
 """
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import requests
 import tyro
 from tqdm import tqdm
 
+from checkpoint import load_model
 from errors import UserError, one_sentence
 from shards import ShardWriter, sha256
-from tokenizer import CharTokenizer, load_tokenizer
+from tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
 # Texts with a name: where each comes from (None: no public address known) and the sha256 of the file.
 NAMES = {
@@ -35,7 +37,7 @@ class PrepareConfig:
     source: tyro.conf.Positional[str]
     """tiny_shakespeare, tiny_pushkin, or a text file."""
     tokenizer: str = "char"
-    """char (an id for each character of the text), gpt2, or a folder that holds a tokenizer."""
+    """char (an id for each character of the text), gpt2, or a model (under any of its names) whose tokenizer it is to be."""
     text: Path | None = None
     """The file that holds a named text, where there is no network."""
     out: Path | None = None
@@ -46,12 +48,11 @@ def main(config: PrepareConfig):
     path = find_text(config.source, config.text)
     text = read_text(path)
     name = config.source if config.source in NAMES else path.stem
-    out = config.out or DATA / f"{name}_{Path(config.tokenizer).name}"
-    tokenizer = CharTokenizer("".join(sorted(set(text)))) if config.tokenizer == "char" else load_tokenizer(config.tokenizer)
-    unknown = tokenizer.replace_unknown(text)[1]
+    out = config.out or DATA / f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '-', config.tokenizer)}"
+    tokenizer = choose_tokenizer(config.tokenizer, text)
+    text, unknown = tokenizer.replace_unknown(text)
     if unknown:
-        raise UserError(f"The tokenizer {config.tokenizer} cannot spell these characters of {path}: {unknown!r:.100}; "
-                        "use --tokenizer gpt2 or char.")
+        print(f"The alphabet of {config.tokenizer} lacks these characters, which become spaces or are left out: {unknown}")
     writer = ShardWriter(out, name, tokenizer, source={"name": config.source, "sha256": sha256(path)})
     cut = int(len(text) * TRAIN_SHARE)
     for split, part in ("val", text[cut:]), ("train", text[:cut]):
@@ -62,6 +63,12 @@ def main(config: PrepareConfig):
         print(f"{split:5} {len(part):12,} characters {len(tokens):12,} tokens")
     writer.close()
     print(f"{out} is ready: vocabulary of {tokenizer.vocab_size:,}, {len(text):,} characters of {path}")
+
+
+def choose_tokenizer(name: str, text: str) -> Tokenizer:
+    if name == "char":
+        return CharTokenizer("".join(sorted(set(text))))
+    return load_tokenizer("gpt2") if name == "gpt2" else load_model(name)[1]
 
 
 def find_text(source: str, text: Path | None) -> Path:

@@ -12,6 +12,7 @@ import bisect
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,21 @@ LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32, of them magi
 
 
 class ShardWriter:
-    """Writes the shards of one corpus into `folder`, each under a temporary name first, and the manifest last."""
+    """Writes the shards of one corpus into `folder`, each under a temporary name first, and the manifest last.
+
+    An earlier output of the same name is replaced. Raises UserError for a folder that holds anything else.
+    """
 
     def __init__(self, folder, name: str, tokenizer, source: dict):
         self.folder, self.name = Path(folder), name
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / MANIFEST).unlink(missing_ok=True)  # without one the folder counts as unfinished
-        for old in self.folder.glob("*_*.npy"):
-            old.unlink()
+        earlier = re.compile(re.escape(name) + r"_(train|val)_\d{6}\.(npy|tmp)|manifest\.(json|tmp)")
+        foreign = [path.name for path in self.folder.iterdir() if not earlier.fullmatch(path.name)]
+        if foreign:
+            raise UserError(f"{folder} holds other files than shards of {name} ({foreign[0]}): choose another folder with --out.")
+        # The manifest goes first and comes last: without it a folder counts as unfinished.
+        for path in sorted(self.folder.iterdir()):
+            path.unlink()
         self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         self.manifest = {"format": 1, "name": name, "source": source, "tokenizer": tokenizer.to_dict(), "shards": []}
 

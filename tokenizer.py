@@ -155,7 +155,8 @@ def _load_folder(folder: Path) -> Tokenizer:
         if model.get("type") == "WordLevel":
             vocab = model["vocab"]
             return CharTokenizer("".join(sorted(vocab, key=vocab.get)))
-        if read("tokenizer_config.json").get("tokenizer_class", "").startswith("GPT2Tokenizer"):
+        is_gpt2s = len(model.get("vocab", ())) == GPT2Tokenizer.vocab_size and END_OF_TEXT in model["vocab"]
+        if is_gpt2s or (not model and read("tokenizer_config.json").get("tokenizer_class", "").startswith("GPT2Tokenizer")):
             return gpt2_tokenizer()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"The tokenizer files in {folder} are damaged: {error}.") from None

@@ -87,10 +87,10 @@ class TrainConfig:
     # The machine
     device: str = "auto"
     """auto, cuda, mps or cpu."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """The precision of matrix products, under autocast; the weights are float32."""
-    compile: bool = True
-    """Compile the model with torch.compile."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products, under autocast; auto is bfloat16 on CUDA. The weights are float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the model with torch.compile; auto does on CUDA."""
     dry_run: bool = False
     """Print what the run would be, and stop."""
 
@@ -108,8 +108,7 @@ SHAKESPEARE_CHAR = TrainConfig(
 # The same text for two CPU cores, where small batches and Muon bring the loss down soonest.
 SHAKESPEARE_CHAR_CPU = dataclasses.replace(
     SHAKESPEARE_CHAR, n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_tokens=16 * 128, micro_batch=16,
-    max_steps=1000, optimizer="muon", learning_rate=4e-3, warmup_steps=40, lr_floor=0.02,
-    dtype="float32", compile=False)
+    max_steps=1000, optimizer="muon", learning_rate=4e-3, warmup_steps=40, lr_floor=0.02)
 
 PRESETS = {
     "gpt2-124m": GPT2_124M,
@@ -122,7 +121,7 @@ PRESETS = {
     "finetune": TrainConfig(
         data=Path("data/finetune"), init_from="bundled", batch_tokens=32 * 1024, micro_batch=8, max_steps=200,
         learning_rate=3e-5, schedule="constant", warmup_steps=0, dropout=0.1, eval_every=20, sample_every=100,
-        save_every=100, compile=False),
+        save_every=100),
 }
 
 
@@ -153,7 +152,7 @@ def train(config: TrainConfig, world: ddp.World):
     if resumed is not None:
         resume(run, resumed, config, model, optimizers)
     log = Log(run, config, resumed) if world.is_main else None
-    if config.compile:
+    if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
         model.compile()  # in place: parameters keep their names, and model.forward stays the plain one
     wrapped = ddp.wrap(model, world)
 
@@ -211,12 +210,12 @@ def find_checkpoint(config: TrainConfig, run: Path) -> int | None:
 
 def build(config: TrainConfig, world: ddp.World) -> tuple[GPT, Tokenizer, TrainConfig]:
     """The model at its first step, the data's tokenizer, and the configuration with what those two decide filled in."""
-    tokenizer = data_tokenizer(config.data)
+    tokenizer = data_tokenizer(config)
     if config.init_from:
         source, own, _ = checkpoint.load_model(config.init_from)
         if own.to_dict() != tokenizer.to_dict():
             raise UserError(f"{config.data} was made with another tokenizer than that of {config.init_from}: prepare it "
-                            "again with --tokenizer gpt2, or the folder of the model.")
+                            f"again with --tokenizer {config.init_from}.")
         sizes = dataclasses.replace(source.config, dropout=config.dropout)
     else:
         sizes = GPTConfig(config.block_size, config.vocab_size or tokenizer.vocab_size, config.n_layer, config.n_head,
@@ -237,11 +236,13 @@ def build(config: TrainConfig, world: ddp.World) -> tuple[GPT, Tokenizer, TrainC
     return model.to(world.device), tokenizer, config
 
 
-def data_tokenizer(data: Path) -> Tokenizer:
+def data_tokenizer(config: TrainConfig) -> Tokenizer:
     """The tokenizer that the shards were made with: GPT-2's where others wrote them without a manifest."""
+    data = config.data
     if not data.is_dir():
         name, _, kind = data.name.rpartition("_")
-        command = f"{name} --tokenizer {kind}" if name in NAMES else f"FILE.txt --tokenizer gpt2 --out {data}"
+        command = (f"{name} --tokenizer {kind}" if name in NAMES else
+                   f"FILE.txt --tokenizer {config.init_from or 'gpt2'} --out {data}")
         raise UserError(f"There is no data in {data}: make it with `python prepare.py {command}`.")
     return load_tokenizer(read_manifest(data).get("tokenizer", "gpt2"))
 
@@ -249,7 +250,7 @@ def data_tokenizer(data: Path) -> Tokenizer:
 def plan(config: TrainConfig, model: GPT, training: DataLoader, validation: DataLoader, world: ddp.World) -> str:
     """What the run will be, in a few lines."""
     epochs = config.max_steps * config.batch_tokens / (training.sequences * config.block_size)
-    return (f"{config.run}: {model.num_parameters():,} parameters, {config.dtype} on {world.size} x {world.device.type}\n"
+    return (f"{config.run}: {model.num_parameters():,} parameters, on {world.size} x {world.device.type}\n"
             f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {epochs:.1f} epochs of "
             f"{len(training.shards):,} tokens ({training.tail} left out as a tail), "
             f"{len(validation.shards):,} for validation")
@@ -267,13 +268,18 @@ def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) ->
 
 
 # What may differ when a run goes on: where it runs and what is shown, not what is computed.
-INCIDENTAL = {"run", "resume", "data", "init_from", "micro_batch", "eval_every", "eval_tokens", "sample_every", "save_every",
-              "log_every", "sample_prompt", "device", "dtype", "compile", "dry_run"}
+INCIDENTAL = {"run", "resume", "micro_batch", "eval_every", "eval_tokens", "sample_every", "save_every", "log_every",
+              "sample_prompt", "device", "compile", "dry_run"}
 
 
 def identity(config: TrainConfig) -> dict:
     """The part of a configuration that makes two runs the same run."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in INCIDENTAL}
+    return {name: value for name, value in plain(config).items() if name not in INCIDENTAL}
+
+
+def plain(config: TrainConfig) -> dict:
+    """The configuration as JSON can hold it."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -302,7 +308,8 @@ def update(model, optimizers, x, y, rate: float, step: int, config: TrainConfig,
 
 
 def autocast(config: TrainConfig, world: ddp.World):
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=bfloat16)
 
 
 @torch.no_grad()
@@ -338,7 +345,7 @@ class Log:
         if resumed is None:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
                 (run / name).unlink(missing_ok=True)  # of an attempt that saved no checkpoint
-            checkpoint.write_json(run / "config.json", json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+            checkpoint.write_json(run / "config.json", plain(config))
         else:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self.append(name, event="resume", step=resumed)

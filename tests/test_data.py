@@ -2,11 +2,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import PROSE
+from conftest import PROSE, tiny_gpt
 
 import prepare
 from dataloader import DataLoader, permute
 from errors import UserError
+from formats import save_huggingface
 from prepare import PrepareConfig
 from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, ShardWriter, sha256
 from tokenizer import CharTokenizer, load_tokenizer
@@ -143,7 +144,7 @@ def test_a_named_text_is_downloaded_and_checked(web, prose, tmp_path, monkeypatc
 @pytest.mark.parametrize("content, tokenizer, sentence", [
     (b"", "char", "0 characters, too few"),
     (b"\xff\xfe" * 100, "char", "not UTF-8"),
-    (b"abc" * 100, "gpt5", "No tokenizer"),
+    (b"abc" * 100, "gpt5", "no file, folder or run"),
     (None, "char", "no file"),
 ])
 def test_bad_texts_get_one_sentence(tmp_path, content, tokenizer, sentence):
@@ -152,6 +153,24 @@ def test_bad_texts_get_one_sentence(tmp_path, content, tokenizer, sentence):
     with pytest.raises(UserError, match=sentence):
         prepare.main(PrepareConfig("text.txt", tokenizer))
     assert not (tmp_path / "data").exists()
+
+
+def test_a_model_lends_its_tokenizer_and_what_it_lacks_is_named(tmp_path, capsys):
+    save_huggingface(tmp_path / "model", tiny_gpt(vocab_size=8), CharTokenizer("\n abc"))
+    (tmp_path / "text.txt").write_text("abc é cab\n" * 20)
+    prepare.main(PrepareConfig("text.txt", tokenizer=str(tmp_path / "model"), out=tmp_path / "out"))
+    assert "left out: é" in capsys.readouterr().out
+    assert CharTokenizer("\n abc").decode(Shards(tmp_path / "out", "train").read(0, 10).tolist()) == "abc   cab\n"
+
+
+def test_preparing_again_replaces_the_shards_but_never_other_files(prose, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(2):
+        prepare.main(PrepareConfig(str(prose), out=out))
+    (out / "thesis_train_000001.npy").write_bytes(b"mine")
+    with pytest.raises(UserError, match="other files"):
+        prepare.main(PrepareConfig(str(prose), out=out))
+    assert len(list(out.iterdir())) == 4 and (out / "thesis_train_000001.npy").read_bytes() == b"mine"
 
 
 def test_the_command_line_prepares_too(command, prose):

@@ -9,20 +9,22 @@ import time
 import pytest
 import torch
 from conftest import PROSE, ROOT, tiny_gpt
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import prepare
 import publish
 import train
 from errors import UserError
+from formats import save_huggingface
 from generate import Engine
 from model import GPT, GPTConfig
 from optim import Muon, build_optimizers, learning_rate
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, load_tokenizer
 
 TINY = ["--data", "data/prose_char", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
         "--batch-tokens", "128", "--micro-batch", "4", "--max-steps", "6", "--warmup-steps", "2", "--eval-every", "2",
-        "--save-every", "2", "--sample-every", "6", "--log-every", "1", "--dtype", "float32", "--no-compile", "--device", "cpu"]
+        "--save-every", "2", "--sample-every", "6", "--log-every", "1", "--device", "cpu"]
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")  # else torchrun takes --run for its own
 
 
@@ -137,6 +139,7 @@ def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
 def test_a_run_goes_on_only_as_it_was_started(data, capsys):
     train_here("shakespeare-char", *TINY)
     for change, sentence in (["--learning-rate", "0.5"], "learning_rate"), (["--n-layer", "2"], "n_layer"), \
+            (["--dtype", "bfloat16"], "dtype"), \
             (["--resume", "none"], "already holds a run"):
         with pytest.raises(UserError, match=sentence):
             train_here("shakespeare-char", *TINY, *change)
@@ -148,16 +151,17 @@ def test_finetuning_starts_at_the_models_own_loss(data, tmp_path):
     train_here("shakespeare-char", *TINY, "--max-steps", 60, "--learning-rate", 1e-2)
     run = tmp_path / "log" / "shakespeare-char"
     train_here("finetune", "--init-from", run, "--data", "data/prose_char", "--max-steps", 4, "--device", "cpu",
-            "--batch-tokens", 64, "--dtype", "float32", "--eval-every", 2)
+            "--batch-tokens", 64, "--eval-every", 2)
     best = json.loads((run / "best.json").read_text())
     (step, first), *_ = metrics(tmp_path / "log" / "finetune", "step", "val_loss")
     assert step == 0 and first == pytest.approx(best["val_loss"], abs=1e-5)
     assert {rate for rate, in metrics(tmp_path / "log" / "finetune", "learning_rate")} <= {3e-5}
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_training_keeps_the_parameters_names_and_the_losses(data, tmp_path):
     train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "plain")
-    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "compiled", "--compile")
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "compiled", "--compile", "on")
     assert_same_run(tmp_path / "log" / "plain", tmp_path / "log" / "compiled", tolerance=1e-4)
 
 
@@ -264,6 +268,29 @@ def test_an_exported_model_writes_what_the_run_writes(run, tmp_path):
     texts = [Engine(*checkpoint.load_model(name)[:2]).generate("abc", max_new_tokens=50, seed=3)
              for name in (run, tmp_path / "exported", tmp_path / "exported" / "model.safetensors")]
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_an_id_of_the_hub_is_downloaded_in_the_layout_that_gpt2_has_there(command, web, tmp_path):
+    model, folder = tiny_gpt(vocab_size=50257), tmp_path / "hub"
+    save_huggingface(folder, model, load_tokenizer("gpt2"))
+    state = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): w for name, w in state.items()}  # as the gpt2 of the Hub names them
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    save_file(bare, folder / "model.safetensors")
+    files, commit = {path.name: path.read_bytes() for path in folder.iterdir()}, "0" * 40
+    tree = [{"type": "file", "oid": "", "size": len(content), "path": name} for name, content in files.items()]
+    address = web({
+        "/api/models/gpt2/revision/main": json.dumps({"id": "gpt2", "sha": commit}).encode(),
+        f"/api/models/gpt2/tree/{commit}?recursive=true&expand=false": json.dumps(tree).encode(),
+        **{f"/gpt2/resolve/{commit}/{name}": content for name, content in files.items()}})
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    command_line = ("generate.py", "-m", "gpt2", "-p", "Hello", "--temperature", 0, "--max-new-tokens", 5)
+    text = "Hello" + Engine(*checkpoint.load_model(folder)[:2]).generate("Hello", temperature=0, max_new_tokens=5)[0]
+    assert command(*command_line, environment=environment).stdout == text + "\n"
+    offline = {**environment, "HF_HUB_OFFLINE": "1"}
+    assert command(*command_line, environment=offline).stdout == text + "\n"  # now from the cache
+    done = command("generate.py", "-m", "nobody/nothing", "-p", "x", environment=environment, check=False)
+    assert done.returncode == 2 and "Hub does not give it" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_nothing_is_unpickled_freely(tmp_path):
