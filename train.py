@@ -116,7 +116,7 @@ PRESETS = {
     "shakespeare-char-cpu": SHAKESPEARE_CHAR_CPU,
     "shakespeare-bundled": dataclasses.replace(  # assets/bundled/shakespeare, under 4 MB in float16
         SHAKESPEARE_CHAR_CPU, n_head=6, n_embd=192, block_size=256, batch_tokens=8 * 256, micro_batch=8,
-        max_steps=7000, learning_rate=3e-3, warmup_steps=100),
+        dropout=0.1, max_steps=4500, learning_rate=3e-3, warmup_steps=100),
     "pushkin-char": dataclasses.replace(SHAKESPEARE_CHAR, data=Path("data/tiny_pushkin_char")),
     "finetune": TrainConfig(
         data=Path("data/finetune"), init_from="bundled", batch_tokens=32 * 1024, micro_batch=8, max_steps=200,
