@@ -200,12 +200,12 @@ def train(config: TrainConfig, world: ddp.World):
 # Setting up
 
 def find_checkpoint(config: TrainConfig, run: Path) -> int | None:
-    """The step to go on from, None to start; refuses to start in a folder that holds a run."""
-    if config.resume == "auto":
-        return checkpoint.newest(run)
-    if checkpoint.steps(run):
-        raise UserError(f"{run} already holds a run: give this one another name with --run, or go on with --resume auto.")
-    return None
+    """The step to go on from, None to start. Refuses to start in a folder that holds a run, damaged or not."""
+    step = checkpoint.newest(run) if config.resume == "auto" else None
+    if step is None and checkpoint.steps(run):
+        reason = "none of its checkpoints is whole" if config.resume == "auto" else "--resume auto goes on with it"
+        raise UserError(f"{run} holds a run already ({reason}): give this one another name with --run.")
+    return step
 
 
 def build(config: TrainConfig, world: ddp.World) -> tuple[GPT, Tokenizer, TrainConfig]:
@@ -346,9 +346,12 @@ class Log:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
                 (run / name).unlink(missing_ok=True)  # of an attempt that saved no checkpoint
             checkpoint.write_json(run / "config.json", plain(config))
-        else:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self.append(name, event="resume", step=resumed)
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if not (run / name).read_bytes().endswith(b"\n"):  # the end of the run cut its last line off
+                with open(run / name, "a") as file:
+                    file.write("\n")
+            self.append(name, event="resume", step=resumed)
 
     def metrics(self, **values):
         self.append("metrics.jsonl", **values)
@@ -360,10 +363,8 @@ class Log:
         tqdm.write(f"step {step}: {text}\n")
 
     def append(self, name: str, **line):
-        path = self.run / name
-        torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"  # cut off while being written
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps({"time": round(time.time(), 3), **line}, ensure_ascii=False) + "\n")
+        with open(self.run / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **line}, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def command(tmp_path):
     """Runs one of the programs as a person does: command("train.py", "--help") -> the finished process."""
-    def run(program, *arguments, check=True, launcher=(), environment=()):
+    def run(program, *arguments, check=True, launcher=(), environment=(), typed=""):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **dict(environment)}
-        done = subprocess.run([sys.executable, *launcher, ROOT / program, *map(str, arguments)], cwd=tmp_path, text=True,
+        done = subprocess.run([sys.executable, *launcher, ROOT / program, *map(str, arguments)], cwd=tmp_path, input=typed,
                               encoding="utf-8", capture_output=True, timeout=300, env=environment, check=False)
         assert not check or done.returncode == 0, done.stderr
         return done

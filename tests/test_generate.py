@@ -1,10 +1,13 @@
 import math
+import re
 
 import pytest
 import torch
+import tyro
 from conftest import tiny_gpt
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+import generate
 from errors import UserError
 from generate import Engine, sample
 from tokenizer import CharTokenizer
@@ -171,3 +174,29 @@ def test_every_precision_writes(dtype):
     engine = Engine(model, CharTokenizer("\n abc"), dtype)
     assert engine.dtype == getattr(torch, dtype) and len(engine.generate("abc", max_new_tokens=30)[0]) == 30
     assert next(model.parameters()).dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command line
+
+def test_a_seed_prints_the_same_texts_each_time(command):
+    once, again = (command("generate.py", "-m", "bundled", "-p", "ROMEO:", "-n", 3, "--seed", 42).stdout for _ in range(2))
+    assert once == again
+    texts = once.removesuffix("\n").split("\n--------\n")
+    assert len(set(texts)) == 3 and all(text.startswith("ROMEO:") and len(text) == len("ROMEO:") + 256 for text in texts)
+
+
+def test_without_a_prompt_it_asks_for_prompts(command):
+    done = command("generate.py", "-m", "bundled", "--seed", 1, "--max-new-tokens", 20, typed="ROMEO:\nЯ\n")
+    assert re.fullmatch(r"\n> ROMEO:[^Я]{20}\n\n> Я[^Я]{20}\n\n> \n", done.stdout), done.stdout
+    assert "alphabet lacks" in done.stderr and done.stderr.count("seed 1") == 2
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--temperature", -1], "temperature is 0 or above"), (["--max-new-tokens", -5], "cannot be negative"),
+    (["-m", "bundled:none"], "no bundled model"), (["-m", "no/such/model"], "no file, folder or run"),
+    (["--device", "abacus"], "no device")])
+def test_bad_input_gets_one_sentence(arguments, sentence):
+    config = tyro.cli(generate.GenerateConfig, args=["-p", "x", *map(str, arguments)])
+    with pytest.raises(UserError, match=sentence):
+        generate.main(config)

@@ -135,12 +135,18 @@ def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
     assert metrics(run, "event", "step")[-1] == ("resume", 4)
     assert_same_run(tmp_path / "log" / "whole", run, tolerance=0)
 
+    for state in run.glob("state_*"):
+        (state / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="none of its checkpoints is whole"):
+        train_here("shakespeare-char", *TINY, "--run", "damaged")
+    assert (run / "metrics.jsonl").exists()
+
 
 def test_a_run_goes_on_only_as_it_was_started(data, capsys):
     train_here("shakespeare-char", *TINY)
     for change, sentence in (["--learning-rate", "0.5"], "learning_rate"), (["--n-layer", "2"], "n_layer"), \
             (["--dtype", "bfloat16"], "dtype"), \
-            (["--resume", "none"], "already holds a run"):
+            (["--resume", "none"], "holds a run already"):
         with pytest.raises(UserError, match=sentence):
             train_here("shakespeare-char", *TINY, *change)
     train_here("shakespeare-char", *TINY)
