@@ -1,7 +1,7 @@
 """The page: a GPT that goes on writing where you stop.
 
     python app.py                                            # http://127.0.0.1:7860, with the newest run or the bundled model
-    python app.py --model log/shakespeare-char --port 8000
+    python app.py --model log/shakespeare-char-cpu --port 8000
 
 It assembles the tabs of ui/; each asks the sampling engine. Nothing is loaded from, or reported to, anywhere else.
 """
@@ -18,7 +18,7 @@ import tyro
 import checkpoint
 from ddp import pick_device
 from errors import UserError, one_sentence
-from generate import DTYPES, Engine
+from generate import Dtype, Engine
 from ui import write
 
 
@@ -28,54 +28,50 @@ class AppConfig:
 
     model: str | None = None
     """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id; the newest run or `bundled` when not given."""
-    host: str = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    host: str = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Space sets these two
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     share: bool = False
     """Ask Gradio for a public link."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
-    dtype: DTYPES = "auto"
+    dtype: Dtype = "auto"
     """auto is bfloat16 on CUDA and float32 elsewhere."""
 
 
-class Models:
-    """The models that the page offers, by name; each is loaded when it is first asked for, and the last few stay."""
-
-    def __init__(self, config: AppConfig):
-        self.names = list(dict.fromkeys([
-            *filter(None, [config.model]), *checkpoint.runs(), *(f"bundled:{name}" for name in checkpoint.bundled())]))
-        if not self.names:
-            raise UserError("There is no model to show: train one, or name one with --model.")
-        self.load = functools.lru_cache(maxsize=2)(
-            lambda name: self._load(name, pick_device(config.device), config.dtype))
-
-    @staticmethod
-    def _load(name: str, device, dtype: str) -> tuple[Engine, dict]:
-        model, tokenizer, info = checkpoint.load_model(name, device)
-        return Engine(model, tokenizer, dtype), info
-
-    def engine(self, name: str) -> Engine:
-        return self.load(name)[0]
-
-    def describe(self, name: str) -> str:
-        engine, info = self.load(name)
-        step = f", step {info['step']:,}" if "step" in info else ""
-        return (f"{info['parameters'] / 1e6:,.1f} million parameters{step}, reads {engine.block_size:,} tokens at a time; "
-                f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}")
+@functools.lru_cache(maxsize=2)  # the last two models stay in memory
+def load(name: str, device: str, dtype: str) -> tuple[Engine, dict]:
+    model, tokenizer, info = checkpoint.load_model(name, pick_device(device))
+    return Engine(model, tokenizer, dtype), info
 
 
-def build(models: Models) -> gr.Blocks:
+def model_names(config: AppConfig) -> list[str]:
+    """The models that the page offers, the default first: the one asked for, the runs, the bundled ones."""
+    asked = [config.model] if config.model else []
+    names = [*asked, *checkpoint.list_runs(), *(f"bundled:{name}" for name in checkpoint.list_bundled())]
+    if not names:
+        raise UserError("There is no model to show: train one, or name one with --model.")
+    return list(dict.fromkeys(names))
+
+
+def describe(engine: Engine, info: dict) -> str:
+    step = f", step {info['step']:,}" if "step" in info else ""
+    return (f"{info['parameters'] / 1e6:,.1f} million parameters{step}, reads {engine.block_size:,} tokens at a time; "
+            f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}")
+
+
+def build(config: AppConfig) -> gr.Blocks:
     with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False) as page:
-        gr.Markdown("# GPT-2 From Scratch\nA small language model and the whole road to it, from raw text to this page, in plain "
-                    "PyTorch.")
-        write.build(models.names, models.engine, models.describe)
+        gr.Markdown("# GPT-2 From Scratch\nA small language model and the whole road to it, from raw text to this page, in "
+                    "plain PyTorch.")
+        write.build(model_names(config), engine=lambda name: load(name, config.device, config.dtype)[0],
+                    describe=lambda name: describe(*load(name, config.device, config.dtype)))
     return page
 
 
 def main(config: AppConfig, **launch_options) -> gr.Blocks:
     check_port(config.host, config.port)
-    page = build(Models(config))
+    page = build(config)
     page.queue(max_size=32)
     page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
                 run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False, **launch_options)

@@ -4,7 +4,7 @@
 
 A run is a folder `log/<run>/`. A checkpoint in it is a pair: `model_00250.pt`, which anyone can load, and
 `state_00250/`, which resuming needs besides. Each is written under a temporary name and renamed, the state last and
-with the checksums of both, so that a pair is either whole or not taken for one. Nothing is unpickled freely.
+with the checksums of both, so that a pair is either whole or ignored. Nothing is unpickled freely.
 """
 import dataclasses
 import json
@@ -17,14 +17,13 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from requests import RequestException
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
-from formats import load_huggingface
+from files import read_json, sha256, write_atomically, write_json
+from formats import build, load_huggingface
 from model import GPT
-from shards import sha256
 from tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "assets" / "bundled"
@@ -51,11 +50,11 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
     shutil.rmtree(state_path, ignore_errors=True)
     os.replace(temporary, state_path)
     best = read_json(run / "best.json")
-    if val_loss is not None and val_loss <= best.get("val_loss", float("inf")):
+    if val_loss <= best.get("val_loss", float("inf")):
         write_json(run / "best.json", best := {"step": step, "val_loss": val_loss})
-    for old in steps(run)[:-KEEP]:
+    for old in saved_steps(run)[:-KEEP]:
         shutil.rmtree(run / f"state_{old:05d}")
-    kept = {*steps(run), best.get("step")}
+    kept = {*saved_steps(run), best.get("step")}
     for path in run.glob("model_*.pt"):
         if step_of(path) not in kept:
             path.unlink()
@@ -63,7 +62,7 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
 
 def newest(run: Path) -> int | None:
     """The step of the run's newest checkpoint whose two halves are whole, or None where there is none."""
-    for step in reversed(steps(run)):
+    for step in reversed(saved_steps(run)):
         folder = run / f"state_{step:05d}"
         try:
             stated = json.loads((folder / "state.json").read_text())["sha256"]
@@ -83,28 +82,13 @@ def load_state(run: Path, step: int) -> tuple[dict, dict[str, torch.Tensor], dic
             json.loads((folder / "state.json").read_text())["config"])
 
 
-def steps(run: Path) -> list[int]:
+def saved_steps(run: Path) -> list[int]:
+    """The steps of the run's checkpoints, whole or not, the oldest first."""
     return sorted(step_of(path) for path in run.glob("state_*") if re.fullmatch(r"state_\d+", path.name))
 
 
 def step_of(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
-
-
-def write_atomically(path: Path, write):
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: dict):
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -120,7 +104,7 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
     path = find_model(name)
     if path.suffix == ".pt":
         checkpoint = read_checkpoint(path)
-        model, tokenizer = build_model(checkpoint, path)
+        model, tokenizer = build(checkpoint["config"], checkpoint["model"], path), load_tokenizer(checkpoint["tokenizer"])
         info = {"step": checkpoint["step"], "val_loss": checkpoint["val_loss"]}
     else:
         model, tokenizer = load_huggingface(path)
@@ -132,10 +116,10 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
 def find_model(name: str | Path | None) -> Path:
     """The `.pt` file or Hugging Face folder that `name` means (see `load_model`)."""
     if name is None:
-        name = next(iter(runs()), "bundled")
+        name = next(iter(list_runs()), "bundled")
     name = str(name)
     if name == "bundled" or name.startswith("bundled:"):
-        there = bundled()
+        there = list_bundled()
         wanted = name.partition(":")[2] or next(iter(there), "")
         if wanted not in there:
             raise UserError(f"There is no bundled model {wanted!r}; there are: {', '.join(there) or 'none'}.")
@@ -144,18 +128,20 @@ def find_model(name: str | Path | None) -> Path:
     if path.suffix == ".safetensors" and path.is_file():
         return path.parent
     if path.is_file():
+        if path.suffix != ".pt":
+            raise UserError(f"{path} is no model: models are .pt files, .safetensors files and folders.")
         return path
     if path.is_dir():
         return best_of(path) if any(path.glob("model_*.pt")) else path
     return download(name)
 
 
-def bundled() -> list[str]:
+def list_bundled() -> list[str]:
     """Names of the bundled models, the default first."""
     return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
 
 
-def runs() -> list[str]:
+def list_runs() -> list[str]:
     """The runs under log/ that have a model, the newest first."""
     newest_model = {run: max((path.stat().st_mtime for path in run.glob("model_*.pt")), default=0) for run in LOG.glob("*")}
     return [str(run) for run in sorted(newest_model, key=newest_model.get, reverse=True) if newest_model[run]]
@@ -170,14 +156,12 @@ def best_of(run: Path) -> Path:
 def download(name: str) -> Path:
     """A model of the Hugging Face Hub, in huggingface_hub's cache: only the files that Hugging Face's layout names."""
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", "model.safetensors",
-                                                                            "tokenizer.json", "tokenizer_config.json"]))
+        return Path(huggingface_hub.snapshot_download(
+            name, allow_patterns=["config.json", "model.safetensors", "tokenizer.json", "vocab.json"]))
     except HFValidationError:
         reason = "and it cannot be the name of a model on the Hugging Face Hub"
-    except HfHubHTTPError as error:
-        reason = f"and the Hugging Face Hub does not give it ({type(error).__name__})"
-    except (OSError, RequestException) as error:
-        reason = f"and the Hugging Face Hub could not be asked ({type(error).__name__})"
+    except Exception as error:  # whatever its HTTP library of the day raises
+        reason = f"and the Hugging Face Hub did not give it ({type(error).__name__})"
     raise UserError(f"There is no file, folder or run {name!r}, {reason}.")
 
 
@@ -191,14 +175,3 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not fields <= set(checkpoint) or checkpoint["format"] != 1:
         raise UserError(f"{path} is no checkpoint of this program (format 1).")
     return checkpoint
-
-
-def build_model(checkpoint: dict, path: Path) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a checkpoint; the weights must fit its configuration."""
-    with torch.device("meta"):
-        model = GPT(checkpoint["config"])
-    try:
-        model.load_state_dict(checkpoint["model"], assign=True)
-    except RuntimeError:
-        raise UserError(f"The weights in {path} do not fit the configuration beside them.") from None
-    return model, load_tokenizer(checkpoint["tokenizer"])

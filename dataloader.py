@@ -18,6 +18,8 @@ from shards import Shards
 
 
 class DataLoader:
+    """The batches of one split, of `batch_size` sequences over all ranks; raises UserError where they cannot be had."""
+
     def __init__(self, data, split: str, batch_size: int, block_size: int, seed: int = 0, rank: int = 0, world: int = 1):
         self.shards = Shards(data, split)
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
@@ -51,7 +53,10 @@ class DataLoader:
         return indices
 
 
-def permute(places: np.ndarray, n: int, key: str, rounds: int = 6) -> np.ndarray:
+FEISTEL_ROUNDS = 6
+
+
+def permute(places: np.ndarray, n: int, key: str) -> np.ndarray:
     """Where a permutation of range(n), chosen by `key`, sends `places`: in constant memory for any n.
 
     A Feistel network permutes the smallest 2^(2h) >= n; what lands past n walks on until it lands below
@@ -59,7 +64,7 @@ def permute(places: np.ndarray, n: int, key: str, rounds: int = 6) -> np.ndarray
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     low = np.uint64(2**half - 1)
-    keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), dtype="<u8")[:rounds]
+    keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), dtype="<u8")[:FEISTEL_ROUNDS]
     out, walking = places.astype(np.uint64), np.ones(len(places), dtype=bool)
     while walking.any():
         left, right = out[walking] >> np.uint64(half), out[walking] & low

@@ -18,6 +18,7 @@ from errors import UserError
 
 @dataclasses.dataclass
 class World:
+    """The processes of a run: which of `size` this one is, and the device it computes on."""
     rank: int
     size: int
     device: torch.device
@@ -29,7 +30,7 @@ class World:
 
 
 @contextlib.contextmanager
-def world(device: str = "auto"):
+def join_world(device: str = "auto"):
     """Joins the processes that torchrun started, for the length of a `with`: NCCL on GPUs, gloo elsewhere."""
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -66,17 +67,12 @@ def wrap(model, world: World):
 
 
 def sum_over_ranks(world: World, *values: float) -> list[float]:
-    """Each value summed over all ranks, in float64 (float32 on mps)."""
+    """Each value summed over all ranks, in float64."""
     if world.size == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
     return total.tolist()
-
-
-def wait_for_all(world: World):
-    if world.size > 1:
-        dist.barrier()
 
 
 def seed_of(*parts) -> int:

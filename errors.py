@@ -1,5 +1,6 @@
 """What every command line here shares: a person's mistake ends in one sentence, a bug in a traceback."""
 import contextlib
+import os
 import sys
 
 
@@ -9,12 +10,17 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_sentence():
-    """Turns a `UserError` into `error: …` on stderr and exit code 2, Ctrl-C into 130."""
+    """Turns a `UserError` into `error: …` on stderr and exit code 2, Ctrl-C into 130, a closed pipe into 141."""
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have made the same mistake
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # say, `python generate.py … | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

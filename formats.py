@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
+from files import write_json
 from model import GPT, GPTConfig
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -21,7 +22,7 @@ FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights":
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
 
-def huggingface_config(model: GPT, tokenizer, dtype: torch.dtype) -> dict:
+def huggingface_config(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> dict:
     c = model.config
     return {"architectures": ["GPT2LMHeadModel"], **FIXED, "activation_function": c.activation,
             "vocab_size": tokenizer.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size,
@@ -44,36 +45,44 @@ def from_huggingface(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
 
 
-def save_huggingface(folder, model: GPT, tokenizer, dtype: torch.dtype = torch.float16):
-    """Writes config.json, model.safetensors, generation_config.json and the tokenizer's files into `folder`."""
+def save_huggingface(folder, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float16):
+    """Writes config.json, model.safetensors, generation_config.json and the tokenizer's files into `folder`, over any."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = to_huggingface(model.state_dict(), tokenizer.vocab_size)
     save_file({name: w.detach().cpu().to(dtype).contiguous() for name, w in weights.items()},
               folder / "model.safetensors", metadata={"format": "pt"})
-    tokens = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-    for name, content in (("config.json", huggingface_config(model, tokenizer, dtype)),
-                          ("generation_config.json", {"do_sample": True, **tokens})):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / "config.json", huggingface_config(model, tokenizer, dtype))
+    write_json(folder / "generation_config.json",
+               {"do_sample": True, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot})
     tokenizer.save(folder)
 
 
-def load_huggingface(folder) -> tuple[GPT, object]:
+def load_huggingface(folder) -> tuple[GPT, Tokenizer]:
     """(GPT in float32, tokenizer) of a folder in Hugging Face's layout. Raises UserError where it is no GPT-2."""
     folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no model folder: it has no {name}.")
     try:
-        c = json.loads((folder / "config.json").read_text())
+        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for key, ours in FIXED.items():
             if c.get(key, ours) != ours:
                 raise UserError(f"{folder} is no GPT-2 as this program runs it: its {key} is {c[key]!r}, not {ours!r}.")
         config = GPTConfig(block_size=c["n_positions"], vocab_size=c["vocab_size"], n_layer=c["n_layer"],
                            n_head=c["n_head"], n_embd=c["n_embd"], activation=c.get("activation_function", "gelu_new"))
+        state = {name: w.float() for name, w in from_huggingface(load_file(folder / "model.safetensors")).items()}
+    except (ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        raise UserError(f"The files in {folder} are damaged or no GPT-2's ({type(error).__name__}: {error}).") from None
+    return build(config, state, folder), load_tokenizer(folder)
+
+
+def build(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
+    """The model of a configuration with these weights, which become its own. Raises UserError where they do not fit."""
+    try:
         with torch.device("meta"):
             model = GPT(config)
-        state = {name: w.float() for name, w in from_huggingface(load_file(folder / "model.safetensors")).items()}
         model.load_state_dict(state, assign=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is no model folder: {Path(error.filename).name} is missing.") from None
-    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"The model in {folder} is damaged or no GPT-2: {str(error).splitlines()[0]}.") from None
-    return model, load_tokenizer(folder)
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"The weights and the configuration in {source} do not fit each other.") from None
+    return model

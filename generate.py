@@ -1,7 +1,7 @@
 """The sampling engine: a model and its tokenizer in, text out as it is made.
 
     python generate.py -p "ROMEO:" -n 3 --seed 42            # without -p: interactive
-    python generate.py -m log/shakespeare-char --temperature 0.8 --top-k 50
+    python generate.py -m log/shakespeare-char-cpu --temperature 0.8 --top-k 50
 
     engine = Engine(*load_model("bundled")[:2])
     for piece in engine.stream("ROMEO:", max_new_tokens=200, seed=42):
@@ -28,22 +28,22 @@ from errors import UserError, one_sentence
 from model import GPT, KVCache
 from tokenizer import Tokenizer
 
-DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def sample(logits, uniform, temperature=1.0, top_k=None, top_p=1.0):
-    """One token id for each row of logits (B, V), drawn where `uniform` (B,) in [0, 1) cuts its distribution; (B,).
+    """One token id for each row of logits (B, V), by inverting its distribution at `uniform` (B,) in [0, 1); (B,).
 
     Temperature first, then the top_k likeliest, then the fewest of those that hold top_p of the probability
     (Holtzman et al. 2019). Temperature 0 takes the likeliest.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double() / temperature
+    logits = logits.to(uniform.device, torch.float64) / temperature
     ids = None
     if top_k or top_p < 1:
         k = min(top_k or logits.size(-1), logits.size(-1))
-        logits, ids = logits.topk(k)  # (B, k), the likeliest first
+        logits, ids = logits.topk(k)  # (B, k), likeliest first
     probs = logits.softmax(-1)
     if top_p < 1:
         probs = probs.where(probs.cumsum(-1) - probs < top_p, 0)
@@ -55,7 +55,7 @@ def sample(logits, uniform, temperature=1.0, top_k=None, top_p=1.0):
 class Engine:
     """Samples from a model and scores texts with it. `dtype` "auto" is bfloat16 on CUDA and float32 elsewhere."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: DTYPES = "auto"):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: Dtype = "auto"):
         self.tokenizer, self.block_size = tokenizer, model.config.block_size
         parameter = next(model.parameters())
         self.device = parameter.device
@@ -75,11 +75,20 @@ class Engine:
             notices.append(f"The model's alphabet lacks these characters, which became spaces or were left out: {unknown}")
         ids = self.tokenizer.encode(prompt)
         if len(ids) > self.block_size:
-            notices.append(f"The prompt has {len(ids):,} tokens and the model reads {self.block_size:,}: it was given the last.")
+            notices.append(f"The prompt has {len(ids):,} tokens, the model reads {self.block_size:,}: only its end was used.")
             ids = ids[-self.block_size:]
-        if not ids:
-            ids = [self.tokenizer.eot] if self.tokenizer.eot is not None else self.tokenizer.encode("\n") or [0]
-        return ids, notices
+        if not ids and self.tokenizer.eot is None:
+            ids = self.tokenizer.encode(self.tokenizer.replace_unknown("\n")[0]) or [0]
+        return ids or [self.tokenizer.eot], notices
+
+    def prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        """The ids of a prompt that may be ids already; what `encode` has to say of a text goes out as a warning."""
+        if not isinstance(prompt, str):
+            return prompt
+        ids, notices = self.encode(prompt)
+        for notice in notices:
+            warnings.warn(notice, stacklevel=3)
+        return ids
 
     def stream(self, prompt: str | list[int], **sampling) -> Iterator[str]:
         """The continuation of a prompt (text, or ids from `encode`), piece by piece.
@@ -87,7 +96,7 @@ class Engine:
         One piece a token, empty while a character is unfinished. For the options see `tokens`.
         """
         decode = self.tokenizer.stream_decoder()
-        for (token,) in self.tokens(prompt, **sampling):
+        for (token,) in self.tokens(self.prompt_ids(prompt), **sampling):
             yield decode([token])
         if rest := decode([], final=True):
             yield rest
@@ -95,62 +104,55 @@ class Engine:
     def generate(self, prompt: str | list[int], n: int = 1, **sampling) -> list[str]:
         """n finished continuations of one prompt, without it; they share its prefill and differ in their random draws."""
         samples = [[] for _ in range(n)]
-        for step in self.tokens(prompt, n=n, **sampling):
+        for step in self.tokens(self.prompt_ids(prompt), n=n, **sampling):
             for ids, token in zip(samples, step):
                 if token is not None:
                     ids.append(token)
         return [self.tokenizer.decode(ids) for ids in samples]
 
     @torch.inference_mode()
-    def tokens(self, prompt: str | list[int], n: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
+    def tokens(self, ids: list[int], n: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
                top_k: int | None = None, top_p: float = 1.0, seed: int | None = None) -> Iterator[list[int | None]]:
-        """Samples n continuations token by token: at each step their n new ids, None for one that has ended.
+        """Samples n continuations of the ids token by token: at each step their n new ids, None for one that has ended.
 
         Sample i draws from its own random stream, that of (seed, i); no seed is a random one. A sample ends at
         `<|endoftext|>`, which it does not contain, or after max_new_tokens. Raises UserError for values out of range.
         """
         check_sampling(n, max_new_tokens, temperature, top_k, top_p)
+        if max_new_tokens == 0:
+            return
         seed = secrets.randbits(32) if seed is None else seed
         randoms = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(n)]
         ended = [False] * n
-        window = torch.tensor([self.given(prompt)], device=self.device)  # (1, t): what the model has been given
+        window = torch.tensor([ids], device=self.device)  # (1, t): what the model has been given
         x, cache = self.prefill(window, max_new_tokens)
         x, cache, window = x.repeat(n, 1), cache.repeat(n), window.repeat(n, 1)
-        for new in range(1, max_new_tokens + 1):
+        for left in range(max_new_tokens, 0, -1):
             uniform = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in randoms])
-            token = sample(self.logits(x), uniform.to(self.device), temperature, top_k, top_p)  # (n,)
-            ids = token.tolist()
-            ended = [over or i == self.tokenizer.eot for over, i in zip(ended, ids)]
+            chosen = sample(self.logits(x), uniform, temperature, top_k, top_p).tolist()
+            ended = [over or i == self.tokenizer.eot for over, i in zip(ended, chosen)]
             if all(ended):
                 return
-            yield [None if over else i for over, i in zip(ended, ids)]
-            if new == max_new_tokens:
-                return
-            window = torch.cat([window, token[:, None]], dim=1)
+            yield [None if over else i for over, i in zip(ended, chosen)]
+            if left == 1:
+                return  # nobody needs the logits that follow
+            token = torch.tensor(chosen, device=self.device)[:, None]  # (n, 1)
+            window = torch.cat([window, token], dim=1)
             if cache.length < self.block_size:
-                x = self.model.hidden(token[:, None], cache)[:, -1]
+                x = self.model.hidden(token, cache)[:, -1]
             else:
                 window = window[:, -max(1, self.block_size // 2):]
-                x, cache = self.prefill(window, max_new_tokens - new)
+                x, cache = self.prefill(window, left - 1)
 
     def prefill(self, window, new_tokens: int):
         """The last hidden state (B, n_embd) of window (B, t), and a cache of it with room for new_tokens more."""
         room = min(self.block_size, window.size(1) + new_tokens)
-        cache = KVCache(self.model.config, window.size(0), room, device=self.device, dtype=self.dtype)
+        cache = KVCache.empty(self.model.config, window.size(0), room, device=self.device, dtype=self.dtype)
         return self.model.hidden(window, cache)[:, -1], cache
 
     def logits(self, x):
-        """float32 logits of the tokenizer's own ids: the model's padding ids are never sampled nor scored."""
+        """float32 logits (…, tokenizer.vocab_size) of x (…, n_embd): padding ids are never sampled nor scored."""
         return self.model.logits(x)[..., :self.tokenizer.vocab_size].float()
-
-    def given(self, prompt: str | list[int]) -> list[int]:
-        """The prompt's ids; what `encode` has to say of a text goes out as a warning."""
-        if not isinstance(prompt, str):
-            return prompt
-        ids, notices = self.encode(prompt)
-        for notice in notices:
-            warnings.warn(notice, stacklevel=4)
-        return ids
 
     def score(self, text: str) -> list[float | None]:
         """The log-probability (nats) of each token of a text given those before it.
@@ -163,22 +165,21 @@ class Engine:
     def inspect(self, text: str, top: int = 10) -> list[dict]:
         """Token by token what the model made of a text: `id`, `text`, `logprob`, and `top`, its likeliest choices
         there as (text, logprob) pairs. A text past the context is read in windows that overlap by half."""
-        ids = self.tokenizer.encode(self.tokenizer.replace_unknown(text)[0])
+        ids = self.tokenizer.encode(text)
         decode = self.tokenizer.decode
         tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
-        given = 0 if self.tokenizer.eot is None else 1  # <|endoftext|> goes before the text
-        if given:
-            ids = [self.tokenizer.eot, *ids]
+        before = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
+        ids = before + ids
         done = 1  # ids[done:] are still to be scored
         while done < len(ids):
-            start = 0 if done < self.block_size else done - self.block_size // 2
+            start = 0 if done < self.block_size else done - max(1, self.block_size // 2)
             window = torch.tensor([ids[start:start + self.block_size]], device=self.device)  # (1, t)
             stop = min(start + self.block_size + 1, len(ids))
             logprobs = self.logits(self.model.hidden(window)[0, done - 1 - start:stop - 1 - start]).log_softmax(-1)
             best = logprobs.topk(min(top, self.tokenizer.vocab_size))
             for row, i in enumerate(range(done, stop)):
-                tokens[i - given]["logprob"] = logprobs[row, ids[i]].item()
-                tokens[i - given]["top"] = [(decode([j]), p) for j, p in
+                tokens[i - len(before)]["logprob"] = logprobs[row, ids[i]].item()
+                tokens[i - len(before)]["top"] = [(decode([j]), p) for j, p in
                                             zip(best.indices[row].tolist(), best.values[row].tolist())]
             done = stop
         return tokens
@@ -221,7 +222,7 @@ class GenerateConfig:
     """The same seed gives the same text; a random one, which is printed, when not given."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
-    dtype: DTYPES = "auto"
+    dtype: Dtype = "auto"
     """auto is bfloat16 on CUDA and float32 elsewhere."""
 
 
@@ -236,7 +237,8 @@ def main(config: GenerateConfig):
         try:
             prompt = input("\n> ")
         except EOFError:
-            return print()
+            print()
+            return
         complete(engine, prompt, config)
 
 

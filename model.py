@@ -17,9 +17,12 @@ import torch.nn.functional as F
 
 from errors import UserError
 
+ACTIVATIONS = {"gelu_new": nn.GELU(approximate="tanh"), "gelu": nn.GELU()}
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(frozen=True)
 class GPTConfig:
+    """The sizes of a model. Raises UserError for sizes that no model can have."""
     block_size: int = 1024  # longest context, tokens
     vocab_size: int = 50257  # 50304, a multiple of 128, when training from scratch with GPT-2's tokenizer
     n_layer: int = 12
@@ -28,26 +31,35 @@ class GPTConfig:
     dropout: float = 0.0
     activation: str = "gelu_new"  # the tanh approximation; "gelu" is the exact one, as in nanoGPT's checkpoints
 
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UserError(f"{name} is a whole number of at least 1, not {getattr(self, name)!r}.")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} does not divide into {self.n_head} heads.")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is at least 0 and below 1, not {self.dropout!r}.")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"activation is one of {', '.join(ACTIVATIONS)}, not {self.activation!r}.")
+
 
 # GPT-2's four sizes, and the eight of the GPT-3 paper (arXiv 2005.14165, table 2.1). Two rows of that table contradict
-# themselves, n_head * d_head being 3072 for XL's d_model of 2048 and 5120 for 13B's 5140. We follow d_model, which is
-# what the stated totals need, with the number of heads whose size comes nearest to the table's 128 and divides d_model.
+# themselves: n_head * d_head is 3072 for XL's d_model of 2048, and 5120 for 13B's 5140. We follow d_model, which the
+# stated totals need: XL has 16 heads of the table's size 128, and 13B 20 heads of 257, as 40 do not divide 5140.
 SIZES = {
     "gpt2": GPTConfig(),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
-    "gpt3-small": GPTConfig(2048, n_layer=12, n_head=12, n_embd=768),
-    "gpt3-medium": GPTConfig(2048, n_layer=24, n_head=16, n_embd=1024),
-    "gpt3-large": GPTConfig(2048, n_layer=24, n_head=16, n_embd=1536),
-    "gpt3-xl": GPTConfig(2048, n_layer=24, n_head=16, n_embd=2048),  # the table has 24 heads
-    "gpt3-2.7b": GPTConfig(2048, n_layer=32, n_head=32, n_embd=2560),
-    "gpt3-6.7b": GPTConfig(2048, n_layer=32, n_head=32, n_embd=4096),
-    "gpt3-13b": GPTConfig(2048, n_layer=40, n_head=20, n_embd=5140),  # the table has 40 heads
-    "gpt3-175b": GPTConfig(2048, n_layer=96, n_head=96, n_embd=12288),
+    "gpt3-small": GPTConfig(block_size=2048, n_layer=12, n_head=12, n_embd=768),
+    "gpt3-medium": GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1024),
+    "gpt3-large": GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=1536),
+    "gpt3-xl": GPTConfig(block_size=2048, n_layer=24, n_head=16, n_embd=2048),
+    "gpt3-2.7b": GPTConfig(block_size=2048, n_layer=32, n_head=32, n_embd=2560),
+    "gpt3-6.7b": GPTConfig(block_size=2048, n_layer=32, n_head=32, n_embd=4096),
+    "gpt3-13b": GPTConfig(block_size=2048, n_layer=40, n_head=20, n_embd=5140),
+    "gpt3-175b": GPTConfig(block_size=2048, n_layer=96, n_head=96, n_embd=12288),
 }
-
-ACTIVATIONS = {"gelu_new": nn.GELU(approximate="tanh"), "gelu": nn.GELU()}
 
 
 class CausalSelfAttention(nn.Module):
@@ -57,15 +69,16 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, kv=None, start=0, mask=None):
+    def forward(self, x, kv=None, start=0):
+        """x (B, T, C) -> (B, T, C). With kv (2, B, nh, max length, hs), whose first `start` places are filled: the T
+        places that follow are filled too, and attended to with what is before them."""
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for y in self.c_attn(x).split(C, dim=2))
-        if kv is not None:  # (2, B, nh, length, hs)
+        if kv is not None:
             kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
             k, v = kv[:, :, :, :start + T]  # (B, nh, start + T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -90,38 +103,33 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, kv=None, start=0, mask=None):
-        x = x + self.attn(self.ln_1(x), kv, start, mask)
+    def forward(self, x, kv=None, start=0):
+        x = x + self.attn(self.ln_1(x), kv, start)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))
 
 
+@dataclasses.dataclass
 class KVCache:
-    """Keys and values of the tokens a model has seen: `kv` (n_layer, 2, B, n_head, max_length, head size).
+    """Keys and values of the tokens a model has seen; the first `length` places are filled, for each of B sequences."""
+    kv: torch.Tensor  # (n_layer, 2, B, n_head, max_length, head size)
+    length: int = 0
 
-    `length` tokens of it are filled, the same number for each of the B sequences.
-    """
-
-    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, **tensor_options):
-        self.kv = torch.empty(config.n_layer, 2, batch_size, config.n_head, max_length,
-                              config.n_embd // config.n_head, **tensor_options)
-        self.length = 0
+    @classmethod
+    def empty(cls, config: GPTConfig, batch_size: int, max_length: int, **tensor_options) -> "KVCache":
+        return cls(torch.empty(config.n_layer, 2, batch_size, config.n_head, max_length, config.n_embd // config.n_head,
+                               **tensor_options))
 
     def repeat(self, n: int) -> "KVCache":
-        """A cache of n copies of this one's single sequence, so that n samples share one prefill."""
-        copy = object.__new__(KVCache)
-        copy.kv, copy.length = self.kv.repeat(1, 1, n, 1, 1, 1), self.length
-        return copy
+        """n copies of this cache's single sequence, so that n samples share one prefill."""
+        return self if n == 1 else KVCache(self.kv.repeat(1, 1, n, 1, 1, 1), self.length)
 
 
 class GPT(nn.Module):
-    """The model of a `GPTConfig`, or of a mapping with its fields, with GPT-2's initial weights.
-
-    Raises UserError for a configuration that no model can have.
-    """
+    """The model of a `GPTConfig`, or of a mapping with its fields, with GPT-2's initial weights."""
 
     def __init__(self, config: GPTConfig | Mapping):
         super().__init__()
-        self.config = config = check_config(config)
+        self.config = config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -143,18 +151,21 @@ class GPT(nn.Module):
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
     def hidden(self, idx, cache: KVCache | None = None):
-        """Final hidden states (B, T, n_embd) of idx (B, T); with a cache, of the T tokens that follow those in it."""
+        """Final hidden states (B, T, n_embd) of idx (B, T).
+
+        An empty cache takes in the T tokens, a filled one the single token that follows (T = 1). Raises ValueError for
+        more tokens than the context or the cache holds.
+        """
         T, start = idx.size(1), cache.length if cache else 0
         if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens are more than the model's context of {self.config.block_size}")
-        mask = None
-        if start and T > 1:  # each of the T sees all of the cache and what came before it among the T
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+            raise ValueError(f"{start + T} tokens are more than the model's context of {self.config.block_size}.")
+        if start and T > 1:
+            raise ValueError("A filled cache takes one token at a time.")
         gpt = self.transformer
         x = gpt.wte(idx) + gpt.wpe.weight[start:start + T]
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(gpt.h):
-            x = block(x, cache.kv[i] if cache else None, start, mask)
+            x = block(x, cache.kv[i] if cache else None, start)
         if cache:
             cache.length += T
         return gpt.ln_f(x)
@@ -165,22 +176,3 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
-
-
-def check_config(config: GPTConfig | Mapping) -> GPTConfig:
-    """The GPTConfig that `config` is or describes; UserError where it cannot be built."""
-    if isinstance(config, Mapping):
-        unknown = set(config) - {field.name for field in dataclasses.fields(GPTConfig)}
-        if unknown:
-            raise UserError(f"A GPT's configuration has no {', '.join(sorted(map(str, unknown)))}.")
-        config = GPTConfig(**config)
-    sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
-    if not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise UserError(f"Every size in a GPT's configuration is a positive whole number, not as in {config}.")
-    if config.n_embd % config.n_head:
-        raise UserError(f"n_embd {config.n_embd} does not divide into {config.n_head} heads.")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"dropout is at least 0 and below 1, not {config.dropout}.")
-    if config.activation not in ACTIVATIONS:
-        raise UserError(f"activation is one of {', '.join(ACTIVATIONS)}, not {config.activation!r}.")
-    return config

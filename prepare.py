@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from errors import UserError, one_sentence
-from shards import ShardWriter, sha256
+from files import sha256
+from shards import ShardWriter
 from tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
 # Texts with a name: where each comes from (None: no public address known) and the sha256 of the file.
-NAMES = {
+NAMED_TEXTS = {
     "tiny_shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                          "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "tiny_pushkin": (None, "7c6c4d79cfa665fdad789ea74c48b7f9fa4a6e79f8ce63d1f71343c05716e90e"),
@@ -37,7 +38,7 @@ class PrepareConfig:
     source: tyro.conf.Positional[str]
     """tiny_shakespeare, tiny_pushkin, or a text file."""
     tokenizer: str = "char"
-    """char (an id for each character of the text), gpt2, or a model (under any of its names) whose tokenizer it is to be."""
+    """char (an id for each character of the text), gpt2, or a model, under any of its names, whose tokenizer is used."""
     text: Path | None = None
     """The file that holds a named text, where there is no network."""
     out: Path | None = None
@@ -47,7 +48,7 @@ class PrepareConfig:
 def main(config: PrepareConfig):
     path = find_text(config.source, config.text)
     text = read_text(path)
-    name = config.source if config.source in NAMES else path.stem
+    name = Path(config.source).stem
     out = config.out or DATA / f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '-', config.tokenizer)}"
     tokenizer = choose_tokenizer(config.tokenizer, text)
     text, unknown = tokenizer.replace_unknown(text)
@@ -66,6 +67,7 @@ def main(config: PrepareConfig):
 
 
 def choose_tokenizer(name: str, text: str) -> Tokenizer:
+    """The tokenizer that --tokenizer names; `char` takes its alphabet from the text."""
     if name == "char":
         return CharTokenizer("".join(sorted(set(text))))
     return load_tokenizer("gpt2") if name == "gpt2" else load_model(name)[1]
@@ -73,13 +75,15 @@ def choose_tokenizer(name: str, text: str) -> Tokenizer:
 
 def find_text(source: str, text: Path | None) -> Path:
     """The text file that `source` names, downloaded where it has an address and `text` is not given."""
-    if text is None and source in NAMES:
+    if text is None and source in NAMED_TEXTS:
         return download(source)
     path = text or Path(source)
+    if text and source in NAMED_TEXTS and text.is_file() and sha256(text) != NAMED_TEXTS[source][1]:
+        print(f"{text} is not the {source} that others use: losses will not compare.")
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a text file in it.")
     if not path.exists():
-        known = "" if text else f", and no known text (those are {', '.join(NAMES)})"
+        known = "" if text else f", and no known text (those are {', '.join(NAMED_TEXTS)})"
         raise UserError(f"There is no file {path}{known}.")
     return path
 
@@ -96,7 +100,7 @@ def read_text(path: Path) -> str:
 
 def download(name: str) -> Path:
     """Fetches a named text into data/downloads, checks it, and returns its path; later calls find it there."""
-    url, expected = NAMES[name]
+    url, expected = NAMED_TEXTS[name]
     path = DATA / "downloads" / f"{name}.txt"
     if path.exists() and sha256(path) == expected:
         return path

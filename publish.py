@@ -1,6 +1,6 @@
 """Puts a model into the form that others open.
 
-    python publish.py export log/shakespeare-char my_model   # Hugging Face's layout, float16
+    python publish.py export log/shakespeare-char-cpu my_model   # Hugging Face's layout, float16
 """
 from pathlib import Path
 from typing import Literal

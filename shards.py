@@ -9,22 +9,21 @@ Shards that others wrote are read in place: build-nanogpt's `.npy`, llm.c's and 
 1024-byte header, nanoGPT's raw `train.bin` and `val.bin`.
 """
 import bisect
-import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
 from errors import UserError
+from files import sha256, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32, of them magic, version, number of tokens
 
 
 class ShardWriter:
-    """Writes the shards of one corpus into `folder`, each under a temporary name first, and the manifest last.
+    """Writes the shards of one corpus into `folder`, and the manifest last.
 
     An earlier output of the same name is replaced. Raises UserError for a folder that holds anything else.
     """
@@ -32,12 +31,12 @@ class ShardWriter:
     def __init__(self, folder, name: str, tokenizer, source: dict):
         self.folder, self.name = Path(folder), name
         self.folder.mkdir(parents=True, exist_ok=True)
-        earlier = re.compile(re.escape(name) + r"_(train|val)_\d{6}\.(npy|tmp)|manifest\.(json|tmp)")
+        earlier = re.compile(rf"({re.escape(name)}_(train|val)_\d{{6}}\.npy|manifest\.json)(\.tmp)?")
         foreign = [path.name for path in self.folder.iterdir() if not earlier.fullmatch(path.name)]
         if foreign:
-            raise UserError(f"{folder} holds other files than shards of {name} ({foreign[0]}): choose another folder with --out.")
-        # The manifest goes first and comes last: without it a folder counts as unfinished.
-        for path in sorted(self.folder.iterdir()):
+            raise UserError(f"{folder} holds files that are not shards of {name} ({foreign[0]}): choose another folder "
+                            "with --out.")
+        for path in sorted(self.folder.iterdir()):  # the manifest first: without it a folder counts as unfinished
             path.unlink()
         self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         self.manifest = {"format": 1, "name": name, "source": source, "tokenizer": tokenizer.to_dict(), "shards": []}
@@ -46,56 +45,50 @@ class ShardWriter:
         """Adds one shard of `split` ("train" or "val") with these token ids."""
         shards = self.manifest["shards"]
         path = self.folder / f"{self.name}_{split}_{len(shards):06d}.npy"
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            np.save(file, np.asarray(tokens, dtype=self.dtype))
-        os.replace(path.with_suffix(".tmp"), path)
+
+        def save(temporary):
+            with open(temporary, "wb") as file:
+                np.save(file, np.asarray(tokens, dtype=self.dtype))
+        write_atomically(path, save)
         shards.append({"file": path.name, "split": split, "documents": documents, "tokens": len(tokens),
                        "sha256": sha256(path)})
 
     def close(self):
-        path = self.folder / MANIFEST
-        path.with_suffix(".tmp").write_text(json.dumps(self.manifest, ensure_ascii=False, indent=1) + "\n",
-                                            encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        write_json(self.folder / MANIFEST, self.manifest)
 
 
 class Shards:
     """The tokens of one split as one stream: `len()` of them, `read(start, stop)` from anywhere.
 
-    Raises UserError where the folder has no such shards or one of them is cut off.
+    Raises UserError where the folder has no such shards, or one of them is missing or cut off.
     """
 
     def __init__(self, folder, split: str):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        files = sorted(p for pattern in ("*_{}_*.npy", "*_{}_*.bin", "{}.bin")
-                       for p in self.folder.glob(pattern.format(split)))
+        folder = Path(folder)
+        stated = {folder / shard["file"]: shard["tokens"] for shard in read_manifest(folder).get("shards", ())
+                  if shard["split"] == split}
+        theirs = re.compile(rf".*_{split}_\d+\.(npy|bin)|{split}\.bin")  # without a manifest: shards of others
+        files = list(stated) or sorted(path for path in folder.glob("*") if theirs.fullmatch(path.name))
         if not files:
-            raise UserError(f"{self.folder} holds no {split} shards; `python prepare.py` makes them.")
+            raise UserError(f"{folder} holds no {split} shards; `python prepare.py` makes them.")
         self.arrays = [open_shard(path) for path in files]
-        stated = {shard["file"]: shard["tokens"] for shard in self.manifest.get("shards", ())}
         for path, array in zip(files, self.arrays):
-            if stated and stated.get(path.name) != len(array):
-                raise UserError(f"{path} holds {len(array):,} tokens and the manifest says "
-                                f"{stated.get(path.name, 0):,}: prepare the data again.")
+            if len(array) != stated.get(path, len(array)):
+                raise UserError(f"{path} holds {len(array):,} tokens and the manifest says {stated[path]:,}: "
+                                "prepare the data again.")
         self.ends = np.cumsum([len(array) for array in self.arrays])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop-1 of the stream, across shard ends."""
+        """Tokens start to stop-1 of the stream, 0 <= start < stop <= len, across shard ends."""
         first = bisect.bisect_right(self.ends, start)
         begin = int(self.ends[first - 1]) if first else 0
         piece = self.arrays[first][start - begin:stop - begin]
         if begin + len(self.arrays[first]) >= stop:
             return piece
         return np.concatenate([piece, self.read(begin + len(self.arrays[first]), stop)])
-
-
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder) -> dict:
@@ -123,6 +116,8 @@ def open_shard(path: Path) -> np.ndarray:
                 tokens = np.memmap(path, dtype=np.uint16, mode="r", offset=LLMC_HEADER_BYTES, shape=(int(header[2]),))
             else:
                 tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, and the manifest names it: prepare the data again.") from None
     except (ValueError, EOFError) as error:
         raise UserError(f"{path} is cut off or no token shard ({error}): prepare the data again.") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):

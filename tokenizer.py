@@ -18,6 +18,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from errors import UserError
+from files import read_json
 
 RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
@@ -28,6 +29,13 @@ class Tokenizer:
     kind: str
     vocab_size: int
     eot: int | None
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def replace_unknown(self, text: str) -> tuple[str, str]:
+        """(the text as the vocabulary can spell it, the distinct characters that had to go, in order of appearance)."""
+        return text, ""
 
     def decode_bytes(self, ids) -> bytes:
         """UTF-8 of the ids, possibly cut inside a character. Ids past the vocabulary (a model's padding) are nothing."""
@@ -43,23 +51,28 @@ class Tokenizer:
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids, final=False: utf8.decode(self.decode_bytes(ids), final)
 
+    def to_dict(self) -> dict:
+        """What `load_tokenizer` needs to make it again, in plain values."""
+        raise NotImplementedError
+
+    def save(self, folder: Path):
+        """Writes Hugging Face's files into the folder: `transformers` gets the same ids from them."""
+        raise NotImplementedError
+
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE: any text goes in, `<|endoftext|>` in it as ordinary text, a lone surrogate as U+FFFD."""
     kind, vocab_size, eot = "gpt2", 50257, 50256
 
     def __init__(self):
-        ranks = (line.split() for line in RANKS.read_bytes().splitlines())
-        self.bpe = tiktoken.Encoding(
-            name="gpt2", pat_str=r50k_pat_str, special_tokens={END_OF_TEXT: self.eot},
-            mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in ranks})
+        lines = (line.split() for line in RANKS.read_bytes().splitlines())
+        self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}  # a token's rank is its id
+        self.bpe = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=self.ranks,
+                                     special_tokens={END_OF_TEXT: self.eot})
 
     def encode(self, text: str) -> list[int]:
-        return self.bpe.encode_ordinary(without_surrogates(text))
-
-    def replace_unknown(self, text: str) -> tuple[str, str]:
-        """Every text is within reach of a byte-level vocabulary: (text, "")."""
-        return text, ""
+        # UTF-16 joins surrogates that are a pair, which UTF-8 cannot hold.
+        return self.bpe.encode_ordinary(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def decode_bytes(self, ids) -> bytes:
         return self.bpe.decode_bytes([int(i) for i in ids if 0 <= i < self.vocab_size])
@@ -67,9 +80,28 @@ class GPT2Tokenizer(Tokenizer):
     def to_dict(self) -> dict:
         return {"kind": self.kind}
 
-    def save(self, folder):
-        """Names the tokenizer in `folder`/tokenizer_config.json; its ranks come with this repository."""
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}) + "\n")
+    def save(self, folder: Path):
+        """GPT-2's own vocab.json and merges.txt, rebuilt from the ranks."""
+        spelled = {token: "".join(BYTE_LETTERS[byte] for byte in token) for token in self.ranks}
+        vocab = {spelled[token]: rank for token, rank in self.ranks.items()} | {END_OF_TEXT: self.eot}
+        merges = (" ".join(spelled[part] for part in self.merged_from(token)) for token in self.ranks if len(token) > 1)
+        (folder / "vocab.json").write_text(json.dumps(vocab))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}) + "\n")
+
+    def merged_from(self, token: bytes) -> tuple[bytes, bytes]:
+        """The two tokens whose merge is this one: what BPE makes of its bytes before the token itself exists."""
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: self.ranks.get(parts[i] + parts[i + 1], self.vocab_size))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return tuple(parts)
+
+
+# GPT-2's files spell a byte as one visible letter: itself where it is one, else the next one free from U+0100 on.
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_INVISIBLE = [byte for byte in range(256) if byte not in _VISIBLE]
+BYTE_LETTERS = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_INVISIBLE)}
 
 
 class CharTokenizer(Tokenizer):
@@ -94,7 +126,6 @@ class CharTokenizer(Tokenizer):
         return [self.ids[c] for c in text]
 
     def replace_unknown(self, text: str) -> tuple[str, str]:
-        """(the text as the alphabet can spell it, the distinct characters that had to go, in order of appearance)."""
         unknown = "".join(dict.fromkeys(re.findall(self.outside, text)))
         return re.sub(self.outside, self.replacement, text) if unknown else text, unknown
 
@@ -104,8 +135,7 @@ class CharTokenizer(Tokenizer):
     def to_dict(self) -> dict:
         return {"kind": self.kind, "chars": self.chars}
 
-    def save(self, folder):
-        """Writes Hugging Face's tokenizer.json: `transformers` and `tokenizers` give the same ids from it."""
+    def save(self, folder: Path):
         fast = {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None,
             "normalizer": {"type": "Replace", "pattern": {"Regex": self.outside}, "content": self.replacement},
@@ -114,19 +144,11 @@ class CharTokenizer(Tokenizer):
             "decoder": {"type": "Fuse"},
             "model": {"type": "WordLevel", "vocab": self.ids, "unk_token": self.chars[0]}}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        folder = Path(folder)
         (folder / "tokenizer.json").write_text(json.dumps(fast, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def without_surrogates(text: str) -> str:
-    """The text as UTF-8 can hold it: surrogate pairs joined, lone ones U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-@functools.cache
-def gpt2_tokenizer() -> GPT2Tokenizer:
-    return GPT2Tokenizer()
+gpt2_tokenizer = functools.cache(GPT2Tokenizer)
 
 
 def load_tokenizer(source: str | Path | dict) -> Tokenizer:
@@ -147,17 +169,13 @@ def load_tokenizer(source: str | Path | dict) -> Tokenizer:
 
 
 def _load_folder(folder: Path) -> Tokenizer:
-    def read(name):
-        path = folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     try:
-        model = read("tokenizer.json").get("model", {})
+        model = read_json(folder / "tokenizer.json").get("model", {})
         if model.get("type") == "WordLevel":
-            vocab = model["vocab"]
-            return CharTokenizer("".join(sorted(vocab, key=vocab.get)))
-        is_gpt2s = len(model.get("vocab", ())) == GPT2Tokenizer.vocab_size and END_OF_TEXT in model["vocab"]
-        if is_gpt2s or (not model and read("tokenizer_config.json").get("tokenizer_class", "").startswith("GPT2Tokenizer")):
+            return CharTokenizer("".join(sorted(model["vocab"], key=model["vocab"].get)))
+        vocab = model.get("vocab") or read_json(folder / "vocab.json")
+        if len(vocab) == GPT2Tokenizer.vocab_size and vocab.get(END_OF_TEXT) == GPT2Tokenizer.eot:
             return gpt2_tokenizer()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"The tokenizer files in {folder} are damaged: {error}.") from None
+        raise UserError(f"The tokenizer files in {folder} are damaged ({type(error).__name__}).") from None
     raise UserError(f"{folder} holds no tokenizer that this repository knows (GPT-2's or a character one).")

@@ -1,7 +1,8 @@
 """Trains a GPT: one loop from a character model on a laptop to GPT-2 124M on eight GPUs.
 
     python train.py shakespeare-char-cpu                     # after: python prepare.py tiny_shakespeare
-    torchrun --standalone --nproc_per_node=8 train.py        # gpt2-124m; after: python fineweb.py
+    torchrun --standalone --nproc_per_node=8 train.py        # gpt2-124m, on shards in edu_fineweb10B/
+    torchrun --standalone --nproc_per_node=8 -- train.py --run second    # -- because torchrun has options like --run
     python train.py finetune --init-from bundled --data data/my_text_char
 
 A preset is a set of defaults: any option overrides it. The run is the folder log/<run>/, and the same command goes
@@ -9,13 +10,16 @@ on where the run stopped.
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -24,9 +28,10 @@ import ddp
 import optim
 from dataloader import DataLoader
 from errors import UserError, one_sentence
+from files import write_json
 from generate import Engine
 from model import GPT, GPTConfig
-from prepare import NAMES
+from prepare import NAMED_TEXTS
 from shards import read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -36,8 +41,8 @@ class TrainConfig:
     """A run: its data, its model, its optimization, what is measured on the way."""
 
     data: Path = Path("edu_fineweb10B")
-    """Folder of token shards, as prepare.py and fineweb.py write it."""
-    run: str = "gpt2-124m"
+    """Folder of token shards, as prepare.py writes it."""
+    run: str = ""
     """The run is the folder log/<run>; the preset's name when not given."""
     resume: Literal["auto", "none"] = "auto"
     """auto goes on from the run's newest checkpoint; none starts, and refuses a folder that holds a run."""
@@ -59,7 +64,7 @@ class TrainConfig:
     batch_tokens: int = 2**19
     """Tokens a step, over all processes and micro-batches."""
     micro_batch: int = 64
-    """Sequences one process takes at a time; what it lacks to its share of the batch is accumulated."""
+    """Sequences a process takes at a time; gradients accumulate until its share of the batch is done."""
 
     # The optimization
     max_steps: int = 19_073
@@ -67,7 +72,7 @@ class TrainConfig:
     learning_rate: float = 6e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 715
-    lr_floor: float = 0.1
+    min_lr_ratio: float = 0.1
     """The cosine's end, as a share of the learning rate."""
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -99,7 +104,7 @@ class TrainConfig:
 # of 375M tokens is 715 steps, and 19,073 steps are 10B tokens.
 GPT2_124M = TrainConfig(vocab_size=50_304)
 
-# nanoGPT's baby GPT: 10.65M parameters, 5000 steps of 64 x 256 characters.
+# nanoGPT's baby GPT (with biases), 5000 steps of 64 x 256 characters.
 SHAKESPEARE_CHAR = TrainConfig(
     data=Path("data/tiny_shakespeare_char"), n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
     batch_tokens=64 * 256, max_steps=5000, learning_rate=1e-3, warmup_steps=100, beta2=0.99,
@@ -108,7 +113,7 @@ SHAKESPEARE_CHAR = TrainConfig(
 # The same text for two CPU cores, where small batches and Muon bring the loss down soonest.
 SHAKESPEARE_CHAR_CPU = dataclasses.replace(
     SHAKESPEARE_CHAR, n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_tokens=16 * 128, micro_batch=16,
-    max_steps=1000, optimizer="muon", learning_rate=4e-3, warmup_steps=40, lr_floor=0.02)
+    max_steps=1000, optimizer="muon", learning_rate=4e-3, warmup_steps=40, min_lr_ratio=0.02)
 
 PRESETS = {
     "gpt2-124m": GPT2_124M,
@@ -132,66 +137,65 @@ def main(argv: list[str]):
     default = dataclasses.replace(PRESETS[preset], run=preset)
     config = tyro.cli(TrainConfig, args=argv, default=default, prog=f"train.py {preset}",
                       description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. The defaults below are {preset}'s.")
-    with ddp.world(config.device) as world:
+    check(config)
+    with ddp.join_world(config.device) as world:
         train(config, world)
 
 
 def train(config: TrainConfig, world: ddp.World):
     """The run that `config` describes, from its start or its newest checkpoint to its last step."""
     run = checkpoint.LOG / config.run
-    resumed = find_checkpoint(config, run)
-    model, tokenizer, config = build(config, world)
-    training = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
-                          config.seed, world.rank, world.size)
-    validation = DataLoader(config.data, "val", 1, config.block_size)
-    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
+    resume_step = find_checkpoint(config, run)
+    model, tokenizer, config = build(config)
+    train_loader = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
+                              config.seed, world.rank, world.size)
+    val_loader = DataLoader(config.data, "val", 1, config.block_size)
     if world.is_main:
-        print(plan(config, model, training, validation, world))
+        print(plan(config, model, train_loader, val_loader, world))
     if config.dry_run:
         return
-    if resumed is not None:
-        resume(run, resumed, config, model, optimizers)
-    log = Log(run, config, resumed) if world.is_main else None
+    model.to(world.device)
+    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
+    if resume_step is not None:
+        resume(run, resume_step, config, model, optimizers)
+    log = Log(run, config, resume_step) if world.is_main else None
     if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
-        model.compile()  # in place: parameters keep their names, and model.forward stays the plain one
-    wrapped = ddp.wrap(model, world)
+        model.compile()  # in place: parameters keep their names, and model.hidden stays the plain one
+    ddp_model = ddp.wrap(model, world)
 
-    start = resumed or 0
+    start = resume_step or 0
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=not world.is_main)
-    seconds, tokens = 0.0, 0
+    seconds, tokens = 0.0, 0  # of training alone, since the last line of the log
     for step in range(start, config.max_steps + 1):  # `step` updates have been taken
         is_last = step == config.max_steps
-        if step != resumed:
-            save_due = step > 0 and (step % config.save_every == 0 or is_last)
-            if step % config.eval_every == 0 or save_due:
-                val_loss = evaluate(model, validation, config, world)
+        save_due = step > 0 and (step % config.save_every == 0 or is_last)
+        if step != resume_step:  # a checkpoint's step was measured before it was saved
+            if save_due or step % config.eval_every == 0:
+                val_loss = evaluate(model, val_loader, tokenizer.vocab_size, config, world)
                 if log:
                     log.metrics(step=step, val_loss=val_loss)
-            if log and (step % config.sample_every == 0 or is_last):
+            if log and (is_last or step % config.sample_every == 0):
                 log.sample(step, config.sample_prompt, draw_sample(model, tokenizer, config))
             if log and save_due:
-                checkpoint.save(run, step, model, optim.named_state(model, optimizers), tokenizer,
-                                identity(config), val_loss)
+                checkpoint.save(run, step, model, optim.named_state(model, optimizers), tokenizer, identity(config), val_loss)
         if is_last:
             break
         began = time.perf_counter()
-        rate = optim.learning_rate(step, peak=config.learning_rate, schedule=config.schedule, floor=config.lr_floor,
-                                   warmup_steps=config.warmup_steps, max_steps=config.max_steps)
-        loss, norm = update(wrapped, optimizers, *training.batch(step), rate, step, config, world)
-        bar.update()
+        x, y = train_loader.batch(step)
+        loss, grad_norm, lr = update(ddp_model, optimizers, x, y, step, config, world)
         tokens += config.batch_tokens
-        log_due = (step + 1) % config.log_every == 0
-        if log_due:  # the only place where a step waits for its numbers
-            loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
-        seconds += time.perf_counter() - began  # of training alone
-        if log_due and log:
-            bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
-            log.metrics(step=step + 1, train_loss=loss, grad_norm=norm.item(), learning_rate=rate,
-                        tokens_per_s=round(tokens / seconds))
-        if log_due:
+        if (step + 1) % config.log_every:
+            seconds += time.perf_counter() - began
+        else:
+            loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size  # only here does a step wait for its numbers
+            speed = tokens / (seconds + time.perf_counter() - began)
             seconds, tokens = 0.0, 0
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            if log:
+                log.metrics(step=step + 1, train_loss=loss, grad_norm=grad_norm.item(), learning_rate=lr,
+                            tokens_per_s=round(speed))
+        bar.update()
     bar.close()
-    ddp.wait_for_all(world)
     if world.is_main:
         print(f"{run} is complete at step {config.max_steps}: python app.py --model {run}")
 
@@ -199,16 +203,28 @@ def train(config: TrainConfig, world: ddp.World):
 # ----------------------------------------------------------------------------------------------------------------
 # Setting up
 
+def check(config: TrainConfig):
+    """Raises UserError for a value that no run can have."""
+    for name in ("batch_tokens", "micro_batch", "block_size", "eval_every", "eval_tokens", "sample_every", "save_every",
+                 "log_every", "max_steps"):
+        if getattr(config, name) < (name != "max_steps"):
+            raise UserError(f"--{name.replace('_', '-')} is at least {int(name != 'max_steps')}, not {getattr(config, name)}.")
+    if not config.learning_rate > 0:
+        raise UserError(f"--learning-rate is above 0, not {config.learning_rate}.")
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", config.run):
+        raise UserError(f"--run names a folder under {checkpoint.LOG}, with letters, digits, '.', '-' and '_': {config.run!r}.")
+
+
 def find_checkpoint(config: TrainConfig, run: Path) -> int | None:
     """The step to go on from, None to start. Refuses to start in a folder that holds a run, damaged or not."""
     step = checkpoint.newest(run) if config.resume == "auto" else None
-    if step is None and checkpoint.steps(run):
+    if step is None and (checkpoint.saved_steps(run) or any(run.glob("model_*.pt"))):
         reason = "none of its checkpoints is whole" if config.resume == "auto" else "--resume auto goes on with it"
         raise UserError(f"{run} holds a run already ({reason}): give this one another name with --run.")
     return step
 
 
-def build(config: TrainConfig, world: ddp.World) -> tuple[GPT, Tokenizer, TrainConfig]:
+def build(config: TrainConfig) -> tuple[GPT, Tokenizer, TrainConfig]:
     """The model at its first step, the data's tokenizer, and the configuration with what those two decide filled in."""
     tokenizer = data_tokenizer(config)
     if config.init_from:
@@ -216,6 +232,9 @@ def build(config: TrainConfig, world: ddp.World) -> tuple[GPT, Tokenizer, TrainC
         if own.to_dict() != tokenizer.to_dict():
             raise UserError(f"{config.data} was made with another tokenizer than that of {config.init_from}: prepare it "
                             f"again with --tokenizer {config.init_from}.")
+        for name in ("n_layer", "n_head", "n_embd"):
+            if getattr(config, name) not in (getattr(TrainConfig, name), getattr(source.config, name)):
+                raise UserError(f"{config.init_from} has {name} {getattr(source.config, name)}: leave the option out.")
         sizes = dataclasses.replace(source.config, dropout=config.dropout)
     else:
         sizes = GPTConfig(config.block_size, config.vocab_size or tokenizer.vocab_size, config.n_layer, config.n_head,
@@ -228,12 +247,10 @@ def build(config: TrainConfig, world: ddp.World) -> tuple[GPT, Tokenizer, TrainC
     if config.init_from:
         model.load_state_dict(source.state_dict())
     block_size = min(config.block_size, sizes.block_size)  # a model can be trained on less than its context
-    if config.batch_tokens % (block_size * world.size):
-        raise UserError(f"--batch-tokens {config.batch_tokens:,} does not divide into sequences of {block_size} tokens "
-                        f"for {world.size} processes.")
-    config = dataclasses.replace(config, block_size=block_size, vocab_size=sizes.vocab_size, n_layer=sizes.n_layer,
-                                 n_head=sizes.n_head, n_embd=sizes.n_embd)
-    return model.to(world.device), tokenizer, config
+    if config.batch_tokens % block_size:
+        raise UserError(f"--batch-tokens {config.batch_tokens:,} does not divide into sequences of {block_size} tokens.")
+    return model, tokenizer, dataclasses.replace(config, block_size=block_size, vocab_size=sizes.vocab_size,
+                                                 n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd)
 
 
 def data_tokenizer(config: TrainConfig) -> Tokenizer:
@@ -241,19 +258,21 @@ def data_tokenizer(config: TrainConfig) -> Tokenizer:
     data = config.data
     if not data.is_dir():
         name, _, kind = data.name.rpartition("_")
-        command = (f"{name} --tokenizer {kind}" if name in NAMES else
-                   f"FILE.txt --tokenizer {config.init_from or 'gpt2'} --out {data}")
+        if name in NAMED_TEXTS:
+            command = f"{name} --tokenizer {kind}" + ("" if NAMED_TEXTS[name][0] else " --text FILE")
+        else:
+            command = f"FILE.txt --tokenizer {config.init_from or 'gpt2'} --out {data}"
         raise UserError(f"There is no data in {data}: make it with `python prepare.py {command}`.")
     return load_tokenizer(read_manifest(data).get("tokenizer", "gpt2"))
 
 
-def plan(config: TrainConfig, model: GPT, training: DataLoader, validation: DataLoader, world: ddp.World) -> str:
+def plan(config: TrainConfig, model: GPT, train_loader: DataLoader, val_loader: DataLoader, world: ddp.World) -> str:
     """What the run will be, in a few lines."""
-    epochs = config.max_steps * config.batch_tokens / (training.sequences * config.block_size)
+    epochs = config.max_steps * config.batch_tokens / (train_loader.sequences * config.block_size)
     return (f"{config.run}: {model.num_parameters():,} parameters, on {world.size} x {world.device.type}\n"
             f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {epochs:.1f} epochs of "
-            f"{len(training.shards):,} tokens ({training.tail} left out as a tail), "
-            f"{len(validation.shards):,} for validation")
+            f"{len(train_loader.shards):,} tokens ({train_loader.tail} left out as a tail), "
+            f"{len(val_loader.shards):,} for validation")
 
 
 def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) -> None:
@@ -261,20 +280,22 @@ def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) ->
     saved, optimizer_state, saved_config = checkpoint.load_state(run, step)
     for name, value in identity(config).items():
         if saved_config.get(name) != value:
-            raise UserError(f"{run} was started with {name} {saved_config.get(name)}, not {value}: "
-                            "go on with the old value, or give this run another name with --run.")
+            raise UserError(f"{run} was started with {name} {saved_config.get(name)}, and this is {value}: "
+                            "go on as it was started, or give this run another name with --run.")
     model.load_state_dict(saved["model"])
     optim.load_named_state(model, optimizers, optimizer_state)
 
 
 # What may differ when a run goes on: where it runs and what is shown, not what is computed.
-INCIDENTAL = {"run", "resume", "micro_batch", "eval_every", "eval_tokens", "sample_every", "save_every", "log_every",
+INCIDENTAL = {"run", "resume", "data", "micro_batch", "eval_every", "eval_tokens", "sample_every", "save_every", "log_every",
               "sample_prompt", "device", "compile", "dry_run"}
 
 
 def identity(config: TrainConfig) -> dict:
-    """The part of a configuration that makes two runs the same run."""
-    return {name: value for name, value in plain(config).items() if name not in INCIDENTAL}
+    """The part of a configuration that makes two runs the same run; data are the same where their shards are."""
+    shards = "".join(shard["sha256"] for shard in read_manifest(config.data).get("shards", ()))
+    data = hashlib.sha256(shards.encode()).hexdigest()[:16] if shards else str(config.data)
+    return {**{name: value for name, value in plain(config).items() if name not in INCIDENTAL}, "data": data}
 
 
 def plain(config: TrainConfig) -> dict:
@@ -285,26 +306,32 @@ def plain(config: TrainConfig) -> dict:
 # ----------------------------------------------------------------------------------------------------------------
 # A step, and what is measured between steps
 
-def update(model, optimizers, x, y, rate: float, step: int, config: TrainConfig, world: ddp.World):
-    """One update from this rank's sequences x, y (B / world, T): (this rank's mean loss, gradient norm), on the device."""
-    model.train()
+def update(ddp_model, optimizers, x, y, step: int, config: TrainConfig, world: ddp.World):
+    """One update from this rank's sequences x, y (B / world, T).
+
+    Returns this rank's mean loss and the norm of the gradient before clipping, both still on the device, and the
+    learning rate.
+    """
+    ddp_model.train()
     torch.manual_seed(ddp.seed_of(config.seed, step, world.rank))  # dropout
-    optim.set_learning_rate(optimizers, rate)
     loss = torch.zeros((), device=world.device)
     parts = list(zip(x.split(config.micro_batch), y.split(config.micro_batch)))
     for i, (x_part, y_part) in enumerate(parts):
         # Gradients accumulate here and cross between ranks once, with the last micro-batch.
-        accumulate = model.no_sync() if world.size > 1 and i < len(parts) - 1 else contextlib.nullcontext()
+        accumulate = ddp_model.no_sync() if world.size > 1 and i < len(parts) - 1 else contextlib.nullcontext()
         with accumulate, autocast(config, world):
-            _, part_loss = model(x_part.to(world.device), y_part.to(world.device))
+            _, part_loss = ddp_model(x_part.to(world.device), y_part.to(world.device))
             part_loss = part_loss * (len(x_part) / len(x))
             part_loss.backward()
         loss += part_loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
+    grad_norm = torch.nn.utils.clip_grad_norm_(ddp_model.parameters(), config.grad_clip or float("inf"))
+    lr = optim.learning_rate(step, peak=config.learning_rate, schedule=config.schedule, min_ratio=config.min_lr_ratio,
+                             warmup_steps=config.warmup_steps, max_steps=config.max_steps)
+    optim.set_learning_rate(optimizers, lr)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return loss, grad_norm, lr
 
 
 def autocast(config: TrainConfig, world: ddp.World):
@@ -313,16 +340,20 @@ def autocast(config: TrainConfig, world: ddp.World):
 
 
 @torch.no_grad()
-def evaluate(model: GPT, validation: DataLoader, config: TrainConfig, world: ddp.World) -> float:
-    """Mean loss, nats per token, over the first `eval_tokens` of validation: the same sequences on any number of ranks."""
+def evaluate(model: GPT, val_loader: DataLoader, vocab_size: int, config: TrainConfig, world: ddp.World) -> float:
+    """Mean loss, nats per token, over the first `eval_tokens` of validation: the same sequences on any number of ranks.
+
+    Probabilities are over the tokenizer's vocab_size ids, without a model's padding.
+    """
     model.eval()
-    count = min(validation.sequences, max(1, config.eval_tokens // config.block_size))
+    count = min(val_loader.sequences, max(1, config.eval_tokens // config.block_size))
     total, tokens = 0.0, 0
     for first in range(world.rank * config.micro_batch, count, world.size * config.micro_batch):
-        x, y = validation.read(range(first, min(first + config.micro_batch, count)))
+        x, y = (part.to(world.device) for part in val_loader.read(range(first, min(first + config.micro_batch, count))))
         with autocast(config, world):
-            _, loss = model.forward(x.to(world.device), y.to(world.device))
-        total, tokens = total + loss.item() * y.numel(), tokens + y.numel()
+            logits = model.logits(model.hidden(x))[..., :vocab_size]
+        total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
+        tokens += y.numel()
     total, tokens = ddp.sum_over_ranks(world, total, tokens)
     return total / tokens
 
@@ -339,19 +370,19 @@ class Log:
     """A run's config.json, metrics.jsonl and samples.jsonl. Lines are only ever appended: resuming says so in a line
     of its own, and readers drop what the earlier attempt wrote beyond that step."""
 
-    def __init__(self, run: Path, config: TrainConfig, resumed: int | None):
+    def __init__(self, run: Path, config: TrainConfig, resume_step: int | None):
         self.run = run
         run.mkdir(parents=True, exist_ok=True)
-        if resumed is None:
+        if resume_step is None:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
                 (run / name).unlink(missing_ok=True)  # of an attempt that saved no checkpoint
-            checkpoint.write_json(run / "config.json", plain(config))
+            write_json(run / "config.json", plain(config))
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             if not (run / name).read_bytes().endswith(b"\n"):  # the end of the run cut its last line off
                 with open(run / name, "a") as file:
                     file.write("\n")
-            self.append(name, event="resume", step=resumed)
+            self.append(name, event="resume", step=resume_step)
 
     def metrics(self, **values):
         self.append("metrics.jsonl", **values)

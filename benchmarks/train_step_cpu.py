@@ -50,10 +50,10 @@ def main():
         print(f"{dtype:8} {'compiled' if compiled else 'eager':8} micro-batch {micro_batch:2}: {speed:8,.0f} tokens/s")
 
     model = models[False]
-    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     optimizers = {"AdamW, all parameters": build_optimizers(model, "adamw", 0.1, (0.9, 0.95)),
                   "our Muon, hidden matrices": build_optimizers(model, "muon", 0.1, (0.9, 0.95))[1:]}
     if hasattr(torch.optim, "Muon"):
+        hidden = optimizers["our Muon, hidden matrices"][0].param_groups[0]["params"]
         optimizers["torch.optim.Muon, the same"] = [torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")]
     for name, parts in optimizers.items():
         set_learning_rate(parts, 1e-6)

@@ -17,11 +17,11 @@ from train import TrainConfig, evaluate
 
 
 def main(model: tyro.conf.Positional[str], data: tyro.conf.Positional[Path], device: str = "auto"):
-    with ddp.world(device) as world:
-        gpt, _, info = load_model(model, world.device)
+    with ddp.join_world(device) as world:
+        gpt, tokenizer, info = load_model(model, world.device)
         validation = DataLoader(data, "val", 1, gpt.config.block_size)
         config = TrainConfig(block_size=gpt.config.block_size, eval_tokens=len(validation.shards), micro_batch=16)
-        loss = evaluate(gpt, validation, config, world)
+        loss = evaluate(gpt, validation, tokenizer.vocab_size, config, world)
     print(f"{info['name']}: {loss:.4f} nats a token over {validation.sequences:,} sequences of {gpt.config.block_size}")
 
 

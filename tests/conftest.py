@@ -20,7 +20,7 @@ PROSE = ("The fox went out on a chilly night,\nand prayed for the moon to give h
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, where data/ and log/ are empty, on one thread, without the network."""
+    """Every test works in a folder of its own, where data/ and log/ are empty, on one thread, without the Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)

@@ -7,9 +7,10 @@ from conftest import PROSE, tiny_gpt
 import prepare
 from dataloader import DataLoader, permute
 from errors import UserError
+from files import sha256
 from formats import save_huggingface
 from prepare import PrepareConfig
-from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, ShardWriter, sha256
+from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, ShardWriter
 from tokenizer import CharTokenizer, load_tokenizer
 
 
@@ -83,6 +84,14 @@ def test_other_peoples_shards_are_read_in_place(tmp_path):
     assert LLMC_HEADER_BYTES == header.nbytes
 
 
+def test_a_text_called_train_keeps_its_splits_apart(tmp_path):
+    (tmp_path / "my_train_text.txt").write_text(PROSE)
+    prepare.main(PrepareConfig("my_train_text.txt", out=tmp_path / "out"))
+    for _ in range(2):
+        assert len(Shards(tmp_path / "out", "train")) == int(0.9 * len(PROSE))
+        (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
+
+
 def test_bad_shards_get_one_sentence(stream, tmp_path):
     with pytest.raises(UserError, match="holds no train shards"):
         Shards(tmp_path, "train")
@@ -94,8 +103,11 @@ def test_bad_shards_get_one_sentence(stream, tmp_path):
     np.save(first, np.arange(5, dtype=np.uint16))
     with pytest.raises(UserError, match="holds 5 tokens and the manifest says 99"):
         Shards(stream, "train")
-    second.write_bytes(second.read_bytes()[:-10])
     first.unlink()
+    with pytest.raises(UserError, match=f"{first.name} is missing"):
+        Shards(stream, "train")
+    np.save(first, np.arange(99, dtype=np.uint16))
+    second.write_bytes(second.read_bytes()[:-10])
     with pytest.raises(UserError, match="cut off"):
         Shards(stream, "train")
     (stream / "manifest.json").write_text("{}")
@@ -128,14 +140,14 @@ def test_with_gpt2s_tokenizer_a_document_starts_with_end_of_text(prose, tmp_path
 
 def test_a_named_text_is_downloaded_and_checked(web, prose, tmp_path, monkeypatch):
     url = web({"/input.txt": prose.read_bytes()})
-    monkeypatch.setitem(prepare.NAMES, "tiny_shakespeare", (f"{url}/input.txt", sha256(prose)))
+    monkeypatch.setitem(prepare.NAMED_TEXTS, "tiny_shakespeare", (f"{url}/input.txt", sha256(prose)))
     assert prepare.download("tiny_shakespeare").read_text() == PROSE
-    monkeypatch.setitem(prepare.NAMES, "tiny_shakespeare", (f"{url}/elsewhere", sha256(prose)))
+    monkeypatch.setitem(prepare.NAMED_TEXTS, "tiny_shakespeare", (f"{url}/elsewhere", sha256(prose)))
     assert prepare.download("tiny_shakespeare").exists()  # the second time it is there already
-    monkeypatch.setitem(prepare.NAMES, "other", (f"{url}/input.txt", "0" * 64))
+    monkeypatch.setitem(prepare.NAMED_TEXTS, "other", (f"{url}/input.txt", "0" * 64))
     with pytest.raises(UserError, match="sha256 differs"):
         prepare.download("other")
-    monkeypatch.setitem(prepare.NAMES, "lost", (f"{url}/lost.txt", "0" * 64))
+    monkeypatch.setitem(prepare.NAMED_TEXTS, "lost", (f"{url}/lost.txt", "0" * 64))
     with pytest.raises(UserError, match="could not be downloaded"):
         prepare.download("lost")
     assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == ["tiny_shakespeare.txt"]
@@ -168,7 +180,7 @@ def test_preparing_again_replaces_the_shards_but_never_other_files(prose, tmp_pa
     for _ in range(2):
         prepare.main(PrepareConfig(str(prose), out=out))
     (out / "thesis_train_000001.npy").write_bytes(b"mine")
-    with pytest.raises(UserError, match="other files"):
+    with pytest.raises(UserError, match="not shards of prose"):
         prepare.main(PrepareConfig(str(prose), out=out))
     assert len(list(out.iterdir())) == 4 and (out / "thesis_train_000001.npy").read_bytes() == b"mine"
 

@@ -113,16 +113,22 @@ def test_initial_weights_are_gpt2s():
     assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(torch.tensor(512.0).log().item(), abs=0.1)
 
 
-def test_the_cache_changes_nothing_however_the_text_is_cut():
+def test_the_cache_changes_nothing_however_much_of_the_text_is_prefilled():
     model = tiny_gpt(block_size=24)
     idx = torch.randint(0, 32, (2, 24))
     with torch.no_grad():
         plain = model(idx)[0]
-        for cuts in ([24], [1] * 24, [7, 1, 1, 9, 6], [23, 1]):
-            cache, parts = KVCache(model.config, 2, 24), []
+        for prefilled in (1, 7, 23, 24):
+            cuts = [prefilled] + [1] * (24 - prefilled)
+            cache, parts = KVCache.empty(model.config, 2, 24), []
             for part in idx.split(cuts, dim=1):
                 parts.append(model.logits(model.hidden(part, cache)))
             torch.testing.assert_close(torch.cat(parts, dim=1), plain, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="more than the model's context"):
+        model.hidden(idx[:, :1], cache)
+    cache.length = 5
+    with pytest.raises(ValueError, match="one token at a time"):
+        model.hidden(idx[:, :2], cache)
 
 
 def test_a_mapping_is_a_configuration_too():
@@ -130,7 +136,7 @@ def test_a_mapping_is_a_configuration_too():
     assert model.config == GPTConfig(8, 16, 1, 1, 4)
 
 
-@pytest.mark.parametrize("change", [{"n_head": 5}, {"n_layer": 0}, {"dropout": 1.0}, {"activation": "relu"}, {"width": 3}])
+@pytest.mark.parametrize("change", [{"n_head": 5}, {"n_layer": 0}, {"dropout": 1.0}, {"activation": "relu"}, {"n_embd": "4"}])
 def test_an_impossible_configuration_gets_one_sentence(change):
     with pytest.raises(UserError):
         GPT({"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 1, "n_embd": 4, **change})

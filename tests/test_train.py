@@ -15,11 +15,14 @@ import checkpoint
 import prepare
 import publish
 import train
+from dataloader import DataLoader
+from ddp import World
 from errors import UserError
 from formats import save_huggingface
 from generate import Engine
 from model import GPT, GPTConfig
 from optim import Muon, build_optimizers, learning_rate
+from shards import read_manifest
 from tokenizer import CharTokenizer, load_tokenizer
 
 TINY = ["--data", "data/prose_char", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
@@ -47,28 +50,41 @@ def weights(run, step=6):
     return torch.load(run / f"model_{step:05d}.pt", weights_only=True)["model"]
 
 
-def assert_same_run(one, other, tolerance):
-    for name in "train_loss", "val_loss":
-        for (step, a), (other_step, b) in zip(metrics(one, "step", name), metrics(other, "step", name)):
-            assert step == other_step and a == pytest.approx(b, abs=tolerance)
-    for name, weight in weights(one).items():
-        torch.testing.assert_close(weight, weights(other)[name], atol=tolerance, rtol=0, msg=name)
+def losses(run) -> dict:
+    """(step, name) -> loss as the contract has readers see it: what a resume went back behind is dropped."""
+    seen = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            said = json.loads(line)
+        except ValueError:  # torn while being written
+            continue
+        if said.get("event") == "resume":
+            seen = {key: loss for key, loss in seen.items() if key[0] <= said["step"]}
+        seen |= {(said["step"], name): said[name] for name in ("train_loss", "val_loss") if name in said}
+    return seen
+
+
+def assert_same_run(one, other, tolerance, last_step=6):
+    assert losses(one) == pytest.approx(losses(other), abs=tolerance)
+    assert {step for step, name in losses(one) if name == "train_loss"} == set(range(1, last_step + 1))
+    for name, weight in weights(one, last_step).items():
+        torch.testing.assert_close(weight, weights(other, last_step)[name], atol=tolerance, rtol=0, msg=name)
 
 
 def test_a_run_learns_and_leaves_what_the_contract_names(data, tmp_path):
     train_here("shakespeare-char", *TINY, "--max-steps", 200, "--learning-rate", 1e-2, "--eval-every", 50,
             "--save-every", 50, "--sample-every", 100)
     run = tmp_path / "log" / "shakespeare-char"
-    losses = [loss for _, loss in metrics(run, "step", "val_loss")]
-    assert losses[0] == pytest.approx(torch.tensor(float(len(set(PROSE)))).log().item(), abs=0.1)
-    assert losses[-1] < losses[0] - 1
+    val_losses = [loss for _, loss in metrics(run, "step", "val_loss")]
+    assert val_losses[0] == pytest.approx(torch.tensor(float(len(set(PROSE)))).log().item(), abs=0.1)
+    assert val_losses[-1] < val_losses[0] - 1
     assert metrics(run, "step", "train_loss")[0][0] == 1
     assert {path.name for path in run.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "best.json", "model_00150.pt", "model_00200.pt",
         "state_00150", "state_00200"}
     saved = torch.load(run / "model_00200.pt", weights_only=True)
     assert set(saved) == {"format", "model", "config", "tokenizer", "step", "val_loss"}
-    assert saved["step"] == 200 and saved["val_loss"] == losses[-1]
+    assert saved["step"] == 200 and saved["val_loss"] == val_losses[-1]
     model = GPT(saved["config"])
     model.load_state_dict(saved["model"])
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
@@ -96,32 +112,14 @@ def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(data, tmp_
     for reached in 20, 80:
         process = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, "--run", "killed"], cwd=tmp_path,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-        while not any(step >= reached for step in checkpoint.steps(run)) and process.poll() is None:
+        while not any(step >= reached for step in checkpoint.saved_steps(run)) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was to be killed on its way"
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "tra')  # torn while being written
     train_here(*arguments, "--run", "killed")
-
-    def last_said(run):
-        """step -> loss, as readers of the contract see it: what a resume went back behind is dropped."""
-        losses = {}
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            try:
-                said = json.loads(line)
-            except ValueError:
-                continue
-            if said.get("event") == "resume":
-                losses = {step: loss for step, loss in losses.items() if step <= said["step"]}
-            elif "train_loss" in said:
-                losses[said["step"]] = said["train_loss"]
-        return losses
-
-    whole = tmp_path / "log" / "whole"
-    assert last_said(run) == last_said(whole) and len(last_said(whole)) == 400
-    for name, weight in weights(whole, 400).items():
-        assert torch.equal(weight, weights(run, 400)[name]), name
+    assert_same_run(run, tmp_path / "log" / "whole", tolerance=0, last_step=400)
 
 
 def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
@@ -134,12 +132,17 @@ def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
     assert "checkpoint of step 6" in capsys.readouterr().err
     assert metrics(run, "event", "step")[-1] == ("resume", 4)
     assert_same_run(tmp_path / "log" / "whole", run, tolerance=0)
+    assert metrics(run, "step", "train_loss")[-2:] == metrics(tmp_path / "log" / "whole", "step", "train_loss")[-2:]
 
     for state in run.glob("state_*"):
         (state / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="none of its checkpoints is whole"):
         train_here("shakespeare-char", *TINY, "--run", "damaged")
-    assert (run / "metrics.jsonl").exists()
+    for state in run.glob("state_*"):
+        shutil.rmtree(state)
+    with pytest.raises(UserError, match="holds a run already"):
+        train_here("shakespeare-char", *TINY, "--run", "damaged")
+    assert (run / "metrics.jsonl").exists() and (run / "model_00006.pt").exists()
 
 
 def test_a_run_goes_on_only_as_it_was_started(data, capsys):
@@ -165,16 +168,20 @@ def test_finetuning_starts_at_the_models_own_loss(data, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_training_keeps_the_parameters_names_and_the_losses(data, tmp_path):
+def test_compiled_training_keeps_the_parameters_names_and_the_losses(data, tmp_path, monkeypatch):
+    compiled, plain = [], GPT.compile
+    monkeypatch.setattr(GPT, "compile", lambda model: compiled.append(model) or plain(model))
     train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "plain")
     train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "compiled", "--compile", "on")
     assert_same_run(tmp_path / "log" / "plain", tmp_path / "log" / "compiled", tolerance=1e-4)
+    assert len(compiled) == 1 and compiled[0]._compiled_call_impl is not None
 
 
 def test_bfloat16_autocast_trains_about_alike(data, tmp_path):
     train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "one")
     train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "two", "--dtype", "bfloat16")
     assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=0.02)
+    assert losses(tmp_path / "log" / "one") != losses(tmp_path / "log" / "two")
     assert all(weight.dtype == torch.float32 for weight in weights(tmp_path / "log" / "two").values())
 
 
@@ -189,11 +196,15 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(data, tmp_path,
     (["no-such-preset"], "There is no preset 'no-such-preset'"),
     ([], "prepare.py"),
     (["shakespeare-char"], "python prepare.py tiny_shakespeare --tokenizer char"),
-    (["pushkin-char"], "python prepare.py tiny_pushkin --tokenizer char"),
+    (["pushkin-char"], "python prepare.py tiny_pushkin --tokenizer char --text FILE"),
     (["shakespeare-char", *TINY, "--batch-tokens", "100"], "does not divide"),
     (["shakespeare-char", *TINY, "--vocab-size", "5"], "does not hold"),
     (["shakespeare-char", *TINY, "--n-head", "3"], "heads"),
     (["shakespeare-char", *TINY, "--device", "abacus"], "no device 'abacus'"),
+    (["shakespeare-char", *TINY, "--eval-every", "0"], "--eval-every is at least 1"),
+    (["shakespeare-char", *TINY, "--batch-tokens", "0"], "--batch-tokens is at least 1"),
+    (["shakespeare-char", *TINY, "--max-steps", "-1"], "--max-steps is at least 0"),
+    (["shakespeare-char", *TINY, "--run", "../elsewhere"], "--run names a folder"),
     (["finetune", *TINY, "--init-from", "data"], "no model folder"),
 ])
 def test_bad_input_gets_one_sentence(data, arguments, sentence):
@@ -234,11 +245,12 @@ def test_only_matrices_decay_and_every_parameter_has_one_optimizer():
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor():
-    rates = [learning_rate(step, peak=1.0, schedule="cosine", warmup_steps=10, max_steps=100, floor=0.1) for step in range(101)]
+    options = {"peak": 1.0, "warmup_steps": 10, "max_steps": 100, "min_ratio": 0.1}
+    rates = [learning_rate(step, schedule="cosine", **options) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(99, peak=1.0, schedule="constant", warmup_steps=10, max_steps=100, floor=0.1) == 1.0
+    assert learning_rate(99, schedule="constant", **options) == 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -296,7 +308,7 @@ def test_an_id_of_the_hub_is_downloaded_in_the_layout_that_gpt2_has_there(comman
     offline = {**environment, "HF_HUB_OFFLINE": "1"}
     assert command(*command_line, environment=offline).stdout == text + "\n"  # now from the cache
     done = command("generate.py", "-m", "nobody/nothing", "-p", "x", environment=environment, check=False)
-    assert done.returncode == 2 and "Hub does not give it" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "Hub did not give it" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_nothing_is_unpickled_freely(tmp_path):
@@ -318,8 +330,41 @@ def test_what_is_no_model_gets_one_sentence(run, tmp_path):
     saved = torch.load(run / "model_00001.pt", weights_only=True)
     torch.save({**saved, "config": {**saved["config"], "n_layer": 1}}, tmp_path / "misfit.pt")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "config_only").mkdir()
+    (tmp_path / "config_only" / "config.json").write_text("{}")
+    (tmp_path / "text.md").write_text("hello")
+    torch.save({**saved, "config": ["n_layer"]}, tmp_path / "list.pt")
     for name, sentence in (("cut.pt", "cut off"), ("text.pt", "cut off or no checkpoint"), ("empty.pt", "no checkpoint"),
-                           ("other.pt", "format 1"), ("misfit.pt", "do not fit"), ("folder", "config.json is missing"),
+                           ("other.pt", "format 1"), ("misfit.pt", "do not fit"), ("list.pt", "do not fit"),
+                           ("folder", "has no config.json"), ("config_only", "has no model.safetensors"),
+                           ("text.md", "is no model"),
                            ("nowhere.pt", "no file, folder or run"), ("bundled:nothing", "no bundled model")):
         with pytest.raises(UserError, match=sentence):
             checkpoint.load_model(name)
+
+
+def test_a_folder_whose_weights_do_not_fit_gets_one_sentence(tmp_path):
+    save_huggingface(tmp_path, tiny_gpt(vocab_size=8), CharTokenizer("\n abc"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, sentence in (({"n_layer": 3}, "do not fit"), ({"n_embd": "16"}, "whole number"),
+                             ({"model_type": "llama"}, "llama"),
+                             ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx")):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=sentence):
+            checkpoint.load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights_file = tmp_path / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_validation_is_scored_over_the_tokenizers_ids_alone(data, tmp_path):
+    loader = DataLoader("data/prose_char", "val", 1, 16)
+    model, vocab_size = tiny_gpt(vocab_size=64), load_tokenizer(read_manifest("data/prose_char")["tokenizer"]).vocab_size
+    x, y = loader.read(range(loader.sequences))
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(x)[0][..., :vocab_size].flatten(0, 1), y.flatten()).item()
+    config = train.TrainConfig(block_size=16, micro_batch=3)
+    measured = train.evaluate(model, loader, vocab_size, config, World(0, 1, torch.device("cpu")))
+    assert measured == pytest.approx(expected, abs=1e-5)

@@ -1,5 +1,6 @@
 """The Write tab: a prompt, the text that a model makes of it while it is made, and what that took."""
 import contextlib
+import functools
 import secrets
 import time
 
@@ -28,9 +29,9 @@ def build(models: list[str], engine, describe):
                 continue_button = gr.Button("Continue", min_width=90, elem_id="continue")
                 stop_button = gr.Button("Stop", variant="stop", min_width=90, elem_id="stop")
             text = gr.Textbox(label="Text", lines=14, max_lines=28, buttons=["copy"], interactive=True, elem_id="text",
-                              info="Yours to edit: Continue goes on from what stands here.")
+                              info="Edit it freely; Continue starts from this text.")
             status = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=4, elem_id="status",
-                                placeholder="Here stands the time to the first token, and tokens a second.")
+                                placeholder="Time to the first token and tokens a second appear here.")
             gr.Markdown(WARNING)
         with gr.Column(scale=3, min_width=300):
             model = gr.Dropdown(models, value=models[0], label="Model", info=describe(models[0]), elem_id="model")
@@ -44,26 +45,6 @@ def build(models: list[str], engine, describe):
                              info="The same seed and settings give the same text again.")
             fresh = gr.Checkbox(value=True, label="A new seed each time", elem_id="fresh")
 
-    def write(prompt: str, model: str, temperature: float, top_k: int, length: int, seed: int | None):
-        """Continues `prompt` and streams (the text so far, what it took)."""
-        began = shown = time.perf_counter()
-        seed = secrets.randbits(32) if seed is None else seed
-        pieces, first = [prompt], None
-        with sentences():
-            if len(prompt) > MAX_PROMPT:
-                raise UserError(f"The text has {len(prompt):,} characters, and the page takes {MAX_PROMPT:,}.")
-            llm = engine(model)
-            ids, notices = llm.encode(prompt)
-            for piece in llm.stream(ids, max_new_tokens=length, temperature=temperature, top_k=top_k or None, seed=seed):
-                pieces.append(piece)
-                now = time.perf_counter()
-                first = first or now
-                if now - shown > REFRESH_S:
-                    shown = now
-                    yield "".join(pieces), measured(len(pieces) - 1, first - began, now - first, seed, notices)
-        now = time.perf_counter()
-        yield "".join(pieces), measured(len(pieces) - 1, (first or now) - began, now - (first or now), seed, notices)
-
     def next_seed(seed: int | None, fresh: bool) -> int:
         return secrets.randbits(32) if fresh or seed is None else seed
 
@@ -76,11 +57,32 @@ def build(models: list[str], engine, describe):
     for triggers, start, api in (([generate_button.click, prompt.submit], prompt, {"api_name": "generate"}),
                                  ([continue_button.click], text, {"api_visibility": "private"})):
         picked = gr.on(triggers, next_seed, [seed, fresh], seed, api_visibility="private", show_progress="hidden")
-        written = picked.then(write, [start, *settings], [text, status], show_progress="hidden",
+        written = picked.then(functools.partial(write, engine), [start, *settings], [text, status], show_progress="hidden",
                               concurrency_limit=2, concurrency_id="engine", **api)
         events += [picked, written]
     stop_button.click(None, cancels=events)
     model.change(show_description, model, model, api_visibility="private", show_progress="hidden")
+
+
+def write(engine, prompt: str, model: str, temperature: float, top_k: int, length: int, seed: int | None):
+    """Continues `prompt` and streams (the text so far, what it took)."""
+    began = shown = time.perf_counter()
+    seed = secrets.randbits(32) if seed is None else seed
+    pieces, first = [prompt], None
+    with sentences():
+        if len(prompt) > MAX_PROMPT:
+            raise UserError(f"The text has {len(prompt):,} characters, and the page takes {MAX_PROMPT:,}.")
+        llm = engine(model)
+        ids, notices = llm.encode(prompt)
+        for piece in llm.stream(ids, max_new_tokens=length, temperature=temperature, top_k=top_k or None, seed=seed):
+            pieces.append(piece)
+            now = time.perf_counter()
+            first = first or now
+            if now - shown > REFRESH_S:
+                shown = now
+                yield "".join(pieces), measured(len(pieces) - 1, first - began, now - first, seed, notices)
+    now = time.perf_counter()
+    yield "".join(pieces), measured(len(pieces) - 1, (first or now) - began, now - (first or now), seed, notices)
 
 
 @contextlib.contextmanager
