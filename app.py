@@ -80,10 +80,11 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
 
 def check_port(host: str, port: int):
     try:
-        with socket.create_server((host, port)):
-            pass
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+            if server.getsockname()[1] != port:  # 0 asks for any port
+                raise OverflowError("ports are numbered from 1")
     except (OSError, OverflowError) as error:
-        raise UserError(f"The page cannot listen on {host}:{port} ({error}): choose another port with --port.") from None
+        raise UserError(f"The page cannot listen on {host}:{port} ({error}): choose another --port or --host.") from None
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ KEEP = 2  # newest checkpoints of a run that stay, besides the best model
 def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float):
     """Writes the checkpoint of `step`, marks it when its validation loss is the run's best, and prunes older ones."""
     model_path, state_path = run / f"model_{step:05d}.pt", run / f"state_{step:05d}"
-    write_atomically(model_path, lambda path: torch.save({
+    write_atomically(model_path, lambda file: torch.save({
         "format": 1, "model": model.state_dict(), "config": dataclasses.asdict(model.config),
-        "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}, path))
+        "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}, file))
     temporary = run / "state.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -49,15 +49,15 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
         "sha256": {"model": sha256(model_path), "optimizer": sha256(temporary / "optimizer.safetensors")}})
     shutil.rmtree(state_path, ignore_errors=True)
     os.replace(temporary, state_path)
-    best = read_json(run / "best.json")
-    if val_loss <= best.get("val_loss", float("inf")):
-        write_json(run / "best.json", best := {"step": step, "val_loss": val_loss})
-    for old in saved_steps(run)[:-KEEP]:
-        shutil.rmtree(run / f"state_{old:05d}")
-    kept = {*saved_steps(run), best.get("step")}
-    for path in run.glob("model_*.pt"):
-        if step_of(path) not in kept:
-            path.unlink()
+    best_step, best_loss = read_best(run)
+    if val_loss <= best_loss:
+        best_step = step
+        write_json(run / "best.json", {"step": step, "val_loss": val_loss})
+    kept = [other for other in saved_steps(run) if other <= step][-KEEP:]  # the run went back behind any later one
+    for other in set(saved_steps(run)) - set(kept):
+        shutil.rmtree(run / f"state_{other:05d}")
+    for other in set(model_steps(run)) - {best_step, *kept}:
+        (run / f"model_{other:05d}.pt").unlink()
 
 
 def newest(run: Path) -> int | None:
@@ -84,11 +84,21 @@ def load_state(run: Path, step: int) -> tuple[dict, dict[str, torch.Tensor], dic
 
 def saved_steps(run: Path) -> list[int]:
     """The steps of the run's checkpoints, whole or not, the oldest first."""
-    return sorted(step_of(path) for path in run.glob("state_*") if re.fullmatch(r"state_\d+", path.name))
+    return sorted(int(path.name[6:]) for path in run.glob("state_*") if re.fullmatch(r"state_\d+", path.name))
 
 
-def step_of(path: Path) -> int:
-    return int(path.stem.rpartition("_")[2])
+def model_steps(run: Path) -> list[int]:
+    """The steps of the run's models, the oldest first."""
+    return sorted(int(path.stem[6:]) for path in run.glob("model_*.pt") if re.fullmatch(r"model_\d+", path.stem))
+
+
+def read_best(run: Path) -> tuple[int | None, float]:
+    """(step, validation loss) of the run's best model as best.json records it, or (None, infinity)."""
+    try:
+        best = read_json(run / "best.json")
+        return int(best["step"]), float(best["val_loss"])
+    except (ValueError, KeyError, TypeError):
+        return None, float("inf")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -109,6 +119,8 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
     else:
         model, tokenizer = load_huggingface(path)
         info = {}
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"The tokenizer in {path} has {tokenizer.vocab_size:,} ids, and the model {model.config.vocab_size:,}.")
     model = model.to(device).eval().requires_grad_(False)
     return model, tokenizer, {"name": str(name or path), "path": str(path), "parameters": model.num_parameters(), **info}
 
@@ -132,7 +144,7 @@ def find_model(name: str | Path | None) -> Path:
             raise UserError(f"{path} is no model: models are .pt files, .safetensors files and folders.")
         return path
     if path.is_dir():
-        return best_of(path) if any(path.glob("model_*.pt")) else path
+        return best_of(path) if model_steps(path) else path
     return download(name)
 
 
@@ -143,14 +155,15 @@ def list_bundled() -> list[str]:
 
 def list_runs() -> list[str]:
     """The runs under log/ that have a model, the newest first."""
-    newest_model = {run: max((path.stat().st_mtime for path in run.glob("model_*.pt")), default=0) for run in LOG.glob("*")}
-    return [str(run) for run in sorted(newest_model, key=newest_model.get, reverse=True) if newest_model[run]]
+    newest_model = {run: max(os.path.getmtime(run / f"model_{step:05d}.pt") for step in model_steps(run))
+                    for run in LOG.glob("*") if model_steps(run)}
+    return [str(run) for run in sorted(newest_model, key=newest_model.get, reverse=True)]
 
 
 def best_of(run: Path) -> Path:
     """A run's best model where one is recorded, else its newest."""
-    best = run / f"model_{read_json(run / 'best.json').get('step', -1):05d}.pt"
-    return best if best.exists() else max(run.glob("model_*.pt"), key=step_of)
+    best_step, there = read_best(run)[0], model_steps(run)
+    return run / f"model_{best_step if best_step in there else there[-1]:05d}.pt"
 
 
 def download(name: str) -> Path:

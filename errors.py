@@ -10,17 +10,22 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_sentence():
-    """Turns a `UserError` into `error: …` on stderr and exit code 2, Ctrl-C into 130, a closed pipe into 141."""
+    """Turns a `UserError`, or a file that the system refuses, into `error: …` on stderr and exit code 2; Ctrl-C into
+    130, a closed pipe into 141."""
     try:
         yield
         sys.stdout.flush()
-    except UserError as error:
+    except BrokenPipeError:  # say, `python generate.py … | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if not error.filename:
+                raise
+            error = f"{error.filename}: {error.strerror}."
         if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have made the same mistake
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # say, `python generate.py … | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)

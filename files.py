@@ -6,17 +6,18 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write):
-    """Calls `write(temporary path)` and renames what it wrote to `path`, once it is on the disk."""
+    """Calls `write(file)` on a temporary file, and names it `path` once it is on the disk."""
     temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def write_json(path: Path, content: dict):
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> dict:

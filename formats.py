@@ -71,18 +71,18 @@ def load_huggingface(folder) -> tuple[GPT, Tokenizer]:
                 raise UserError(f"{folder} is no GPT-2 as this program runs it: its {key} is {c[key]!r}, not {ours!r}.")
         config = GPTConfig(block_size=c["n_positions"], vocab_size=c["vocab_size"], n_layer=c["n_layer"],
                            n_head=c["n_head"], n_embd=c["n_embd"], activation=c.get("activation_function", "gelu_new"))
-        state = {name: w.float() for name, w in from_huggingface(load_file(folder / "model.safetensors")).items()}
-    except (ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        state = from_huggingface(load_file(folder / "model.safetensors"))
+    except (ValueError, KeyError, AttributeError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"The files in {folder} are damaged or no GPT-2's ({type(error).__name__}: {error}).") from None
     return build(config, state, folder), load_tokenizer(folder)
 
 
 def build(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
-    """The model of a configuration with these weights, which become its own. Raises UserError where they do not fit."""
+    """The model of a configuration with these weights, in float32. Raises UserError where they do not fit."""
     try:
         with torch.device("meta"):
             model = GPT(config)
-        model.load_state_dict(state, assign=True)
-    except (RuntimeError, TypeError, AttributeError):
+        model.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
+    except (RuntimeError, TypeError, AttributeError, ValueError):
         raise UserError(f"The weights and the configuration in {source} do not fit each other.") from None
     return model

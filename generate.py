@@ -39,7 +39,8 @@ def sample(logits, uniform, temperature=1.0, top_k=None, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.to(uniform.device, torch.float64) / temperature
+    logits = logits.to(uniform.device, torch.float64)
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # however small the temperature, 0 is the largest
     ids = None
     if top_k or top_p < 1:
         k = min(top_k or logits.size(-1), logits.size(-1))
@@ -124,12 +125,17 @@ class Engine:
         seed = secrets.randbits(32) if seed is None else seed
         randoms = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(n)]
         ended = [False] * n
-        window = torch.tensor([ids], device=self.device)  # (1, t): what the model has been given
+        if not ids:
+            raise UserError("There is no token to continue: give at least one.")
+        window = torch.tensor([ids[-self.block_size:]], device=self.device)  # (1, t): what the model has been given
         x, cache = self.prefill(window, max_new_tokens)
         x, cache, window = x.repeat(n, 1), cache.repeat(n), window.repeat(n, 1)
         for left in range(max_new_tokens, 0, -1):
+            logits = self.logits(x)  # (n, V)
+            if not logits.isfinite().all():
+                raise UserError("The model's predictions are not numbers: its weights are damaged, or its training diverged.")
             uniform = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in randoms])
-            chosen = sample(self.logits(x), uniform, temperature, top_k, top_p).tolist()
+            chosen = sample(logits, uniform, temperature, top_k, top_p).tolist()
             ended = [over or i == self.tokenizer.eot for over, i in zip(ended, chosen)]
             if all(ended):
                 return
@@ -228,6 +234,7 @@ class GenerateConfig:
 
 def main(config: GenerateConfig):
     check_sampling(config.n, config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    sys.stdout.reconfigure(errors="replace")  # where the terminal cannot show a character
     model, tokenizer, info = load_model(config.model, pick_device(config.device))
     engine = Engine(model, tokenizer, config.dtype)
     print(f"{info['name']}: {info['parameters']:,} parameters, {engine.dtype} on {engine.device}", file=sys.stderr)

@@ -90,7 +90,7 @@ def find_text(source: str, text: Path | None) -> Path:
 
 def read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it first, for instance with iconv.") from None
     if len(text) < 100:  # each split needs a token and the one that follows it

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 import tyro
 
-from checkpoint import load_model
-from errors import one_sentence
+from checkpoint import load_model, model_steps
+from errors import UserError, one_sentence
 from formats import save_huggingface
 
 app = tyro.extras.SubcommandApp()
@@ -25,6 +25,8 @@ def export(model: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path],
         folder: The folder to write.
         dtype: The precision of the stored weights.
     """
+    if model_steps(folder):
+        raise UserError(f"{folder} holds a run, which an export would damage: choose another folder.")
     gpt, tokenizer, info = load_model(model)
     save_huggingface(folder, gpt, tokenizer, getattr(torch, dtype))
     size = (folder / "model.safetensors").stat().st_size

@@ -1,5 +1,8 @@
 """Token shards on disk: written once, then read as one memory-mapped stream of N tokens a split.
 
+    python shards.py info data/tiny_shakespeare_char         # what is in them, with a sample
+    python shards.py verify data/tiny_shakespeare_char       # whether they are what was written
+
     data/tiny_shakespeare_char/
         tiny_shakespeare_val_000000.npy      1-D uint16 (uint32 where the vocabulary needs it)
         tiny_shakespeare_train_000001.npy    one running index over both splits
@@ -14,9 +17,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import tyro
 
-from errors import UserError
+from errors import UserError, one_sentence
 from files import sha256, write_atomically, write_json
+from tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32, of them magic, version, number of tokens
@@ -45,11 +50,7 @@ class ShardWriter:
         """Adds one shard of `split` ("train" or "val") with these token ids."""
         shards = self.manifest["shards"]
         path = self.folder / f"{self.name}_{split}_{len(shards):06d}.npy"
-
-        def save(temporary):
-            with open(temporary, "wb") as file:
-                np.save(file, np.asarray(tokens, dtype=self.dtype))
-        write_atomically(path, save)
+        write_atomically(path, lambda file: np.save(file, np.asarray(tokens, dtype=self.dtype)))
         shards.append({"file": path.name, "split": split, "documents": documents, "tokens": len(tokens),
                        "sha256": sha256(path)})
 
@@ -98,7 +99,8 @@ def read_manifest(folder) -> dict:
         return {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] == 1 and manifest["tokenizer"] and manifest["shards"]:
+        stated = [(shard["file"] + shard["split"] + shard["sha256"], shard["tokens"] + 0) for shard in manifest["shards"]]
+        if manifest["format"] == 1 and isinstance(manifest["tokenizer"], dict) and stated:
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
@@ -123,3 +125,41 @@ def open_shard(path: Path) -> np.ndarray:
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
         raise UserError(f"{path} is no token shard: it is {tokens.dtype} of shape {tokens.shape}.")
     return tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command line
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def verify(folder: tyro.conf.Positional[Path]):
+    """Compares every shard with the checksum in the manifest, and names the first that differs."""
+    stated = read_manifest(folder).get("shards", ())
+    if not stated:
+        raise UserError(f"{folder} has no manifest to compare its shards with.")
+    for shard in stated:
+        path = folder / shard["file"]
+        if not path.exists() or sha256(path) != shard["sha256"]:
+            raise UserError(f"{path} is {'damaged' if path.exists() else 'missing'}: prepare the data again.")
+    print(f"{len(stated)} shards, {sum(shard['tokens'] for shard in stated):,} tokens: all as they were written")
+
+
+@app.command
+def info(folder: tyro.conf.Positional[Path]):
+    """Prints documents, tokens, bytes a token and the first tokens of each split as text."""
+    manifest = read_manifest(folder)
+    tokenizer = load_tokenizer(manifest.get("tokenizer", "gpt2"))
+    for split in "train", "val":
+        shards = Shards(folder, split)
+        sample = shards.read(0, min(len(shards), 1000)).tolist()
+        documents = sum(shard["documents"] for shard in manifest.get("shards", ()) if shard["split"] == split)
+        print(f"{split}: {documents or 'unknown'} documents, {len(shards):,} tokens in {len(shards.arrays)} shards, "
+              f"{len(tokenizer.decode_bytes(sample)) / len(sample):.2f} bytes a token")
+        print(tokenizer.decode(sample[:50]))
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        app.cli(description="What is in a folder of token shards, and whether it is whole.")

@@ -163,7 +163,7 @@ def load_tokenizer(source: str | Path | dict) -> Tokenizer:
             return CharTokenizer(source["chars"])
     elif source == "gpt2":
         return gpt2_tokenizer()
-    elif Path(source).is_dir():
+    elif isinstance(source, str | Path) and Path(source).is_dir():
         return _load_folder(Path(source))
     raise UserError(f"No tokenizer is described by {source!r:.200}: give 'gpt2', a folder or a saved tokenizer's dict.")
 
@@ -176,6 +176,6 @@ def _load_folder(folder: Path) -> Tokenizer:
         vocab = model.get("vocab") or read_json(folder / "vocab.json")
         if len(vocab) == GPT2Tokenizer.vocab_size and vocab.get(END_OF_TEXT) == GPT2Tokenizer.eot:
             return gpt2_tokenizer()
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise UserError(f"The tokenizer files in {folder} are damaged ({type(error).__name__}).") from None
     raise UserError(f"{folder} holds no tokenizer that this repository knows (GPT-2's or a character one).")

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import sys
 import time
@@ -188,6 +189,9 @@ def train(config: TrainConfig, world: ddp.World):
             seconds += time.perf_counter() - began
         else:
             loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size  # only here does a step wait for its numbers
+            if not math.isfinite(loss):
+                raise UserError(f"The loss of step {step + 1} is {loss}: the run has diverged. Start another with a lower "
+                                "--learning-rate, or name this one's last good model.")
             speed = tokens / (seconds + time.perf_counter() - began)
             seconds, tokens = 0.0, 0
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
@@ -209,8 +213,9 @@ def check(config: TrainConfig):
                  "log_every", "max_steps"):
         if getattr(config, name) < (name != "max_steps"):
             raise UserError(f"--{name.replace('_', '-')} is at least {int(name != 'max_steps')}, not {getattr(config, name)}.")
-    if not config.learning_rate > 0:
-        raise UserError(f"--learning-rate is above 0, not {config.learning_rate}.")
+    for name in ("learning_rate", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip"):
+        if not 0 <= getattr(config, name) < (1 if name.startswith("beta") else math.inf):
+            raise UserError(f"--{name.replace('_', '-')} cannot be {getattr(config, name)}.")
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", config.run):
         raise UserError(f"--run names a folder under {checkpoint.LOG}, with letters, digits, '.', '-' and '_': {config.run!r}.")
 
@@ -218,7 +223,7 @@ def check(config: TrainConfig):
 def find_checkpoint(config: TrainConfig, run: Path) -> int | None:
     """The step to go on from, None to start. Refuses to start in a folder that holds a run, damaged or not."""
     step = checkpoint.newest(run) if config.resume == "auto" else None
-    if step is None and (checkpoint.saved_steps(run) or any(run.glob("model_*.pt"))):
+    if step is None and (checkpoint.saved_steps(run) or checkpoint.model_steps(run)):
         reason = "none of its checkpoints is whole" if config.resume == "auto" else "--resume auto goes on with it"
         raise UserError(f"{run} holds a run already ({reason}): give this one another name with --run.")
     return step

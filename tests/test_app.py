@@ -11,6 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 
 import app
 from checkpoint import load_model
+from errors import UserError
 from generate import Engine
 from ui.write import EXAMPLES, MAX_PROMPT
 
@@ -202,15 +203,19 @@ def test_the_endpoint_streams_what_the_engine_writes(client):
     assert len(pieces) > 2 and all(text.startswith(piece) for piece in pieces)
 
 
+def test_nothing_to_continue_is_an_empty_prompt(client):
+    assert len(client.predict(None, length=5, api_name="/generate")[0]) == 5
+
+
 @pytest.mark.parametrize("values", [
     {"temperature": 0.0}, {"temperature": 2.1}, {"temperature": -1}, {"length": 0}, {"length": 1e9}, {"top_k": -1},
-    {"seed": -5}, {"model": "/etc/passwd"}, {"model": "gpt2"}, {"prompt": "a" * (MAX_PROMPT + 1)}])
+    {"seed": -5}, {"model": "/etc/passwd"}, {"model": "gpt2"}, {"model": None}, {"prompt": "a" * (MAX_PROMPT + 1)}])
 def test_values_are_checked_on_the_server_too(client, values):
-    with pytest.raises(Exception, match=r"(?i)minimum|maximum|less|greater|choices|takes 20,000"):
+    with pytest.raises(Exception, match=r"(?i)minimum|maximum|less|greater|choices|takes 20,000|Choose a model"):
         client.predict(**{"prompt": "ROMEO:", "length": 5, **values}, api_name="/generate")
 
 
-def test_a_port_in_use_gets_one_sentence(command, url):
-    port = url.rsplit(":", 1)[1].strip("/")
-    done = command("app.py", "--port", port, "--model", "bundled", check=False)
-    assert done.returncode == 2 and f"127.0.0.1:{port}" in done.stderr and done.stderr.count("\n") == 1
+def test_a_port_in_use_or_impossible_gets_one_sentence(url):
+    for port in int(url.rsplit(":", 1)[1].strip("/")), 0, 99_999, -1:
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
+            app.main(app.AppConfig(model="bundled", port=port))

@@ -169,7 +169,7 @@ def test_bad_texts_get_one_sentence(tmp_path, content, tokenizer, sentence):
 
 def test_a_model_lends_its_tokenizer_and_what_it_lacks_is_named(tmp_path, capsys):
     save_huggingface(tmp_path / "model", tiny_gpt(vocab_size=8), CharTokenizer("\n abc"))
-    (tmp_path / "text.txt").write_text("abc é cab\n" * 20)
+    (tmp_path / "text.txt").write_text("\ufeff" + "abc é cab\n" * 20, encoding="utf-8")
     prepare.main(PrepareConfig("text.txt", tokenizer=str(tmp_path / "model"), out=tmp_path / "out"))
     assert "left out: é" in capsys.readouterr().out
     assert CharTokenizer("\n abc").decode(Shards(tmp_path / "out", "train").read(0, 10).tolist()) == "abc   cab\n"
@@ -185,7 +185,15 @@ def test_preparing_again_replaces_the_shards_but_never_other_files(prose, tmp_pa
     assert len(list(out.iterdir())) == 4 and (out / "thesis_train_000001.npy").read_bytes() == b"mine"
 
 
-def test_the_command_line_prepares_too(command, prose):
+def test_the_command_lines_prepare_and_verify(command, prose, tmp_path):
     assert "prose_char is ready: vocabulary of" in command("prepare.py", prose).stdout
+    out = tmp_path / "data" / "prose_char"
+    said = command("shards.py", "info", out).stdout
+    assert "The fox went out on a chilly night" in said and f"{int(len(PROSE) * 0.9):,} tokens in 1 shards" in said
+    assert "2 shards" in command("shards.py", "verify", out).stdout
+    shard = next(out.glob("*_train_*.npy"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    done = command("shards.py", "verify", out, check=False)
+    assert done.returncode == 2 and f"{shard.name} is damaged" in done.stderr
     done = command("prepare.py", "nothing.txt", check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: There is no file nothing.txt")

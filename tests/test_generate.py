@@ -92,11 +92,23 @@ def test_characters_the_model_lacks_are_named(char_engine):
     assert "ЖQ" in char_engine.encode("aЖbQ")[1][0]
 
 
-@pytest.mark.parametrize("option", [{"temperature": -0.1}, {"temperature": math.nan}, {"max_new_tokens": -1}, {"n": 0},
-                                    {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_the_smallest_temperature_is_near_greedy(char_engine):
+    texts = [char_engine.generate("the ", temperature=t, max_new_tokens=20, seed=1) for t in (0, 1e-6, 1e-320)]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_predictions_that_are_no_numbers_are_not_sampled(char_engine):
+    with torch.no_grad():
+        char_engine.model.transformer.ln_f.bias[0] = math.nan
+    with pytest.raises(UserError, match="not numbers"):
+        char_engine.generate("abc")
+
+
+@pytest.mark.parametrize("option", [{"ids": []}, {"temperature": -0.1}, {"temperature": math.nan}, {"max_new_tokens": -1},
+                                    {"n": 0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_values_out_of_range_get_one_sentence(char_engine, option):
     with pytest.raises(UserError):
-        list(char_engine.tokens([5], **option))
+        list(char_engine.tokens(**{"ids": [5], **option}))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -204,6 +204,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(data, tmp_path,
     (["shakespeare-char", *TINY, "--eval-every", "0"], "--eval-every is at least 1"),
     (["shakespeare-char", *TINY, "--batch-tokens", "0"], "--batch-tokens is at least 1"),
     (["shakespeare-char", *TINY, "--max-steps", "-1"], "--max-steps is at least 0"),
+    (["shakespeare-char", *TINY, "--learning-rate", "nan"], "--learning-rate cannot be nan"),
     (["shakespeare-char", *TINY, "--run", "../elsewhere"], "--run names a folder"),
     (["finetune", *TINY, "--init-from", "data"], "no model folder"),
 ])
@@ -216,6 +217,12 @@ def test_the_sentence_goes_to_stderr_with_exit_code_2(command):
     done = command("train.py", "no-such-preset", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: There is no preset 'no-such-preset'; there are: ") and done.stderr.count("\n") == 1
+
+
+def test_a_file_that_the_system_refuses_gets_a_sentence_too(command, data, tmp_path):
+    (tmp_path / "log").touch()
+    done = command("train.py", "shakespeare-char", *TINY, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: log") and done.stderr.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -279,6 +286,28 @@ def test_the_best_model_outlives_the_newer_ones(run):
     assert sorted(path.name for path in run.glob("*_0*")) == [
         "model_00001.pt", "model_00003.pt", "model_00004.pt", "state_00003", "state_00004"]
     assert checkpoint.load_model(run)[2]["step"] == 1
+
+
+def test_pruning_spares_the_checkpoint_just_written_whatever_else_lies_there(run):
+    for damaged in 20, 22:
+        (run / f"state_{damaged:05d}").mkdir()
+    (run / "model_of_mine.pt").touch()
+    (run / "best.json").write_text("{")
+    assert checkpoint.newest(run) == 2 and checkpoint.load_model(run)[2]["step"] == 2
+    checkpoint.save(run, 3, tiny_gpt(vocab_size=8), {}, CharTokenizer("\n abc"), {}, 2.0)
+    assert checkpoint.saved_steps(run) == [2, 3] and checkpoint.newest(run) == 3
+    assert checkpoint.load_model(run)[2]["step"] == 3 and (run / "model_of_mine.pt").exists()
+
+
+def test_an_export_never_lands_in_a_run(run):
+    with pytest.raises(UserError, match="holds a run"):
+        publish.export("bundled", run)
+    assert checkpoint.load_model(run)[2]["step"] == 1
+
+
+def test_a_diverged_run_says_so(data, tmp_path):
+    with pytest.raises(UserError, match="has diverged"):
+        train_here("shakespeare-char", *TINY, "--learning-rate", "1e30")
 
 
 def test_an_exported_model_writes_what_the_run_writes(run, tmp_path):

@@ -67,11 +67,14 @@ def build(models: list[str], engine, describe):
 def write(engine, prompt: str, model: str, temperature: float, top_k: int, length: int, seed: int | None):
     """Continues `prompt` and streams (the text so far, what it took)."""
     began = shown = time.perf_counter()
+    prompt = prompt or ""
     seed = secrets.randbits(32) if seed is None else seed
     pieces, first = [prompt], None
     with sentences():
         if len(prompt) > MAX_PROMPT:
             raise UserError(f"The text has {len(prompt):,} characters, and the page takes {MAX_PROMPT:,}.")
+        if not model:
+            raise UserError("Choose a model first.")
         llm = engine(model)
         ids, notices = llm.encode(prompt)
         for piece in llm.stream(ids, max_new_tokens=length, temperature=temperature, top_k=top_k or None, seed=seed):
