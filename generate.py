@@ -120,13 +120,13 @@ class Engine:
         `<|endoftext|>`, which it does not contain, or after max_new_tokens. Raises UserError for values out of range.
         """
         check_sampling(n, max_new_tokens, temperature, top_k, top_p)
+        if not ids:
+            raise UserError("There is no token to continue: give at least one.")
         if max_new_tokens == 0:
             return
         seed = secrets.randbits(32) if seed is None else seed
         randoms = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(n)]
         ended = [False] * n
-        if not ids:
-            raise UserError("There is no token to continue: give at least one.")
         window = torch.tensor([ids[-self.block_size:]], device=self.device)  # (1, t): what the model has been given
         x, cache = self.prefill(window, max_new_tokens)
         x, cache, window = x.repeat(n, 1), cache.repeat(n), window.repeat(n, 1)
@@ -171,24 +171,21 @@ class Engine:
     def inspect(self, text: str, top: int = 10) -> list[dict]:
         """Token by token what the model made of a text: `id`, `text`, `logprob`, and `top`, its likeliest choices
         there as (text, logprob) pairs. A text past the context is read in windows that overlap by half."""
-        ids = self.tokenizer.encode(text)
-        decode = self.tokenizer.decode
-        tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
         before = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
-        ids = before + ids
+        ids, decode = before + self.tokenizer.encode(text), self.tokenizer.decode
+        tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
         done = 1  # ids[done:] are still to be scored
         while done < len(ids):
             start = 0 if done < self.block_size else done - max(1, self.block_size // 2)
-            window = torch.tensor([ids[start:start + self.block_size]], device=self.device)  # (1, t)
             stop = min(start + self.block_size + 1, len(ids))
-            logprobs = self.logits(self.model.hidden(window)[0, done - 1 - start:stop - 1 - start]).log_softmax(-1)
-            best = logprobs.topk(min(top, self.tokenizer.vocab_size))
-            for row, i in enumerate(range(done, stop)):
-                tokens[i - len(before)]["logprob"] = logprobs[row, ids[i]].item()
-                tokens[i - len(before)]["top"] = [(decode([j]), p) for j, p in
-                                            zip(best.indices[row].tolist(), best.values[row].tolist())]
+            window = torch.tensor([ids[start:stop - 1]], device=self.device)  # (1, t)
+            hidden = self.model.hidden(window)[0, done - 1 - start:]  # (stop - done, n_embd)
+            for i, logprobs in zip(range(done, stop), self.logits(hidden).log_softmax(-1)):  # (V,) each
+                best = logprobs.topk(min(top, len(logprobs)))
+                tokens[i]["logprob"] = logprobs[ids[i]].item()
+                tokens[i]["top"] = [(decode([j]), p) for j, p in zip(best.indices.tolist(), best.values.tolist())]
             done = stop
-        return tokens
+        return tokens[len(before):]
 
 
 def check_sampling(n, max_new_tokens, temperature, top_k, top_p):
