@@ -47,8 +47,9 @@ def load(name: str, device: str, dtype: str) -> tuple[Engine, dict]:
 
 def model_names(config: AppConfig) -> list[str]:
     """The models that the page offers, the default first: the one asked for, the runs, the bundled ones."""
-    asked = [config.model] if config.model else []
-    names = [*asked, *checkpoint.list_runs(), *(f"bundled:{name}" for name in checkpoint.list_bundled())]
+    bundled = [f"bundled:{name}" for name in checkpoint.list_bundled()]
+    asked = bundled[:1] if config.model == "bundled" else [config.model] if config.model else []
+    names = [*asked, *checkpoint.list_runs(), *bundled]
     if not names:
         raise UserError("There is no model to show: train one, or name one with --model.")
     return list(dict.fromkeys(names))
