@@ -5,14 +5,16 @@ import socket
 import time
 
 import pytest
+from conftest import tiny_gpt
 from gradio_client import Client
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect, sync_playwright
 
 import app
-from checkpoint import load_model
+import checkpoint
 from errors import UserError
 from generate import Engine
+from tokenizer import CharTokenizer
 from ui.write import EXAMPLES, MAX_PROMPT
 
 
@@ -35,9 +37,14 @@ def steps():
 
 
 @pytest.fixture(scope="module")
-def url(steps):
-    port = free_port()
-    page = app.main(app.AppConfig(model="bundled", port=port), prevent_thread_lock=True, quiet=True)
+def url(steps, tmp_path_factory):
+    """A page with two models, the bundled one first; the other is a run that writes nothing but a, b and c."""
+    port, log = free_port(), tmp_path_factory.mktemp("page") / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "LOG", log)
+        (log / "abc").mkdir(parents=True)
+        checkpoint.save(log / "abc", 7, tiny_gpt(vocab_size=3), {}, CharTokenizer("abc"), {}, 1.0)
+        page = app.main(app.AppConfig(model="bundled", port=port), prevent_thread_lock=True, quiet=True)
     yield f"http://127.0.0.1:{port}/"
     page.close()
 
@@ -95,8 +102,8 @@ def test_a_person_types_generates_and_watches_the_text_stream(open_page):
     page.fill("#prompt textarea", "JULIET:\nO ")
     set_number(page, "length", 300)
     page.click("#generate")
-    seen = {text_of(page)}
-    while not page.input_value("#status textarea").startswith("300 tokens"):
+    seen, deadline = {text_of(page)}, time.monotonic() + 60
+    while not page.input_value("#status textarea").startswith("300 tokens") and time.monotonic() < deadline:
         seen.add(text_of(page))
     assert len({len(text) for text in seen}) > 3, "it grew in several pieces"
     text = text_of(page)
@@ -108,8 +115,7 @@ def test_stop_stops_the_computation(open_page, steps):
     page = open_page()
     set_number(page, "length", 2000)
     page.click("#generate")
-    while len(text_of(page)) < 50:
-        time.sleep(0.05)
+    page.wait_for_function("document.querySelector('#text textarea').value.length > 50", timeout=60_000)
     page.click("#stop")
     time.sleep(1)
     stopped, text = steps[0], text_of(page)
@@ -154,6 +160,18 @@ def test_continue_goes_on_from_the_text_as_it_stands(open_page):
     assert finish(page, len(first) + 20).startswith(first)
 
 
+def test_the_selector_changes_the_model(open_page):
+    page = open_page()
+    page.click("#model input")
+    page.get_by_role("option", name="abc").click()
+    expect(page.get_by_text("step 7, reads 16 tokens")).to_be_visible()
+    page.fill("#prompt textarea", "cab")
+    set_number(page, "length", 40)
+    page.click("#generate")
+    text = finish(page, 43)
+    assert text.startswith("cab") and set(text) <= set("abc")
+
+
 def test_what_the_alphabet_lacks_is_said_and_markup_stays_text(open_page):
     page = open_page()
     page.fill("#prompt textarea", "<img src=x onerror=alert(1)> Я")
@@ -196,7 +214,7 @@ def client(url):
 def test_the_endpoint_streams_what_the_engine_writes(client):
     job = client.submit("ROMEO:\n", temperature=0.9, top_k=20, length=200, seed=5, api_name="/generate")
     text, status = job.result(timeout=60)
-    engine = Engine(*load_model("bundled")[:2])
+    engine = Engine(*checkpoint.load_model("bundled")[:2])
     assert text == "ROMEO:\n" + engine.generate("ROMEO:\n", temperature=0.9, top_k=20, max_new_tokens=200, seed=5)[0]
     assert status.endswith("seed 5")
     pieces = [piece for piece, _ in job.outputs()]
