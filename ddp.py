@@ -42,6 +42,8 @@ def join_world(device: str = "auto"):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(rank, size, device)
+        if size > 1:
+            dist.barrier()  # a process that leaves while another still works can bring both down
     finally:
         if size > 1:
             dist.destroy_process_group()
