@@ -7,7 +7,6 @@ A run is a folder `log/<run>/`. A checkpoint in it is a pair: `model_00250.pt`, 
 with the checksums of both, so that a pair is either whole or ignored. Nothing is unpickled freely.
 """
 import dataclasses
-import json
 import os
 import pickle
 import re
@@ -36,8 +35,7 @@ KEEP = 2  # newest checkpoints of a run that stay, besides the best model
 
 def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float):
     """Writes the checkpoint of `step`, marks it when its validation loss is the run's best, and prunes older ones."""
-    model_path, state_path = run / f"model_{step:05d}.pt", run / f"state_{step:05d}"
-    write_atomically(model_path, lambda file: torch.save({
+    write_atomically(model_path(run, step), lambda file: torch.save({
         "format": 1, "model": model.state_dict(), "config": dataclasses.asdict(model.config),
         "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}, file))
     temporary = run / "state.tmp"
@@ -46,28 +44,27 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
     save_file({name: t.contiguous() for name, t in optimizer_state.items()}, temporary / "optimizer.safetensors")
     write_json(temporary / "state.json", {
         "format": 1, "step": step, "config": config,
-        "sha256": {"model": sha256(model_path), "optimizer": sha256(temporary / "optimizer.safetensors")}})
-    shutil.rmtree(state_path, ignore_errors=True)
-    os.replace(temporary, state_path)
+        "sha256": {"model": sha256(model_path(run, step)), "optimizer": sha256(temporary / "optimizer.safetensors")}})
+    shutil.rmtree(state_path(run, step), ignore_errors=True)
+    os.replace(temporary, state_path(run, step))
     best_step, best_loss = read_best(run)
     if val_loss <= best_loss:
         best_step = step
         write_json(run / "best.json", {"step": step, "val_loss": val_loss})
     kept = [other for other in saved_steps(run) if other <= step][-KEEP:]  # the run went back behind any later one
     for other in set(saved_steps(run)) - set(kept):
-        shutil.rmtree(run / f"state_{other:05d}")
+        shutil.rmtree(state_path(run, other))
     for other in set(model_steps(run)) - {best_step, *kept}:
-        (run / f"model_{other:05d}.pt").unlink()
+        model_path(run, other).unlink()
 
 
 def newest(run: Path) -> int | None:
     """The step of the run's newest checkpoint whose two halves are whole, or None where there is none."""
     for step in reversed(saved_steps(run)):
-        folder = run / f"state_{step:05d}"
+        folder = state_path(run, step)
         try:
-            stated = json.loads((folder / "state.json").read_text())["sha256"]
-            if stated == {"model": sha256(run / f"model_{step:05d}.pt"),
-                          "optimizer": sha256(folder / "optimizer.safetensors")}:
+            stated = read_json(folder / "state.json")["sha256"]
+            if stated == {"model": sha256(model_path(run, step)), "optimizer": sha256(folder / "optimizer.safetensors")}:
                 return step
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -77,9 +74,17 @@ def newest(run: Path) -> int | None:
 
 def load_state(run: Path, step: int) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """(model checkpoint, optimizer tensors by name, configuration) of a checkpoint that `newest` found whole."""
-    folder = run / f"state_{step:05d}"
-    return (read_checkpoint(run / f"model_{step:05d}.pt"), load_file(folder / "optimizer.safetensors"),
-            json.loads((folder / "state.json").read_text())["config"])
+    folder = state_path(run, step)
+    return (read_checkpoint(model_path(run, step)), load_file(folder / "optimizer.safetensors"),
+            read_json(folder / "state.json")["config"])
+
+
+def model_path(run: Path, step: int) -> Path:
+    return run / f"model_{step:05d}.pt"
+
+
+def state_path(run: Path, step: int) -> Path:
+    return run / f"state_{step:05d}"
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -155,7 +160,7 @@ def list_bundled() -> list[str]:
 
 def list_runs() -> list[str]:
     """The runs under log/ that have a model, the newest first."""
-    newest_model = {run: max(os.path.getmtime(run / f"model_{step:05d}.pt") for step in model_steps(run))
+    newest_model = {run: max(os.path.getmtime(model_path(run, step)) for step in model_steps(run))
                     for run in LOG.glob("*") if model_steps(run)}
     return [str(run) for run in sorted(newest_model, key=newest_model.get, reverse=True)]
 
@@ -163,7 +168,7 @@ def list_runs() -> list[str]:
 def best_of(run: Path) -> Path:
     """A run's best model where one is recorded, else its newest."""
     best_step, there = read_best(run)[0], model_steps(run)
-    return run / f"model_{best_step if best_step in there else there[-1]:05d}.pt"
+    return model_path(run, best_step if best_step in there else there[-1])
 
 
 def download(name: str) -> Path:

@@ -21,7 +21,7 @@ import tyro
 
 from errors import UserError, one_sentence
 from files import sha256, write_atomically, write_json
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32, of them magic, version, number of tokens
@@ -107,6 +107,11 @@ def read_manifest(folder) -> dict:
     raise UserError(f"{path} is not a manifest of format 1: prepare the data again.")
 
 
+def read_tokenizer(folder) -> Tokenizer:
+    """The tokenizer that the folder's shards were made with: GPT-2's where others wrote them without a manifest."""
+    return load_tokenizer(read_manifest(folder).get("tokenizer", "gpt2"))
+
+
 def open_shard(path: Path) -> np.ndarray:
     """One shard's tokens, memory-mapped: `.npy`, llm.c's `.bin`, or raw uint16 as nanoGPT writes them."""
     try:
@@ -149,12 +154,11 @@ def verify(folder: tyro.conf.Positional[Path]):
 @app.command
 def info(folder: tyro.conf.Positional[Path]):
     """Prints documents, tokens, bytes a token and the first tokens of each split as text."""
-    manifest = read_manifest(folder)
-    tokenizer = load_tokenizer(manifest.get("tokenizer", "gpt2"))
+    tokenizer, stated = read_tokenizer(folder), read_manifest(folder).get("shards", ())
     for split in "train", "val":
         shards = Shards(folder, split)
         sample = shards.read(0, min(len(shards), 1000)).tolist()
-        documents = sum(shard["documents"] for shard in manifest.get("shards", ()) if shard["split"] == split)
+        documents = sum(shard["documents"] for shard in stated if shard["split"] == split)
         print(f"{split}: {documents or 'unknown'} documents, {len(shards):,} tokens in {len(shards.arrays)} shards, "
               f"{len(tokenizer.decode_bytes(sample)) / len(sample):.2f} bytes a token")
         print(tokenizer.decode(sample[:50]))

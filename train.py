@@ -33,8 +33,8 @@ from files import write_json
 from generate import Engine
 from model import GPT, GPTConfig
 from prepare import NAMED_TEXTS
-from shards import read_manifest
-from tokenizer import Tokenizer, load_tokenizer
+from shards import read_manifest, read_tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +231,8 @@ def find_checkpoint(config: TrainConfig, run: Path) -> int | None:
 
 def build(config: TrainConfig) -> tuple[GPT, Tokenizer, TrainConfig]:
     """The model at its first step, the data's tokenizer, and the configuration with what those two decide filled in."""
-    tokenizer = data_tokenizer(config)
+    check_data(config)
+    tokenizer = read_tokenizer(config.data)
     if config.init_from:
         source, own, _ = checkpoint.load_model(config.init_from)
         if own.to_dict() != tokenizer.to_dict():
@@ -258,8 +259,8 @@ def build(config: TrainConfig) -> tuple[GPT, Tokenizer, TrainConfig]:
                                                  n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd)
 
 
-def data_tokenizer(config: TrainConfig) -> Tokenizer:
-    """The tokenizer that the shards were made with: GPT-2's where others wrote them without a manifest."""
+def check_data(config: TrainConfig):
+    """Raises UserError, with the command that makes them, where there are no data."""
     data = config.data
     if not data.is_dir():
         name, _, kind = data.name.rpartition("_")
@@ -268,7 +269,6 @@ def data_tokenizer(config: TrainConfig) -> Tokenizer:
         else:
             command = f"FILE.txt --tokenizer {config.init_from or 'gpt2'} --out {data}"
         raise UserError(f"There is no data in {data}: make it with `python prepare.py {command}`.")
-    return load_tokenizer(read_manifest(data).get("tokenizer", "gpt2"))
 
 
 def plan(config: TrainConfig, model: GPT, train_loader: DataLoader, val_loader: DataLoader, world: ddp.World) -> str:
