@@ -1,24 +1,43 @@
 """Any text into token shards.
 
-    python prepare.py tiny_shakespeare --tokenizer char      # downloads it; --text FILE where there is no network
-    python prepare.py tiny_pushkin --text tiny_pushkin.txt --tokenizer gpt2
+    python prepare.py tiny_shakespeare                       # by character; --text FILE where there is no network
     python prepare.py my_novel.txt --tokenizer gpt2 --out data/novel
+    python prepare.py my_corpus/                             # .parquet, .jsonl and .txt, alone or as .gz or .zst
+    python prepare.py openwebtext                            # a corpus of the Hugging Face Hub
+    torchrun --nproc_per_node=3 prepare.py my_corpus/        # or a Slurm array: each process takes a part of the files
+    python prepare.py fineweb10B/ --pretokenized             # shards that others made
 
-The last 10% of the characters are validation, as in nanoGPT. The result goes to data/<name>_<tokenizer>.
+Of one text the last 10% of the characters are validation, as in nanoGPT; of a corpus the first shard. The output is the
+same for any number of workers, and the same command goes on where a killed one stopped.
 """
+import contextlib
 import dataclasses
+import errno
+import functools
+import hashlib
+import multiprocessing
 import os
 import re
+import shutil
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Literal, NamedTuple
 
+import numpy as np
 import requests
 import tyro
 from tqdm import tqdm
 
-from checkpoint import load_model
+import corpus
 from errors import UserError, one_sentence
-from files import sha256
-from shards import ShardWriter
+from files import read_json, sha256
+from shards import ShardWriter, check_ids, open_shard, read_manifest
 from tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
 # Texts with a name: where each comes from (None: no public address known) and the sha256 of the file.
@@ -27,75 +46,333 @@ NAMED_TEXTS = {
                          "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "tiny_pushkin": (None, "7c6c4d79cfa665fdad789ea74c48b7f9fa4a6e79f8ce63d1f71343c05716e90e"),
 }
+NAMED_CORPORA = {"openwebtext": "Skylion007/openwebtext"}  # on the Hub
 DATA = Path("data")
-TRAIN_SHARE = 0.9  # of the characters
+COMMIT_S = 1.0  # so much work, and no more, is done again after a kill
+COPY_TOKENS = 2**22
+SMALL = 4 * corpus.BLOCK  # bytes of text that are tokenized before another process would have started
 
 
 @dataclasses.dataclass
 class PrepareConfig:
-    """Turns a text into token shards, the last 10% of its characters for validation."""
+    """Turns text into token shards."""
 
     source: tyro.conf.Positional[str]
-    """tiny_shakespeare, tiny_pushkin, or a text file."""
-    tokenizer: str = "char"
-    """char (an id for each character of the text), gpt2, or a model, under any of its names, whose tokenizer is used."""
+    """tiny_shakespeare, tiny_pushkin, openwebtext, or a file or folder of .parquet, .jsonl or .txt, also as .gz or .zst."""
+    tokenizer: str | None = None
+    """char (an id for each character of the text), gpt2, or a model, under any of its names, whose tokenizer is used.
+    When not given, char for one text and gpt2 for a corpus."""
     text: Path | None = None
-    """The file that holds a named text, where there is no network."""
+    """The file or folder that holds a named text, where there is no network."""
     out: Path | None = None
     """Folder for the shards; data/<name>_<tokenizer> when not given."""
+    workers: int | None = None
+    """Processes that tokenize; one a core when not given."""
+    shard_tokens: int = 100_000_000
+    pretokenized: bool = False
+    """The source is a folder of GPT-2 shards that others made: .bin as llm.c's or nanoGPT's, .npy as build-nanogpt's."""
+
+
+class Source(NamedTuple):
+    """What is to be prepared."""
+    name: str
+    files: list[str]  # paths, or addresses on the Hub
+    revision: str  # another one where the text is another
+    kind: Literal["text", "corpus", "tokens"]  # one text; documents; shards that others made
+
+
+class Encoded(NamedTuple):
+    """Tokens on their way to the disk."""
+    tokens: np.ndarray
+    starts: np.ndarray  # where documents start among them
+    split: str | None
+    cursor: tuple[int, int]  # file and passage that come next
+    counts: dict  # bytes of text, documents that were left out and documents that were repaired
+    unknown: str = ""  # characters that the alphabet lacks
 
 
 def main(config: PrepareConfig):
-    path = find_text(config.source, config.text)
-    text = read_text(path)
-    name = Path(config.source).stem
-    out = config.out or DATA / f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '-', config.tokenizer)}"
-    tokenizer = choose_tokenizer(config.tokenizer, text)
-    text, unknown = tokenizer.replace_unknown(text)
+    name = Path(config.source).name.split(".")[0]
+    on_hub = config.source in NAMED_CORPORA and config.text is None
+    path = None if on_hub else find_text(config.source, config.text)
+    is_text = path is not None and path.is_file() and corpus.kind_of(path.name) not in (".parquet", ".jsonl", ".json")
+    tokenizer = config.tokenizer or ("char" if is_text else "gpt2")
+    out = config.out or DATA / f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '-', tokenizer)}"
+    if on_hub:
+        source = hub_source(NAMED_CORPORA[config.source], None, out)
+    elif config.pretokenized:
+        source = local_source(path.name, foreign_shards(path), "tokens")
+    else:
+        source = local_source(path.name, corpus.local_files(path), "text" if is_text else "corpus")
+    prepare(source, name, out, tokenizer, config.workers, config.shard_tokens)
+
+
+def prepare(source: Source, name: str, out: Path, tokenizer_name: str, workers: int | None, shard_tokens: int):
+    """Writes the source's tokens, or this process's part of them, into shards `out`/`name`_…, and goes on where an earlier
+    call was killed. There is one of `workers` a core when it is None."""
+    if shard_tokens < 1 or (workers is not None and workers < 1):
+        raise UserError("--shard-tokens and --workers are at least 1.")
+    part, parts = share_of_work()
+    if parts > len(source.files):
+        raise UserError(f"{source.name} has {len(source.files)} files, too few for {parts} processes: each takes whole files.")
+    files = source.files[len(source.files) * part // parts:len(source.files) * (part + 1) // parts]
+    tokenizer = choose_tokenizer(tokenizer_name, source)
+    plan = make_plan(source, files, tokenizer, workers or cores())
+    identity = {"name": source.name, "revision": source.revision}
+    with ShardWriter(out, name, tokenizer, identity, shard_tokens, part, parts) as writer:
+        if not writer.finished:
+            print(f"{source.name}: {plan.describe(len(files), out)}"
+                  + f"; {writer.counts['tokens'] / 1e6:,.1f}M tokens are there already" * bool(writer.counts))
+            fill(writer, source, files, tokenizer, plan)
+    report(out, parts)
+
+
+def fill(writer: ShardWriter, source: Source, files: list[str], tokenizer: Tokenizer, plan: "Plan"):
+    """Takes the tokens of all that comes after `writer.cursor` to the disk."""
+    encoded = copied(files, writer.cursor) if source.kind == "tokens" else \
+        tokenized(corpus.read(files, writer.cursor, source.kind == "text"), tokenizer, plan.workers)
+    measure = "tokens" if source.kind == "tokens" else "bytes"
+    unknown, committed = {}, time.monotonic()
+    try:
+        with contextlib.closing(encoded), tqdm(
+                total=getattr(plan, measure), initial=writer.counts[measure], unit=measure[0].upper(), unit_scale=True,
+                mininterval=0.5, disable=writer.part > 0) as bar:
+            for piece in encoded:
+                writer.append(piece.tokens, piece.starts, piece.split)
+                writer.counts.update(piece.counts)
+                unknown |= dict.fromkeys(piece.unknown)
+                if time.monotonic() - committed > COMMIT_S:
+                    writer.commit(piece.cursor)
+                    committed = time.monotonic()
+                bar.set_postfix_str(f"{writer.counts['documents']:,} documents, {writer.counts['tokens'] / 1e6:,.1f}M tokens",
+                                    refresh=False)
+                bar.update(writer.counts[measure] - bar.n)
+        writer.finish()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"The disk of {writer.folder} is full: make room and give the same command again; it goes on where "
+                        "this one stopped.") from None
     if unknown:
-        print(f"The alphabet of {config.tokenizer} lacks these characters, which become spaces or are left out: {unknown}")
-    writer = ShardWriter(out, name, tokenizer, source={"name": config.source, "sha256": sha256(path)})
-    cut = int(len(text) * TRAIN_SHARE)
-    for split, part in ("val", text[cut:]), ("train", text[:cut]):
-        tokens = tokenizer.encode(part)
-        if tokenizer.eot is not None:  # a document starts with <|endoftext|>
-            tokens.insert(0, tokenizer.eot)
-        writer.write(split, tokens, documents=1)
-        print(f"{split:5} {len(part):12,} characters {len(tokens):12,} tokens")
-    writer.close()
-    print(f"{out} is ready: vocabulary of {tokenizer.vocab_size:,}, {len(text):,} characters of {path}")
+        print(f"The tokenizer's alphabet lacks these characters, which become spaces or are left out: {''.join(unknown)}")
 
 
-def choose_tokenizer(name: str, text: str) -> Tokenizer:
+def report(out: Path, parts: int):
+    """Says what is in the finished folder."""
+    manifest = read_manifest(out)
+    if not manifest:
+        print(f"This part is ready; {out} is when all {parts} are")
+        return
+    tokens = Counter()
+    for shard in manifest["shards"]:
+        tokens[shard["split"]] += shard["tokens"]
+    print(f"{out} is ready: vocabulary of {load_tokenizer(manifest['tokenizer']).vocab_size:,}, "
+          f"{manifest['documents']:,} documents, {tokens['train']:,} tokens for training and {tokens['val']:,} for validation")
+    if tokens["train"] < tokens["val"]:
+        print("Validation is larger than training: with a smaller --shard-tokens, and another --out, it would not be")
+    if manifest.get("empty"):
+        print(f"{manifest['empty']:,} empty documents were left out")
+    if manifest.get("repaired"):
+        print(f"{manifest['repaired']:,} documents held bytes that are not UTF-8, which became U+FFFD")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# From text to tokens
+
+def tokenized(passages: Iterator[corpus.Passage], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+    """The passages' tokens, in their order, made by that many processes; by this one where `workers` is 0."""
+    encode_batch = functools.partial(encode, tokenizer.to_dict())
+    if not workers:
+        yield from map(encode_batch, batches(passages))
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=leave_with_parent) as pool:
+        window = deque()  # what is read ahead: enough for a wait for the network, and no more
+        try:
+            for batch in batches(passages):
+                window.append(pool.submit(encode_batch, batch))
+                if len(window) > 32 + 2 * workers:
+                    yield window.popleft().result()
+            while window:
+                yield window.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("A tokenizing process died, perhaps for want of memory: give the same command again, with fewer "
+                            "--workers; it goes on where this one stopped.") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def leave_with_parent():
+    """Makes a worker process end when its parent does, killed or not, and not at the Ctrl-C that the parent answers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def batches(passages: Iterator[corpus.Passage]) -> Iterator[list[corpus.Passage]]:
+    """Passages of one split together, about corpus.BLOCK bytes of them."""
+    batch, size = [], 0
+    for passage in passages:
+        if batch and (size + len(passage.content) > corpus.BLOCK or passage.split != batch[0].split):
+            yield batch
+            batch, size = [], 0
+        batch.append(passage)
+        size += len(passage.content)
+    if batch:
+        yield batch
+
+
+def encode(tokenizer: dict, batch: list[corpus.Passage]) -> Encoded:
+    """The tokens of a batch; each document starts with <|endoftext|> where the tokenizer has one, and an empty one is
+    left out."""
+    tokenizer = load_tokenizer(tokenizer)
+    parts, starts, length, counts, unknown = [np.empty(0, np.uint32)], [], 0, Counter(bytes=0), {}
+    for passage in batch:
+        text, whole = corpus.text_of(passage)
+        if passage.split is None and passage.starts and (not text or text.isspace()):
+            counts["empty"] += 1
+            continue
+        if passage.starts:
+            starts.append(length)
+            if tokenizer.eot is not None:
+                parts.append([tokenizer.eot])
+                length += 1
+        for part in corpus.cut_text(text):
+            known, lacking = tokenizer.replace_unknown(part)
+            unknown |= dict.fromkeys(lacking)
+            parts.append(tokenizer.encode_array(known))
+            length += len(parts[-1])
+        counts["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+        counts["repaired"] += not whole
+    tokens = np.concatenate(parts).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    return Encoded(tokens, np.array(starts, dtype=np.int64), batch[-1].split, (batch[-1].file, batch[-1].number + 1),
+                   dict(counts), "".join(unknown))
+
+
+def copied(files: list[str], cursor: tuple[int, int]) -> Iterator[Encoded]:
+    """The tokens of GPT-2 shards that others made, COPY_TOKENS at a time."""
+    gpt2, step = load_tokenizer("gpt2"), COPY_TOKENS
+    for index in range(cursor[0], len(files)):
+        path = Path(files[index])
+        tokens, split = open_shard(path), re.search(r"train|val|$", path.name)[0] or None
+        for block in range(cursor[1] if index == cursor[0] else 0, -(-len(tokens) // step)):
+            piece = np.array(tokens[block * step:(block + 1) * step])
+            check_ids(piece, gpt2.vocab_size, path)
+            yield Encoded(piece, np.flatnonzero(piece == gpt2.eot), split, (index, block + 1), {})
+
+
+def choose_tokenizer(name: str, source: Source) -> Tokenizer:
     """The tokenizer that --tokenizer names; `char` takes its alphabet from the text."""
     if name == "char":
-        return CharTokenizer("".join(sorted(set(text))))
-    return load_tokenizer("gpt2") if name == "gpt2" else load_model(name)[1]
+        return CharTokenizer("".join(sorted(set().union(*(
+            corpus.text_of(passage)[0] for passage in corpus.read(source.files, halve=source.kind == "text"))))))
+    if name == "gpt2":
+        return load_tokenizer("gpt2")
+    from checkpoint import load_model  # noqa: PLC0415 (imports torch, which the tokenizing processes can do without)
+    return load_model(name)[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Before it starts
+
+class Plan(NamedTuple):
+    """What is to come: processes, bytes of text, tokens, bytes on the disk, seconds."""
+    workers: int
+    bytes: int
+    tokens: int
+    disk_bytes: int
+    seconds: float
+
+    def describe(self, files: int, out: Path) -> str:
+        free = shutil.disk_usage(existing(out)).free
+        minutes = f"about {self.seconds / 60:.0f} min" if self.seconds > 90 else f"about {self.seconds:.0f} s"
+        enough = "" if free > self.disk_bytes else "; THAT IS TOO LITTLE"
+        text = f"about {self.bytes / 1e6:,.0f} MB of text, " if self.bytes else ""
+        return (f"{files:,} files, {text}{self.tokens / 1e6:,.1f}M tokens: "
+                f"{self.disk_bytes / 1e6:,.0f} MB of disk ({free / 1e9:,.0f} GB are free{enough}), "
+                f"{minutes} with {self.workers or 1} processes, downloads apart")
+
+
+def make_plan(source: Source, files: list[str], tokenizer: Tokenizer, workers: int) -> Plan:
+    """Measures the first of the text, and takes the rest for alike. Raises UserError where that is no text."""
+    sizes = corpus.file_sizes(files)
+    if source.kind == "tokens":
+        return Plan(0, 0, sum(sizes) // 2, sum(sizes), sum(sizes) / 1e8)  # a disk's 100 MB/s
+    content = corpus.content_bytes(files, sizes)
+    batch = next(batches(corpus.read(files, halve=source.kind == "text")), None)
+    if batch is None:
+        raise UserError(f"{source.name} holds no text.")
+    began = time.perf_counter()
+    piece = encode(tokenizer.to_dict(), batch)
+    seconds = time.perf_counter() - began
+    share = content / sum(len(passage.content) for passage in batch)
+    text, tokens = round(share * piece.counts["bytes"]), round(share * len(piece.tokens))
+    workers = workers if text > SMALL else 0
+    return Plan(workers, text, tokens, tokens * piece.tokens.itemsize, share * seconds / (workers or 1))
+
+
+def existing(path: Path) -> Path:
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+def cores() -> int:
+    """Cores that this process may use, shared with the others that torchrun started here."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def share_of_work() -> tuple[int, int]:
+    """This process's part of the files, and the number of parts, as torchrun or a Slurm array gives them."""
+    def number(name: str) -> int:
+        return int(os.environ[name])
+    if "WORLD_SIZE" in os.environ:
+        return number("RANK"), number("WORLD_SIZE")
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        return number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN"), number("SLURM_ARRAY_TASK_COUNT")
+    return 0, 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sources
+
+def hub_source(repository: str, subset: str | None, out: Path) -> Source:
+    """A dataset of the Hub, at the revision with which `out` was begun."""
+    begun = (read_json(path).get("source", {}) for path in (*out.glob("manifest*.json"), *out.glob("progress*.json")))
+    revision = next((source.get("revision") for source in begun), None)
+    files, revision = corpus.hub_files(repository, subset, revision)
+    return Source(f"{repository}:{subset}" if subset else repository, files, revision, "corpus")
+
+
+def local_source(name: str, files: list[str], kind: str) -> Source:
+    """Files here; their revision is the checksum of a single one, or of the names and sizes of many."""
+    if len(files) == 1:
+        return Source(name, files, sha256(Path(files[0])), kind)
+    listing = "".join(f"{Path(file).name} {os.path.getsize(file)}\n" for file in files)
+    return Source(name, files, hashlib.sha256(listing.encode()).hexdigest(), kind)
+
+
+def foreign_shards(folder: Path) -> list[str]:
+    """The shards in the folder, those for validation first."""
+    files = sorted((path for pattern in ("*.bin", "*.npy") for path in folder.glob(pattern)),
+                   key=lambda path: ("val" not in path.name, path.name))
+    if not files:
+        raise UserError(f"{folder} holds no shards, .bin or .npy.")
+    return list(map(str, files))
 
 
 def find_text(source: str, text: Path | None) -> Path:
-    """The text file that `source` names, downloaded where it has an address and `text` is not given."""
+    """The file or folder that `source` names, downloaded where it has an address and `text` is not given."""
     if text is None and source in NAMED_TEXTS:
         return download(source)
     path = text or Path(source)
     if text and source in NAMED_TEXTS and text.is_file() and sha256(text) != NAMED_TEXTS[source][1]:
         print(f"{text} is not the {source} that others use: losses will not compare.")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a text file in it.")
     if not path.exists():
-        known = "" if text else f", and no known text (those are {', '.join(NAMED_TEXTS)})"
+        known = "" if text else f", and no known text (those are {', '.join((*NAMED_TEXTS, *NAMED_CORPORA))})"
         raise UserError(f"There is no file {path}{known}.")
     return path
-
-
-def read_text(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it first, for instance with iconv.") from None
-    if len(text) < 100:  # each split needs a token and the one that follows it
-        raise UserError(f"{path} holds {len(text)} characters, too few to learn from; at least 100 are needed.")
-    return text
 
 
 def download(name: str) -> Path:

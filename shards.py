@@ -13,49 +13,204 @@ Shards that others wrote are read in place: build-nanogpt's `.npy`, llm.c's and 
 """
 import bisect
 import json
+import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import tyro
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from errors import UserError, one_sentence
-from files import sha256, write_atomically, write_json
+from files import read_json, sha256, write_atomically, write_json
 from tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
+HEADER_BYTES = 128  # of a .npy file with one dimension
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32, of them magic, version, number of tokens
 
 
 class ShardWriter:
-    """Writes the shards of one corpus into `folder`, and the manifest last.
+    """Writes a corpus, or one of several parts of it, into shards of `shard_tokens`; the first of all is validation.
 
-    An earlier output of the same name is replaced. Raises UserError for a folder that holds anything else.
+        with ShardWriter(folder, name, tokenizer, source) as writer:
+            for … in everything after writer.cursor:
+                writer.append(tokens, starts)
+                writer.commit(cursor)  # what is killed later goes on from here
+            writer.finish()
+
+    What is on the disk beyond the last commit is written again. Raises UserError for a folder that another process writes
+    to, or that holds anything but the same preparation.
     """
 
-    def __init__(self, folder, name: str, tokenizer, source: dict):
-        self.folder, self.name = Path(folder), name
+    def __init__(self, folder, name: str, tokenizer: Tokenizer, source: dict, shard_tokens: int = 10**8,
+                 part: int = 0, parts: int = 1):
+        self.folder, self.part, self.shard_tokens, self.eot = Path(folder), part, shard_tokens, tokenizer.eot
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self.identity = {"format": 1, "name": name, "source": source, "tokenizer": tokenizer.to_dict(),
+                         "shard_tokens": shard_tokens, "parts": parts}
+        suffix = part_suffix(part) if parts > 1 else ""
+        self.prefix = f"{name}{suffix}"
+        self.progress, self.manifest = (self.folder / f"{kind}{suffix}.json" for kind in ("progress", "manifest"))
+        self.file = None  # of the open shard: `tokens` tokens of `split`, where documents start at `starts`
         self.folder.mkdir(parents=True, exist_ok=True)
-        earlier = re.compile(rf"({re.escape(name)}_(train|val)_\d{{6}}\.npy|manifest\.json)(\.tmp)?")
-        foreign = [path.name for path in self.folder.iterdir() if not earlier.fullmatch(path.name)]
-        if foreign:
-            raise UserError(f"{folder} holds files that are not shards of {name} ({foreign[0]}): choose another folder "
-                            "with --out.")
-        for path in sorted(self.folder.iterdir()):  # the manifest first: without it a folder counts as unfinished
-            path.unlink()
-        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        self.manifest = {"format": 1, "name": name, "source": source, "tokenizer": tokenizer.to_dict(), "shards": []}
+        self.lock = FileLock(self.progress.with_suffix(".lock"))
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"Another process is writing to {folder}: wait, or choose another folder with --out.") from None
+        try:
+            self.restore()
+        except BaseException:
+            self.finished = True
+            self.__exit__()
+            raise
 
-    def write(self, split: str, tokens, documents: int):
-        """Adds one shard of `split` ("train" or "val") with these token ids."""
-        shards = self.manifest["shards"]
-        path = self.folder / f"{self.name}_{split}_{len(shards):06d}.npy"
-        write_atomically(path, lambda file: np.save(file, np.asarray(tokens, dtype=self.dtype)))
-        shards.append({"file": path.name, "split": split, "documents": documents, "tokens": len(tokens),
-                       "sha256": sha256(path)})
+    def restore(self):
+        """Takes up what an earlier process committed."""
+        complete, begun = read_manifest(self.folder), read_json(self.progress)
+        if begun and not begun["counts"]:  # and nothing was committed
+            for path in (*self.folder.glob(f"{self.prefix}_[tv]*.npy*"), self.progress):
+                path.unlink()
+        for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
+            found = read_json(path)
+            for key, value in self.identity.items():
+                if found.get(key) != value and not (complete and key == "parts"):
+                    raise UserError(f"{self.folder} holds another preparation, with {key.replace('_', ' ')} "
+                                    f"{found.get(key)!s:.100} where this has {value!s:.100}: choose another folder with --out, "
+                                    "or delete that one.")
+        state = read_json(self.progress) or read_json(self.manifest) or complete
+        self.finished = bool(state) and not self.progress.exists()
+        ours = re.compile(rf"{re.escape(self.identity['name'])}(_p\d+)?_(train|val)_\d{{6}}\.npy(\.open|\.tmp)?"
+                          r"|(manifest|progress)(_p\d+)?\.(json|json\.tmp|lock)")
+        for path in sorted(self.folder.iterdir()):
+            unaccounted = not state and re.match(rf"{re.escape(self.prefix)}_(train|val)_\d+\.npy$", path.name)
+            if unaccounted or not ours.fullmatch(path.name):
+                raise UserError(f"{self.folder} holds files of another origin ({path.name}): choose another folder with --out.")
+        self.shards, self.counts = state.get("shards", []), Counter(state.get("counts", {}))
+        self.cursor = tuple(state.get("cursor", (0, 0)))
+        self.split, self.tokens, self.starts = state.get("split"), state.get("tokens", 0), [state.get("starts", [])]
+        if self.tokens and not self.finished:
+            temporary = self.temporary(self.split)
+            if not temporary.exists():  # the shard was completed after the commit
+                os.replace(self.path(self.split), temporary)
+            self.file = open(temporary, "r+b", buffering=0)
+            self.file.truncate(HEADER_BYTES + self.tokens * self.dtype.itemsize)
+            self.file.seek(0, os.SEEK_END)
+            if self.eot is not None:
+                self.starts = [np.flatnonzero(self.open_tokens() == self.eot)]
+        if not state:
+            self.commit((0, 0))  # from here the folder is this preparation's
 
-    def close(self):
-        write_json(self.folder / MANIFEST, self.manifest)
+    def append(self, tokens: np.ndarray, starts: np.ndarray, split: str | None = None):
+        """Adds tokens; documents start at the places `starts` among them. `split` is "train" or "val" where the source
+        decides it."""
+        while len(tokens):
+            if self.tokens == self.shard_tokens:
+                self.finish_shard()
+            wanted = split or ("train" if self.part or self.shards else "val")
+            if self.tokens and wanted != self.split:
+                self.finish_shard()
+            if not self.tokens:
+                self.split = wanted
+                self.file = open(self.temporary(wanted), "w+b", buffering=0)
+                self.write(bytes(HEADER_BYTES))
+            taken = min(len(tokens), self.shard_tokens - self.tokens)
+            self.write(np.ascontiguousarray(tokens[:taken], dtype=self.dtype))
+            self.starts.append(starts[starts < taken] + self.tokens)
+            self.counts.update(tokens=taken, documents=len(self.starts[-1]))
+            self.tokens += taken
+            tokens, starts = tokens[taken:], starts[starts >= taken] - taken
+
+    def write(self, data):
+        data = memoryview(data).cast("B")
+        while data:  # a disk that is nearly full takes a part
+            data = data[self.file.write(data):]
+
+    def commit(self, cursor: tuple[int, int]):
+        """Makes what was appended last, with `cursor`, the place in the source where the next tokens come from."""
+        if self.file:
+            os.fsync(self.file.fileno())
+        state = {"cursor": cursor, "counts": self.counts, "split": self.split, "tokens": self.tokens, "shards": self.shards}
+        if self.eot is None:  # else they are found again
+            state["starts"] = np.concatenate(self.starts).tolist()
+        write_json(self.progress, self.identity | state)
+
+    def finish_shard(self):
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": self.dtype.str, "fortran_order": False, "shape": (self.tokens,)})
+        os.fsync(self.file.fileno())
+        self.file.close()
+        path = self.path(self.split)
+        os.replace(self.temporary(self.split), path)
+        self.record(path, self.split, self.tokens, sum(map(len, self.starts)))
+        self.file, self.tokens, self.starts = None, 0, []
+
+    def finish(self):
+        """Completes the last shard and writes the manifest; of several parts, the last to finish joins all."""
+        if self.split == "val" and not self.shards and self.tokens > 1:
+            self.divide()
+        elif self.tokens:
+            self.finish_shard()
+        write_json(self.manifest, self.identity | self.counts | {"shards": self.shards})
+        self.finished = True
+        if self.identity["parts"] > 1:
+            self.join()
+        self.progress.unlink(missing_ok=True)
+
+    def divide(self):
+        """Of a corpus that fills no shard the first tenth is validation."""
+        tokens, starts = self.open_tokens(), np.concatenate(self.starts)
+        cut = max(1, len(tokens) // 10)
+        before = int(np.searchsorted(starts, cut))
+        for split, part, documents in ("val", tokens[:cut], before), ("train", tokens[cut:], len(starts) - before):
+            path = self.path(split)
+            write_atomically(path, lambda file, part=part: np.save(file, part))
+            self.record(path, split, len(part), documents)
+
+    def record(self, path: Path, split: str, tokens: int, documents: int):
+        self.shards.append({"file": path.name, "split": split, "documents": documents, "tokens": tokens, "sha256": sha256(path)})
+
+    def join(self):
+        """Writes the manifest of all parts, if this was the last to finish."""
+        paths = [self.folder / f"manifest{part_suffix(part)}.json" for part in range(self.identity["parts"])]
+        with FileLock(self.folder / "manifest.lock"):
+            if not all(path.exists() for path in paths):
+                return
+            parts = [read_json(path) for path in paths]
+            counts = sum((Counter({name: part[name] for name in part.keys() - self.identity.keys() - {"shards"}})
+                          for part in parts), Counter())
+            write_json(self.folder / MANIFEST, self.identity | counts | {"shards": [s for part in parts for s in part["shards"]]})
+            for path in (*paths, self.folder / "manifest.lock"):
+                path.unlink()
+
+    def open_tokens(self) -> np.ndarray:
+        return np.memmap(self.file.name, self.dtype, "r", HEADER_BYTES, (self.tokens,))
+
+    def path(self, split: str) -> Path:
+        return self.folder / f"{self.prefix}_{split}_{len(self.shards):06d}.npy"
+
+    def temporary(self, split: str) -> Path:
+        path = self.path(split)
+        return path.with_name(f"{path.name}.open")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.file:
+            self.file.close()
+        self.lock.release()
+        if self.finished:
+            for path in (self.progress.with_suffix(".lock"), *self.folder.glob(f"{self.prefix}_[tv]*.npy.*")):
+                path.unlink(missing_ok=True)
+
+
+def part_suffix(part: int) -> str:
+    return f"_p{part:02d}"
 
 
 class Shards:
@@ -66,30 +221,32 @@ class Shards:
 
     def __init__(self, folder, split: str):
         folder = Path(folder)
-        stated = {folder / shard["file"]: shard["tokens"] for shard in read_manifest(folder).get("shards", ())
-                  if shard["split"] == split}
+        manifest = read_manifest(folder)
+        if not manifest and (any(folder.glob("progress*.json")) or any(folder.glob("manifest_p*.json"))):
+            raise UserError(f"{folder} is not finished: the command that prepares it goes on where it stopped.")
+        stated = {folder / shard["file"]: shard["tokens"] for shard in manifest.get("shards", ()) if shard["split"] == split}
         theirs = re.compile(rf".*_{split}_\d+\.(npy|bin)|{split}\.bin")  # without a manifest: shards of others
-        files = list(stated) or sorted(path for path in folder.glob("*") if theirs.fullmatch(path.name))
-        if not files:
+        self.files = list(stated) or sorted(path for path in folder.glob("*") if theirs.fullmatch(path.name))
+        if not self.files:
             raise UserError(f"{folder} holds no {split} shards; `python prepare.py` makes them.")
-        self.arrays = [open_shard(path) for path in files]
-        for path, array in zip(files, self.arrays):
+        self.arrays = [open_shard(path) for path in self.files]
+        for path, array in zip(self.files, self.arrays):
             if len(array) != stated.get(path, len(array)):
                 raise UserError(f"{path} holds {len(array):,} tokens and the manifest says {stated[path]:,}: "
                                 "prepare the data again.")
-        self.ends = np.cumsum([len(array) for array in self.arrays])
+        self.ends = np.cumsum([len(array) for array in self.arrays]).tolist()
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop-1 of the stream, 0 <= start < stop <= len, across shard ends."""
         first = bisect.bisect_right(self.ends, start)
-        begin = int(self.ends[first - 1]) if first else 0
+        begin = self.ends[first - 1] if first else 0
         piece = self.arrays[first][start - begin:stop - begin]
-        if begin + len(self.arrays[first]) >= stop:
+        if self.ends[first] >= stop:
             return piece
-        return np.concatenate([piece, self.read(begin + len(self.arrays[first]), stop)])
+        return np.concatenate([piece, self.read(self.ends[first], stop)])
 
 
 def read_manifest(folder) -> dict:
@@ -120,7 +277,9 @@ def open_shard(path: Path) -> np.ndarray:
         else:
             header = np.fromfile(path, dtype=np.int32, count=3)
             if len(header) == 3 and header[0] == LLMC_MAGIC:
-                tokens = np.memmap(path, dtype=np.uint16, mode="r", offset=LLMC_HEADER_BYTES, shape=(int(header[2]),))
+                if path.stat().st_size != LLMC_HEADER_BYTES + 2 * header[2]:
+                    raise ValueError(f"its header announces {header[2]:,} tokens")
+                tokens = np.memmap(path, dtype=np.uint16, mode="r", offset=LLMC_HEADER_BYTES)
             else:
                 tokens = np.memmap(path, dtype=np.uint16, mode="r")
     except FileNotFoundError:
@@ -129,7 +288,14 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path} is cut off or no token shard ({error}): prepare the data again.") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
         raise UserError(f"{path} is no token shard: it is {tokens.dtype} of shape {tokens.shape}.")
-    return tokens
+    return np.asarray(tokens)  # slices of a memmap proper are slow
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, where):
+    """Raises UserError for a token that the tokenizer has not."""
+    if (largest := tokens.max()) >= vocab_size:
+        raise UserError(f"{where} holds the id {largest:,}, and its tokenizer has {vocab_size:,}: it is damaged, or was made "
+                        "with another tokenizer.")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -140,28 +306,36 @@ app = tyro.extras.SubcommandApp()
 
 @app.command
 def verify(folder: tyro.conf.Positional[Path]):
-    """Compares every shard with the checksum in the manifest, and names the first that differs."""
-    stated = read_manifest(folder).get("shards", ())
-    if not stated:
-        raise UserError(f"{folder} has no manifest to compare its shards with.")
-    for shard in stated:
-        path = folder / shard["file"]
-        if not path.exists() or sha256(path) != shard["sha256"]:
-            raise UserError(f"{path} is {'damaged' if path.exists() else 'missing'}: prepare the data again.")
-    print(f"{len(stated)} shards, {sum(shard['tokens'] for shard in stated):,} tokens: all as they were written")
+    """Compares every shard with the manifest, and names the first that differs."""
+    manifest, tokenizer = read_manifest(folder), read_tokenizer(folder)
+    stated = {folder / shard["file"]: shard for shard in manifest.get("shards", ())}
+    splits = [Shards(folder, split) for split in ("val", "train")]
+    arrays = [pair for shards in splits for pair in zip(shards.files, shards.arrays)]
+    for path, tokens in tqdm(arrays, unit="shard", leave=False):
+        if path in stated and sha256(path) != stated[path]["sha256"]:
+            raise UserError(f"{path} is damaged, its checksum is not the manifest's: prepare the data again.")
+        check_ids(tokens, tokenizer.vocab_size, path)
+        documents = stated.get(path, {}).get("documents")
+        if documents is not None and tokenizer.eot is not None and documents != np.count_nonzero(tokens == tokenizer.eot):
+            raise UserError(f"{path} does not hold the {documents:,} documents that the manifest says: prepare the data again.")
+    print(f"{len(arrays)} shards, {sum(map(len, splits)):,} tokens: "
+          + ("all as they were written" if manifest else "all can be read; they came without checksums"))
 
 
 @app.command
 def info(folder: tyro.conf.Positional[Path]):
-    """Prints documents, tokens, bytes a token and the first tokens of each split as text."""
-    tokenizer, stated = read_tokenizer(folder), read_manifest(folder).get("shards", ())
+    """Prints documents, tokens, bytes a token, and the beginning of a document of each split."""
+    tokenizer, manifest = read_tokenizer(folder), read_manifest(folder)
+    if manifest:
+        print(f"{manifest['source'].get('name', 'unknown source')}, by {tokenizer.kind} with {tokenizer.vocab_size:,} ids")
     for split in "train", "val":
         shards = Shards(folder, split)
-        sample = shards.read(0, min(len(shards), 1000)).tolist()
-        documents = sum(shard["documents"] for shard in stated if shard["split"] == split)
-        print(f"{split}: {documents or 'unknown'} documents, {len(shards):,} tokens in {len(shards.arrays)} shards, "
-              f"{len(tokenizer.decode_bytes(sample)) / len(sample):.2f} bytes a token")
-        print(tokenizer.decode(sample[:50]))
+        documents = sum(shard["documents"] for shard in manifest.get("shards", ()) if shard["split"] == split)
+        sample = shards.read(0, min(len(shards), 100_000))
+        begin = int(np.argmax(sample == tokenizer.eot)) if tokenizer.eot is not None else 0
+        print(f"{split}: {f'{documents:,}' if manifest else 'unknown'} documents, {len(shards):,} tokens in "
+              f"{len(shards.files)} shards, {len(tokenizer.decode_bytes(sample.tolist())) / len(sample):.2f} bytes a token")
+        print(tokenizer.decode(sample[begin:begin + 50].tolist()))
 
 
 if __name__ == "__main__":

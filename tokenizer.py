@@ -14,6 +14,7 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -32,6 +33,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of `encode` as an array, without a list on the way where that is faster."""
+        return np.array(self.encode(text), dtype=np.uint32)
 
     def replace_unknown(self, text: str) -> tuple[str, str]:
         """(the text as the vocabulary can spell it, the distinct characters that had to go, in order of appearance)."""
@@ -71,8 +76,13 @@ class GPT2Tokenizer(Tokenizer):
                                      special_tokens={END_OF_TEXT: self.eot})
 
     def encode(self, text: str) -> list[int]:
-        # UTF-16 joins surrogates that are a pair, which UTF-8 cannot hold.
-        return self.bpe.encode_ordinary(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return self.bpe.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        try:
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # UTF-16 joins surrogates that are a pair, which UTF-8 cannot hold
+            return self.encode_array(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def decode_bytes(self, ids) -> bytes:
         return self.bpe.decode_bytes([int(i) for i in ids if 0 <= i < self.vocab_size])

@@ -1,7 +1,7 @@
 """Trains a GPT: one loop from a character model on a laptop to GPT-2 124M on eight GPUs.
 
     python train.py shakespeare-char-cpu                     # after: python prepare.py tiny_shakespeare
-    torchrun --standalone --nproc_per_node=8 train.py        # gpt2-124m, on shards in edu_fineweb10B/
+    torchrun --standalone --nproc_per_node=8 train.py        # gpt2-124m, after: python fineweb.py
     torchrun --standalone --nproc_per_node=8 -- train.py --run second    # -- because torchrun has options like --run
     python train.py finetune --init-from bundled --data data/my_text_char
 
@@ -49,6 +49,8 @@ class TrainConfig:
     """auto goes on from the run's newest checkpoint; none starts, and refuses a folder that holds a run."""
     init_from: str | None = None
     """A model to start from, under any of its names; its sizes are then the model's."""
+    order: Literal["shuffled", "sequential"] = "shuffled"
+    """Of the sequences: a new permutation each epoch, or as they stand in the text."""
     seed: int = 1337
 
     # The model
@@ -149,7 +151,7 @@ def train(config: TrainConfig, world: ddp.World):
     resume_step = find_checkpoint(config, run)
     model, tokenizer, config = build(config)
     train_loader = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
-                              config.seed, world.rank, world.size)
+                              config.seed, world.rank, world.size, config.order)
     val_loader = DataLoader(config.data, "val", 1, config.block_size)
     if world.is_main:
         print(plan(config, model, train_loader, val_loader, world))
@@ -165,6 +167,7 @@ def train(config: TrainConfig, world: ddp.World):
     ddp_model = ddp.wrap(model, world)
 
     start = resume_step or 0
+    batches = train_loader.batches(start, config.max_steps, world.device)
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=not world.is_main)
     seconds, tokens = 0.0, 0  # of training alone, since the last line of the log
     for step in range(start, config.max_steps + 1):  # `step` updates have been taken
@@ -182,7 +185,7 @@ def train(config: TrainConfig, world: ddp.World):
         if is_last:
             break
         began = time.perf_counter()
-        x, y = train_loader.batch(step)
+        x, y = next(batches)
         loss, grad_norm, lr = update(ddp_model, optimizers, x, y, step, config, world)
         tokens += config.batch_tokens
         if (step + 1) % config.log_every:
@@ -264,11 +267,13 @@ def check_data(config: TrainConfig):
     data = config.data
     if not data.is_dir():
         name, _, kind = data.name.rpartition("_")
-        if name in NAMED_TEXTS:
-            command = f"{name} --tokenizer {kind}" + ("" if NAMED_TEXTS[name][0] else " --text FILE")
+        if data == TrainConfig.data:
+            command = "fineweb.py"
+        elif name in NAMED_TEXTS:
+            command = f"prepare.py {name} --tokenizer {kind}" + ("" if NAMED_TEXTS[name][0] else " --text FILE")
         else:
-            command = f"FILE.txt --tokenizer {config.init_from or 'gpt2'} --out {data}"
-        raise UserError(f"There is no data in {data}: make it with `python prepare.py {command}`.")
+            command = f"prepare.py FILE_OR_FOLDER --tokenizer {config.init_from or 'gpt2'} --out {data}"
+        raise UserError(f"There is no data in {data}: make it with `python {command}`.")
 
 
 def plan(config: TrainConfig, model: GPT, train_loader: DataLoader, val_loader: DataLoader, world: ddp.World) -> str:
@@ -325,7 +330,7 @@ def update(ddp_model, optimizers, x, y, step: int, config: TrainConfig, world: d
         # Gradients accumulate here and cross between ranks once, with the last micro-batch.
         accumulate = ddp_model.no_sync() if world.size > 1 and i < len(parts) - 1 else contextlib.nullcontext()
         with accumulate, autocast(config, world):
-            _, part_loss = ddp_model(x_part.to(world.device), y_part.to(world.device))
+            _, part_loss = ddp_model(x_part, y_part)
             part_loss = part_loss * (len(x_part) / len(x))
             part_loss.backward()
         loss += part_loss.detach()

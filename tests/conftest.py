@@ -1,9 +1,12 @@
 import hashlib
 import http.server
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from model import GPT, GPTConfig
 from tokenizer import CharTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+REVISION = "a" * 40
 PROSE = ("The fox went out on a chilly night,\nand prayed for the moon to give him light;\n"
          "for he had many a mile to go that night\nbefore he reached the town-o.\n") * 40
 
@@ -64,6 +68,66 @@ def char_engine():
 @pytest.fixture
 def gpt2_engine():
     return Engine(tiny_gpt(vocab_size=50304), load_tokenizer("gpt2"))
+
+
+@pytest.fixture
+def hub():
+    """A dataset of the Hugging Face Hub on loopback: hub("user/name", {"path": bytes}) -> the endpoint's address."""
+    servers = []
+
+    def serve(repository: str, files: dict[str, bytes]) -> str:
+        api, resolve = f"/api/datasets/{repository}", f"/datasets/{repository}/resolve/"
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                path = urllib.parse.unquote(self.path.partition("?")[0])
+                if path == api or path.startswith(f"{api}/revision/"):
+                    self.send_json({"id": repository, "sha": REVISION, "siblings": [{"rfilename": name} for name in files]})
+                elif path.startswith(f"{api}/tree/"):
+                    folder = path.removeprefix(f"{api}/tree/").partition("/")[2]
+                    prefix = f"{folder}/" if folder else ""
+                    inside = [name for name in files if name.startswith(prefix)]
+                    here = [name for name in inside if "recursive=true" in self.path or "/" not in name[len(prefix):]]
+                    folders = {prefix + name[len(prefix):].partition("/")[0] for name in inside if name not in here}
+                    self.send_json([{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in here]
+                                   + [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in folders])
+                elif path.startswith(resolve):
+                    self.send(files.get(path.removeprefix(resolve).partition("/")[2]))
+                else:
+                    self.send(None)
+
+            do_HEAD = do_GET
+
+            def send_json(self, content):
+                self.send(json.dumps(content).encode())
+
+            def send(self, content: bytes | None):
+                part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+                whole = len(content or b"")
+                if part and content:
+                    start, stop = int(part[1]), min(int(part[2] or whole), whole - 1) + 1
+                    content = content[start:stop]
+                self.send_response(404 if content is None else 206 if part else 200)
+                if part and content:
+                    self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{whole}")
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.send_header("X-Repo-Commit", REVISION)
+                self.send_header("X-Error-Code", "EntryNotFound" if content is None else "")
+                self.send_header("ETag", '"0"')
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content or b"")
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
 
 
 @pytest.fixture

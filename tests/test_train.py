@@ -194,7 +194,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(data, tmp_path,
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["no-such-preset"], "There is no preset 'no-such-preset'"),
-    ([], "prepare.py"),
+    ([], "fineweb.py"),
     (["shakespeare-char"], "python prepare.py tiny_shakespeare --tokenizer char"),
     (["pushkin-char"], "python prepare.py tiny_pushkin --tokenizer char --text FILE"),
     (["shakespeare-char", *TINY, "--batch-tokens", "100"], "does not divide"),

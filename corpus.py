@@ -1,0 +1,263 @@
+"""Documents out of files: parquet, jsonl and text, compressed or not, in a folder or on the Hugging Face Hub.
+
+A document is what jsonl and parquet hold under `text`, or a whole text file. It comes as one or more passages of bytes,
+numbered within their file: `read(files, start)` goes on at any of them, and what it yields depends on the files alone.
+"""
+import codecs
+import errno
+import io
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+# pyarrow, fsspec and datasets are imported where they are needed: the processes that tokenize import this module too.
+from errors import UserError
+
+KINDS = (".parquet", ".jsonl", ".json", ".txt")
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+BLOCK = 2**20  # bytes that are read, characters that are tokenized at a time
+VAL_SHARE = 0.1  # of a single text's characters, its last
+WAITS_S = (1, 2, 4, 8, 16, 32)  # before a source that failed is asked again
+
+
+class Passage(NamedTuple):
+    """A document, or a part of a long text."""
+    content: bytes  # UTF-8, or a line of JSON
+    starts: bool  # whether a document starts here
+    split: str | None  # "train" or "val" where the source decides it
+    path: str
+    file: int  # index of the file
+    number: int  # index of the passage in its file
+
+
+def read(files: list[str], start: tuple[int, int] = (0, 0), halve: bool = False) -> Iterator[Passage]:
+    """The passages of the files, one file after the other, from passage start[1] of file start[0].
+
+    With `halve` the one file is a text whose last VAL_SHARE is for validation. A source that fails on the way is asked
+    again, WAITS_S long. Raises UserError for one that goes on failing, and for a file that is damaged.
+    """
+    for index in range(start[0], len(files)):
+        path, number, waits = files[index], start[1] if index == start[0] else 0, iter(WAITS_S)
+        while True:
+            try:
+                for content, starts, split in islice(split_text(path), number, None) if halve else passages(path, number):
+                    yield Passage(content, starts, split, path, index, number)
+                    number, waits = number + 1, iter(WAITS_S)
+                break
+            except UserError:
+                raise
+            except Exception as error:  # every layer between here and the network has exceptions of its own
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                if not may_pass(path, error):
+                    raise UserError(f"{path} is damaged or cannot be read: {reason}.") from None
+                wait = next(waits, None)
+                if wait is None:
+                    raise UserError(f"{path} stopped after passage {number:,} and does not answer ({reason}): "
+                                    "the same command goes on from there.") from None
+                print(f"{path}: {reason}; asking again in {wait} s", file=sys.stderr)
+                time.sleep(wait)
+
+
+def may_pass(path: str, error: Exception) -> bool:
+    """Whether the failure may be over when the file is asked again."""
+    return "://" in path or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Which files
+
+def local_files(path: Path) -> list[str]:
+    """The file, or the folder's files that hold documents, in the order of their paths, hidden ones left out."""
+    if not path.exists():
+        raise UserError(f"There is no file or folder {path}.")
+    if path.is_file():
+        return [str(path)]
+    files = [str(file) for file in sorted(path.rglob("*")) if kind_of(file.name) in KINDS and file.is_file()
+             and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not files:
+        raise UserError(f"{path} holds no documents: {', '.join(KINDS)} files, alone or as .gz or .zst.")
+    return files
+
+
+def hub_files(repository: str, subset: str | None, revision: str | None) -> tuple[list[str], str]:
+    """Addresses of a dataset's training files on the Hub, and the revision that they are of.
+
+    What files a subset has is in the repository's card, which `datasets` reads.
+    """
+    import datasets  # noqa: PLC0415
+    try:
+        builder = datasets.load_dataset_builder(repository, subset, revision=revision)
+        files = sorted(builder.config.data_files["train"])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{repository} could not be found on the Hugging Face Hub ({type(error).__name__}: {reason}).") from None
+    return files, re.search(r"@([^/]+)/", files[0])[1]
+
+
+def kind_of(path: str) -> str:
+    """The suffix that says what a file holds, its compression's left out."""
+    path = Path(path)
+    return (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix
+
+
+def file_sizes(files: list[str]) -> list[int]:
+    """Bytes of each file."""
+    import fsspec  # noqa: PLC0415
+    filesystem, _ = fsspec.core.url_to_fs(files[0])
+    return [filesystem.size(file) for file in files]
+
+
+def content_bytes(files: list[str], sizes: list[int]) -> int:
+    """About how many bytes `read` will yield, from a look into the first file of each kind."""
+    shares, total = {}, 0
+    for path, size in zip(files, sizes):
+        kind = kind_of(path) + Path(path).suffix
+        if kind not in shares and size:
+            shares[kind] = share_of_content(path, size)
+        total += size and size * shares[kind]
+    return round(total)
+
+
+def share_of_content(path: str, size: int) -> float:
+    """Bytes of content in a byte of the file."""
+    try:
+        if kind_of(path) == ".parquet":
+            with open_parquet(path) as file:
+                groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+                column = file.schema_arrow.names.index("text")
+                return sum(group.column(column).total_uncompressed_size for group in groups) / size
+        if Path(path).suffix in COMPRESSION:
+            raw, stream = open_stream(path)
+            return len(stream.read(4 * BLOCK)) / raw.tell()
+    except (OSError, ValueError):
+        pass  # damaged, as reading will say
+    return 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is in them
+
+def passages(path: str, skip: int) -> Iterator[tuple[bytes, bool, None]]:
+    """(content, starts, split) of a file's passages, without the first `skip`."""
+    kind = kind_of(path)
+    if kind == ".parquet":
+        for content in parquet_rows(path, skip):
+            yield content, True, None
+    elif kind in (".jsonl", ".json"):
+        for line in islice(open_stream(path)[1], skip, None):
+            yield line, True, None
+    else:
+        for number, block in enumerate(islice(text_blocks(path), skip, None), skip):
+            yield block.encode(), number == 0, None
+
+
+def split_text(path: str) -> Iterator[tuple[bytes, bool, str]]:
+    """The passages of one text: of its last VAL_SHARE for validation, then of the rest for training."""
+    length = sum(map(len, text_blocks(path)))
+    if length < 100:  # each split needs a token and the one that follows it
+        raise UserError(f"{path} holds {length} characters, too few to learn from; at least 100 are needed.")
+    cut = int(length * (1 - VAL_SHARE))
+    for split, begin, end in ("val", cut, length), ("train", 0, cut):
+        position = 0
+        for block in text_blocks(path):
+            part = block[max(0, begin - position):max(0, end - position)]
+            if part:
+                yield part.encode(), position <= begin, split
+            position += len(block)
+
+
+def open_parquet(path: str):
+    """The parquet file, whose column `text` is known to be there."""
+    import fsspec  # noqa: PLC0415
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+    file = pq.ParquetFile(fsspec.open(path).open(), buffer_size=16 * BLOCK)
+    if "text" not in file.schema_arrow.names or file.schema_arrow.field("text").type not in (pa.string(), pa.large_string()):
+        raise UserError(f"{path} has no column `text` of strings, but: {', '.join(file.schema_arrow.names)}.")
+    return file
+
+
+def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
+    """UTF-8 of the column `text`; whole row groups that are skipped are not read."""
+    with open_parquet(path) as file:
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if rows > skip:
+                for table in file.iter_batches(32, row_groups=[group], columns=["text"], use_threads=False):
+                    column = table.column(0).cast("large_binary")  # a row may hold bytes that are no UTF-8
+                    yield from (content or b"" for content in column[min(skip, len(column)):].to_pylist())
+                    skip = max(0, skip - len(column))
+            else:
+                skip -= rows
+
+
+def open_stream(path: str) -> tuple[io.IOBase, io.BufferedReader]:
+    """The file, and the stream of what it holds, decompressed."""
+    import fsspec  # noqa: PLC0415
+    import pyarrow as pa  # noqa: PLC0415
+    raw = fsspec.open(path).open()
+    codec = COMPRESSION.get(Path(path).suffix)
+    return raw, io.BufferedReader(pa.CompressedInputStream(raw, codec) if codec else raw, BLOCK)
+
+
+def text_blocks(path: str) -> Iterator[str]:
+    """A text file in blocks of about BLOCK characters, cut where tokens end."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    stream, rest, position = open_stream(path)[1], "", 0
+    while data := stream.read(BLOCK):
+        try:
+            rest += decoder.decode(data)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text (about byte {position + error.start:,}): convert it first, for "
+                            "instance with iconv.") from None
+        position += len(data)
+        cut = token_end(rest, len(rest))
+        yield rest[:cut]
+        rest = rest[cut:]
+    if decoder.getstate()[0]:
+        raise UserError(f"{path} is cut off inside a character.")
+    if rest:
+        yield rest
+
+
+def cut_text(text: str) -> Iterator[str]:
+    """The text in parts of at most BLOCK characters, cut where tokens end: tokenizing a part takes memory in proportion."""
+    begin = 0
+    while len(text) - begin > BLOCK:
+        end = token_end(text, begin + BLOCK, begin)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def token_end(text: str, end: int, begin: int = 0) -> int:
+    """The last place up to `end` where a blank or line feed follows something visible; `end` where there is none.
+
+    GPT-2's pattern always ends a token there, so the parts have the tokens that the whole has.
+    """
+    found = re.compile(r"[\s\S]*\S(?=[ \n])").match(text, begin, end)
+    return found.end() if found else end
+
+
+def text_of(passage: Passage) -> tuple[str, bool]:
+    """The passage's text, and whether it is all there: bytes that are not UTF-8 become U+FFFD."""
+    text, whole = passage.content, True
+    try:
+        text = text.decode()
+    except UnicodeDecodeError:
+        text, whole = text.decode(errors="replace"), False
+    if kind_of(passage.path) in (".jsonl", ".json") and not text.isspace():
+        try:
+            document = json.loads(text)["text"]
+            if not isinstance(document, str | None):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{passage.path}, line {passage.number + 1:,}, is not a JSON object with a string `text`: "
+                            f"{text[:60]!r}.") from None
+        text = document or ""
+    return text, whole
