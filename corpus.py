@@ -1,10 +1,11 @@
 """Documents out of files: parquet, jsonl and text, compressed or not, in a folder or on the Hugging Face Hub.
 
-A document is what jsonl and parquet hold under `text`, or a whole text file. It comes as one or more passages of bytes,
-numbered within their file: `read(files, start)` goes on at any of them, and what it yields depends on the files alone.
+A document is what jsonl and parquet hold under `text`, or a whole text file. It comes as one passage, or as several where
+it is long: `read(files, cursor)` goes on at any of them, and what it yields depends on the files alone.
 """
 import codecs
 import errno
+import functools
 import io
 import json
 import re
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 # pyarrow, fsspec and datasets are imported where they are needed: the processes that tokenize import this module too.
 from errors import UserError
@@ -21,33 +22,36 @@ from errors import UserError
 KINDS = (".parquet", ".jsonl", ".json", ".txt")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 BLOCK = 2**20  # bytes that are read, characters that are tokenized at a time
+LONG = 4 * BLOCK  # bytes of a document from which on it is cut into passages of a block
 VAL_SHARE = 0.1  # of a single text's characters, its last
 WAITS_S = (1, 2, 4, 8, 16, 32)  # before a source that failed is asked again
 
+Cursor = tuple[int, int, int]  # what comes next: file, document in it, passage of that
+
 
 class Passage(NamedTuple):
-    """A document, or a part of a long text."""
-    content: bytes  # UTF-8, or a line of JSON
-    starts: bool  # whether a document starts here
+    """A document, or a part of a long one."""
+    content: bytes
+    form: Literal["json", "text", "repaired"]  # a line of JSON, UTF-8, or UTF-8 that was not at first
+    starts: bool  # whether the document starts here
     split: str | None  # "train" or "val" where the source decides it
     path: str
-    file: int  # index of the file
-    number: int  # index of the passage in its file
+    cursor: Cursor  # what comes after it
 
 
-def read(files: list[str], start: tuple[int, int] = (0, 0), halve: bool = False) -> Iterator[Passage]:
-    """The passages of the files, one file after the other, from passage start[1] of file start[0].
+def read(files: list[str], cursor: Cursor = (0, 0, 0), halve: bool = False) -> Iterator[Passage]:
+    """The passages of the files, one file after the other, from `cursor` on.
 
     With `halve` the one file is a text whose last VAL_SHARE is for validation. A source that fails on the way is asked
-    again, WAITS_S long. Raises UserError for one that goes on failing, and for a file that is damaged.
+    again after WAITS_S. Raises UserError for one that goes on failing, and for a file that is damaged.
     """
-    for index in range(start[0], len(files)):
-        path, number, waits = files[index], start[1] if index == start[0] else 0, iter(WAITS_S)
+    while cursor[0] < len(files):
+        path, waits = files[cursor[0]], iter(WAITS_S)
         while True:
             try:
-                for content, starts, split in islice(split_text(path), number, None) if halve else passages(path, number):
-                    yield Passage(content, starts, split, path, index, number)
-                    number, waits = number + 1, iter(WAITS_S)
+                for passage in passages(path, cursor, halve):
+                    yield passage
+                    cursor, waits = passage.cursor, iter(WAITS_S)
                 break
             except UserError:
                 raise
@@ -57,10 +61,11 @@ def read(files: list[str], start: tuple[int, int] = (0, 0), halve: bool = False)
                     raise UserError(f"{path} is damaged or cannot be read: {reason}.") from None
                 wait = next(waits, None)
                 if wait is None:
-                    raise UserError(f"{path} stopped after passage {number:,} and does not answer ({reason}): "
+                    raise UserError(f"{path} stopped after document {cursor[1]:,} and does not answer ({reason}): "
                                     "the same command goes on from there.") from None
                 print(f"{path}: {reason}; asking again in {wait} s", file=sys.stderr)
                 time.sleep(wait)
+        cursor = (cursor[0] + 1, 0, 0)
 
 
 def may_pass(path: str, error: Exception) -> bool:
@@ -99,6 +104,7 @@ def hub_files(repository: str, subset: str | None, revision: str | None) -> tupl
     return files, re.search(r"@([^/]+)/", files[0])[1]
 
 
+@functools.lru_cache
 def kind_of(path: str) -> str:
     """The suffix that says what a file holds, its compression's left out."""
     path = Path(path)
@@ -142,33 +148,48 @@ def share_of_content(path: str, size: int) -> float:
 # ----------------------------------------------------------------------------------------------------------------
 # What is in them
 
-def passages(path: str, skip: int) -> Iterator[tuple[bytes, bool, None]]:
-    """(content, starts, split) of a file's passages, without the first `skip`."""
-    kind = kind_of(path)
-    if kind == ".parquet":
-        for content in parquet_rows(path, skip):
-            yield content, True, None
-    elif kind in (".jsonl", ".json"):
-        for line in islice(open_stream(path)[1], skip, None):
-            yield line, True, None
-    else:
-        for number, block in enumerate(islice(text_blocks(path), skip, None), skip):
-            yield block.encode(), number == 0, None
+def passages(path: str, cursor: Cursor, halve: bool) -> Iterator[Passage]:
+    """The passages of one file, from `cursor` on."""
+    file, document, part = cursor
+    if kind_of(path) == ".txt" or halve:
+        texts = halves(path) if halve else [(None, text_blocks(path))]
+        for number, (split, blocks) in islice(enumerate(texts), document, None):
+            for i, block in islice(enumerate(blocks), part, None):
+                yield Passage(block.encode(), "text", i == 0, split, path, (file, number, i + 1))
+            part = 0
+        return
+    form = "text" if kind_of(path) == ".parquet" else "json"
+    contents = parquet_rows(path, document) if form == "text" else islice(open_stream(path)[1], document, None)
+    for number, content in enumerate(contents, document):
+        passage = Passage(content, form, True, None, path, (file, number + 1, 0))
+        if len(content) <= LONG:
+            yield passage
+        else:
+            text, whole = text_of(passage)
+            del content, passage  # hundreds of megabytes, perhaps
+            for i, block in islice(enumerate(cut_text(text)), part, None):
+                yield Passage(block.encode("utf-8", "surrogatepass"), "text" if whole else "repaired", i == 0, None, path,
+                              (file, number, i + 1))
+        part = 0
 
 
-def split_text(path: str) -> Iterator[tuple[bytes, bool, str]]:
-    """The passages of one text: of its last VAL_SHARE for validation, then of the rest for training."""
+def halves(path: str) -> Iterator[tuple[str, Iterator[str]]]:
+    """One text's two splits: the blocks of its last VAL_SHARE for validation, then of the rest for training."""
     length = sum(map(len, text_blocks(path)))
     if length < 100:  # each split needs a token and the one that follows it
         raise UserError(f"{path} holds {length} characters, too few to learn from; at least 100 are needed.")
     cut = int(length * (1 - VAL_SHARE))
-    for split, begin, end in ("val", cut, length), ("train", 0, cut):
-        position = 0
-        for block in text_blocks(path):
-            part = block[max(0, begin - position):max(0, end - position)]
-            if part:
-                yield part.encode(), position <= begin, split
-            position += len(block)
+    yield "val", excerpt(path, cut, length)
+    yield "train", excerpt(path, 0, cut)
+
+
+def excerpt(path: str, begin: int, end: int) -> Iterator[str]:
+    """Blocks of the file's characters begin to end-1."""
+    position = 0
+    for block in text_blocks(path):
+        if part := block[max(0, begin - position):max(0, end - position)]:
+            yield part
+        position += len(block)
 
 
 def open_parquet(path: str):
@@ -190,7 +211,8 @@ def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
             if rows > skip:
                 for table in file.iter_batches(32, row_groups=[group], columns=["text"], use_threads=False):
                     column = table.column(0).cast("large_binary")  # a row may hold bytes that are no UTF-8
-                    yield from (content or b"" for content in column[min(skip, len(column)):].to_pylist())
+                    for value in column[min(skip, len(column)):]:  # one by one: a list would hold them all
+                        yield value.as_py() or b""
                     skip = max(0, skip - len(column))
             else:
                 skip -= rows
@@ -246,18 +268,18 @@ def token_end(text: str, end: int, begin: int = 0) -> int:
 
 def text_of(passage: Passage) -> tuple[str, bool]:
     """The passage's text, and whether it is all there: bytes that are not UTF-8 become U+FFFD."""
-    text, whole = passage.content, True
+    text, whole = passage.content, passage.form != "repaired"
     try:
-        text = text.decode()
+        text = text.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         text, whole = text.decode(errors="replace"), False
-    if kind_of(passage.path) in (".jsonl", ".json") and not text.isspace():
+    if passage.form == "json" and not text.isspace():
         try:
             document = json.loads(text)["text"]
             if not isinstance(document, str | None):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{passage.path}, line {passage.number + 1:,}, is not a JSON object with a string `text`: "
+            raise UserError(f"{passage.path}, line {passage.cursor[1]:,}, is not a JSON object with a string `text`: "
                             f"{text[:60]!r}.") from None
         text = document or ""
     return text, whole

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import requests
 import tyro
 from tqdm import tqdm
 
@@ -50,7 +49,8 @@ NAMED_CORPORA = {"openwebtext": "Skylion007/openwebtext"}  # on the Hub
 DATA = Path("data")
 COMMIT_S = 1.0  # so much work, and no more, is done again after a kill
 COPY_TOKENS = 2**22
-SMALL = 4 * corpus.BLOCK  # bytes of text that are tokenized before another process would have started
+SMALL = 4 * corpus.BLOCK  # bytes in files that are tokenized before another process would have started
+WINDOW = 48  # batches of corpus.BLOCK bytes that are read ahead: enough for a wait for the network
 
 
 @dataclasses.dataclass
@@ -86,7 +86,7 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     starts: np.ndarray  # where documents start among them
     split: str | None
-    cursor: tuple[int, int]  # file and passage that come next
+    cursor: corpus.Cursor  # what comes next
     counts: dict  # bytes of text, documents that were left out and documents that were repaired
     unknown: str = ""  # characters that the alphabet lacks
 
@@ -116,22 +116,24 @@ def prepare(source: Source, name: str, out: Path, tokenizer_name: str, workers: 
     if parts > len(source.files):
         raise UserError(f"{source.name} has {len(source.files)} files, too few for {parts} processes: each takes whole files.")
     files = source.files[len(source.files) * part // parts:len(source.files) * (part + 1) // parts]
-    tokenizer = choose_tokenizer(tokenizer_name, source)
-    plan = make_plan(source, files, tokenizer, workers or cores())
+    tokenizer, sizes = choose_tokenizer(tokenizer_name, source), corpus.file_sizes(files)
+    workers = 0 if source.kind == "tokens" or sum(sizes) < SMALL else workers or cores()
     identity = {"name": source.name, "revision": source.revision}
-    with ShardWriter(out, name, tokenizer, identity, shard_tokens, part, parts) as writer:
-        if not writer.finished:
-            print(f"{source.name}: {plan.describe(len(files), out)}"
-                  + f"; {writer.counts['tokens'] / 1e6:,.1f}M tokens are there already" * bool(writer.counts))
-            fill(writer, source, files, tokenizer, plan)
+    with start_workers(workers, tokenizer) as pool:
+        plan = make_plan(source, files, sizes, tokenizer, workers or 1)
+        with ShardWriter(out, name, tokenizer, identity, shard_tokens, part, parts) as writer:
+            if not writer.finished:
+                print(f"{source.name}: {plan.describe(out)}"
+                      + f"; {writer.counts['tokens'] / 1e6:,.1f}M tokens are there already" * bool(writer.counts))
+                passages = corpus.read(files, writer.cursor, source.kind == "text")
+                fill(writer, plan, tokenized(passages, tokenizer, pool) if source.kind != "tokens" else
+                     copied(files, writer.cursor))
     report(out, parts)
 
 
-def fill(writer: ShardWriter, source: Source, files: list[str], tokenizer: Tokenizer, plan: "Plan"):
-    """Takes the tokens of all that comes after `writer.cursor` to the disk."""
-    encoded = copied(files, writer.cursor) if source.kind == "tokens" else \
-        tokenized(corpus.read(files, writer.cursor, source.kind == "text"), tokenizer, plan.workers)
-    measure = "tokens" if source.kind == "tokens" else "bytes"
+def fill(writer: ShardWriter, plan: "Plan", encoded: Iterator[Encoded]):
+    """Takes the tokens to the disk."""
+    measure = "bytes" if plan.bytes else "tokens"
     unknown, committed = {}, time.monotonic()
     try:
         with contextlib.closing(encoded), tqdm(
@@ -179,36 +181,49 @@ def report(out: Path, parts: int):
 # ----------------------------------------------------------------------------------------------------------------
 # From text to tokens
 
-def tokenized(passages: Iterator[corpus.Passage], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """The passages' tokens, in their order, made by that many processes; by this one where `workers` is 0."""
-    encode_batch = functools.partial(encode, tokenizer.to_dict())
+@contextlib.contextmanager
+def start_workers(workers: int, tokenizer: Tokenizer):
+    """A pool of that many processes, which make themselves ready meanwhile; None where `workers` is 0."""
     if not workers:
-        yield from map(encode_batch, batches(passages))
+        yield None
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=leave_with_parent) as pool:
-        window = deque()  # what is read ahead: enough for a wait for the network, and no more
-        try:
-            for batch in batches(passages):
-                window.append(pool.submit(encode_batch, batch))
-                if len(window) > 32 + 2 * workers:
-                    yield window.popleft().result()
-            while window:
-                yield window.popleft().result()
-        except BrokenProcessPool:
-            raise UserError("A tokenizing process died, perhaps for want of memory: give the same command again, with fewer "
-                            "--workers; it goes on where this one stopped.") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), make_ready, (tokenizer.to_dict(),))
+    for _ in range(workers):
+        pool.submit(int)  # starts a process
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def leave_with_parent():
-    """Makes a worker process end when its parent does, killed or not, and not at the Ctrl-C that the parent answers."""
+def make_ready(tokenizer: dict):
+    """Loads the tokenizer. A worker ends with its parent, killed or not, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
+    load_tokenizer(tokenizer)
+
+
+def tokenized(passages: Iterator[corpus.Passage], tokenizer: Tokenizer, pool: ProcessPoolExecutor | None) -> Iterator[Encoded]:
+    """The passages' tokens, in their order, made by the pool's processes; by this one without a pool."""
+    encode_batch = functools.partial(encode, tokenizer.to_dict())
+    if pool is None:
+        yield from map(encode_batch, batches(passages))
+        return
+    window = deque()
+    try:
+        for batch in batches(passages):
+            window.append(pool.submit(encode_batch, batch))
+            if len(window) > WINDOW:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("A tokenizing process died, perhaps for want of memory: give the same command again, with fewer "
+                        "--workers; it goes on where this one stopped.") from None
 
 
 def batches(passages: Iterator[corpus.Passage]) -> Iterator[list[corpus.Passage]]:
@@ -239,19 +254,18 @@ def encode(tokenizer: dict, batch: list[corpus.Passage]) -> Encoded:
             if tokenizer.eot is not None:
                 parts.append([tokenizer.eot])
                 length += 1
-        for part in corpus.cut_text(text):
-            known, lacking = tokenizer.replace_unknown(part)
-            unknown |= dict.fromkeys(lacking)
-            parts.append(tokenizer.encode_array(known))
-            length += len(parts[-1])
+        text, lacking = tokenizer.replace_unknown(text)
+        unknown |= dict.fromkeys(lacking)
+        parts.append(tokenizer.encode_array(text))
+        length += len(parts[-1])
         counts["bytes"] += len(text.encode("utf-8", "surrogatepass"))
-        counts["repaired"] += not whole
+        counts["repaired"] += passage.starts and not whole
     tokens = np.concatenate(parts).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    return Encoded(tokens, np.array(starts, dtype=np.int64), batch[-1].split, (batch[-1].file, batch[-1].number + 1),
+    return Encoded(tokens, np.array(starts, dtype=np.int64), batch[-1].split, batch[-1].cursor,
                    dict(counts), "".join(unknown))
 
 
-def copied(files: list[str], cursor: tuple[int, int]) -> Iterator[Encoded]:
+def copied(files: list[str], cursor: corpus.Cursor) -> Iterator[Encoded]:
     """The tokens of GPT-2 shards that others made, COPY_TOKENS at a time."""
     gpt2, step = load_tokenizer("gpt2"), COPY_TOKENS
     for index in range(cursor[0], len(files)):
@@ -260,7 +274,7 @@ def copied(files: list[str], cursor: tuple[int, int]) -> Iterator[Encoded]:
         for block in range(cursor[1] if index == cursor[0] else 0, -(-len(tokens) // step)):
             piece = np.array(tokens[block * step:(block + 1) * step])
             check_ids(piece, gpt2.vocab_size, path)
-            yield Encoded(piece, np.flatnonzero(piece == gpt2.eot), split, (index, block + 1), {})
+            yield Encoded(piece, np.flatnonzero(piece == gpt2.eot), split, (index, block + 1, 0), {})
 
 
 def choose_tokenizer(name: str, source: Source) -> Tokenizer:
@@ -278,39 +292,40 @@ def choose_tokenizer(name: str, source: Source) -> Tokenizer:
 # Before it starts
 
 class Plan(NamedTuple):
-    """What is to come: processes, bytes of text, tokens, bytes on the disk, seconds."""
-    workers: int
-    bytes: int
+    """About how much is to come."""
+    files: int
+    bytes: int  # of text
     tokens: int
     disk_bytes: int
     seconds: float
 
-    def describe(self, files: int, out: Path) -> str:
+    def describe(self, out: Path) -> str:
         free = shutil.disk_usage(existing(out)).free
         minutes = f"about {self.seconds / 60:.0f} min" if self.seconds > 90 else f"about {self.seconds:.0f} s"
         enough = "" if free > self.disk_bytes else "; THAT IS TOO LITTLE"
         text = f"about {self.bytes / 1e6:,.0f} MB of text, " if self.bytes else ""
-        return (f"{files:,} files, {text}{self.tokens / 1e6:,.1f}M tokens: "
-                f"{self.disk_bytes / 1e6:,.0f} MB of disk ({free / 1e9:,.0f} GB are free{enough}), "
-                f"{minutes} with {self.workers or 1} processes, downloads apart")
+        return (f"{self.files:,} files, {text}{self.tokens / 1e6:,.1f}M tokens: {self.disk_bytes / 1e6:,.0f} MB of disk "
+                f"({free / 1e9:,.0f} GB are free{enough}), {minutes} and the download if there is one")
 
 
-def make_plan(source: Source, files: list[str], tokenizer: Tokenizer, workers: int) -> Plan:
+def make_plan(source: Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, workers: int) -> Plan:
     """Measures the first of the text, and takes the rest for alike. Raises UserError where that is no text."""
-    sizes = corpus.file_sizes(files)
     if source.kind == "tokens":
-        return Plan(0, 0, sum(sizes) // 2, sum(sizes), sum(sizes) / 1e8)  # a disk's 100 MB/s
-    content = corpus.content_bytes(files, sizes)
-    batch = next(batches(corpus.read(files, halve=source.kind == "text")), None)
-    if batch is None:
+        return Plan(len(files), 0, sum(sizes) // 2, sum(sizes), sum(sizes) / 2e8)  # a disk that does 200 MB/s
+    content, sample, size = corpus.content_bytes(files, sizes), [], 0
+    for passage in corpus.read(files, halve=source.kind == "text"):
+        sample.append(passage)
+        size += len(passage.content)
+        if size > corpus.BLOCK:
+            break
+    if not sample:
         raise UserError(f"{source.name} holds no text.")
-    began = time.perf_counter()
-    piece = encode(tokenizer.to_dict(), batch)
-    seconds = time.perf_counter() - began
-    share = content / sum(len(passage.content) for passage in batch)
+    began = time.thread_time()  # others may be busy now
+    piece = encode(tokenizer.to_dict(), sample)
+    seconds = time.thread_time() - began
+    share = content / size
     text, tokens = round(share * piece.counts["bytes"]), round(share * len(piece.tokens))
-    workers = workers if text > SMALL else 0
-    return Plan(workers, text, tokens, tokens * piece.tokens.itemsize, share * seconds / (workers or 1))
+    return Plan(len(files), text, tokens, tokens * piece.tokens.itemsize, share * seconds / workers)
 
 
 def existing(path: Path) -> Path:
@@ -377,6 +392,7 @@ def find_text(source: str, text: Path | None) -> Path:
 
 def download(name: str) -> Path:
     """Fetches a named text into data/downloads, checks it, and returns its path; later calls find it there."""
+    import requests  # noqa: PLC0415 (the tokenizing processes can do without)
     url, expected = NAMED_TEXTS[name]
     path = DATA / "downloads" / f"{name}.txt"
     if path.exists() and sha256(path) == expected:

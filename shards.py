@@ -90,7 +90,7 @@ class ShardWriter:
             if unaccounted or not ours.fullmatch(path.name):
                 raise UserError(f"{self.folder} holds files of another origin ({path.name}): choose another folder with --out.")
         self.shards, self.counts = state.get("shards", []), Counter(state.get("counts", {}))
-        self.cursor = tuple(state.get("cursor", (0, 0)))
+        self.cursor = tuple(state.get("cursor", (0, 0, 0)))
         self.split, self.tokens, self.starts = state.get("split"), state.get("tokens", 0), [state.get("starts", [])]
         if self.tokens and not self.finished:
             temporary = self.temporary(self.split)
@@ -102,7 +102,7 @@ class ShardWriter:
             if self.eot is not None:
                 self.starts = [np.flatnonzero(self.open_tokens() == self.eot)]
         if not state:
-            self.commit((0, 0))  # from here the folder is this preparation's
+            self.commit((0, 0, 0))  # from here the folder is this preparation's
 
     def append(self, tokens: np.ndarray, starts: np.ndarray, split: str | None = None):
         """Adds tokens; documents start at the places `starts` among them. `split` is "train" or "val" where the source
@@ -129,7 +129,7 @@ class ShardWriter:
         while data:  # a disk that is nearly full takes a part
             data = data[self.file.write(data):]
 
-    def commit(self, cursor: tuple[int, int]):
+    def commit(self, cursor: tuple[int, ...]):
         """Makes what was appended last, with `cursor`, the place in the source where the next tokens come from."""
         if self.file:
             os.fsync(self.file.fileno())

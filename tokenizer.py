@@ -6,7 +6,7 @@
 Two kinds with one interface: `gpt2`, the byte-level BPE of GPT-2 (run by tiktoken from assets/gpt2.tiktoken, so
 no machine downloads anything), and `char`, one id a character of a given alphabet.
 """
-import base64
+import binascii
 import codecs
 import functools
 import json
@@ -71,7 +71,7 @@ class GPT2Tokenizer(Tokenizer):
 
     def __init__(self):
         lines = (line.split() for line in RANKS.read_bytes().splitlines())
-        self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}  # a token's rank is its id
+        self.ranks = {binascii.a2b_base64(token): int(rank) for token, rank in lines}  # a token's rank is its id
         self.bpe = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=self.ranks,
                                      special_tokens={END_OF_TEXT: self.eot})
 

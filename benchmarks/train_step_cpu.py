@@ -9,11 +9,11 @@ machine drifts for all; the median counts.
 import statistics
 import sys
 import time
-from pathlib import Path
+
+sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import GPT, GPTConfig
 from optim import build_optimizers, set_learning_rate
 

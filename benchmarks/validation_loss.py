@@ -4,11 +4,13 @@
     python benchmarks/validation_loss.py bundled:shakespeare data/check
 """
 import sys
+
+sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
+
 from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import ddp
 from checkpoint import load_model
 from dataloader import DataLoader

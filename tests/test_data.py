@@ -1,10 +1,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from dataloader import DataLoader, permute, round_keys
 from errors import UserError
-from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, ShardWriter
+from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, ShardWriter, verify
 from tokenizer import CharTokenizer
 
 
@@ -50,6 +51,41 @@ def test_any_number_of_ranks_sees_the_tokens_that_one_sees(stream, world):
     for step in (0, 6, 100):  # 6: across the end of the first epoch
         parts = np.concatenate([loader.batch(step)[0] for loader in ranks])
         assert np.array_equal(parts, whole.batch(step)[0])
+
+
+def test_reading_ahead_gives_the_same_batches(stream):
+    loader = DataLoader(stream, "train", batch_size=7, block_size=10, seed=3)
+    ahead = list(loader.batches(5, 30, torch.device("cpu")))
+    assert len(ahead) == 25
+    for step, (x, y) in enumerate(ahead, 5):
+        assert torch.equal(x, loader.batch(step)[0]) and torch.equal(y, loader.batch(step)[1])
+    assert not list(loader.batches(5, 5, torch.device("cpu")))
+
+
+def test_the_order_of_the_text_on_request(stream):
+    loader = DataLoader(stream, "train", batch_size=8, block_size=10, order="sequential")
+    assert loader.batch(0)[0].flatten().tolist() == list(range(80))
+    assert loader.batch(12)[0][:, 0].tolist() == [960, 970, 980, 990, 0, 10, 20, 30]
+
+
+def test_a_late_step_of_many_shards_reads_its_own_sequences_alone(tmp_path, monkeypatch):
+    tokens = np.arange(2**16, dtype=np.uint16) % 50_257
+    for i in range(100):
+        np.save(tmp_path / f"many_train_{i:06d}.npy", tokens)
+    read = []
+    monkeypatch.setattr(Shards, "read", lambda self, *place, read_=Shards.read: (read.append(place), read_(self, *place))[1])
+    x, _ = DataLoader(tmp_path, "train", batch_size=16, block_size=64).batch(15_000)
+    assert len(read) == 16 and x.shape == (16, 64)
+    assert len({place[0] // 2**16 for place in read}) > 8  # from all over the corpus
+
+
+def test_ids_beyond_the_vocabulary_stop_the_run(tmp_path):
+    np.save(tmp_path / "x_train_000001.npy", np.array([1, 2, 50_257] * 10, dtype=np.uint16))
+    with pytest.raises(UserError, match="holds the id 50,257, and its tokenizer has 50,257"):
+        DataLoader(tmp_path, "train", batch_size=1, block_size=8).batch(0)
+    with pytest.raises(UserError, match=r"x_train_000001.npy holds the id 50,257"):
+        np.save(tmp_path / "x_val_000000.npy", np.arange(9, dtype=np.uint16))
+        verify(tmp_path)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 1000])

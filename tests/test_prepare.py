@@ -112,6 +112,7 @@ def test_any_number_of_workers_writes_the_same_bytes(command, tmp_path, monkeypa
 
 def test_a_long_text_is_cut_where_tokens_end(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "BLOCK", 1000)
+    monkeypatch.setattr(corpus, "LONG", 4000)
     rng = random.Random(1)
     long = "".join(rng.choice(["word", " ", "  ", "\n", "\n\n ", "1234", "'ll", "...", "你好", "\t"]) for _ in range(30_000))
     documents = [long, "short", long[::-1]]
@@ -136,8 +137,9 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path, monkeypatch):
     """Every call that touches the disk is, in turn, the last one before the process dies."""
     monkeypatch.setattr(prepare, "COMMIT_S", 0)
     monkeypatch.setattr(corpus, "BLOCK", 4000)
+    monkeypatch.setattr(corpus, "LONG", 8000)
     for name, tokenizer, size in ("many", "gpt2", 12_000), ("few", "gpt2", 10**6), ("char", "char", 10**6):
-        source = write_corpus(tmp_path / name, DOCUMENTS[:100], ".jsonl")
+        source = write_corpus(tmp_path / name, [*DOCUMENTS[:50], PROSE * 2, *DOCUMENTS[50:100]], ".jsonl")
         config = PrepareConfig(str(source), tokenizer, shard_tokens=size)
         prepare.main(dataclasses.replace(config, out=tmp_path / f"{name}-whole"))
         calls = 0
@@ -174,7 +176,7 @@ def test_kill_9_at_random_moments(tmp_path):
     while True:
         process = subprocess.Popen([*line, tmp_path / "killed"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
-            said, _ = process.communicate(timeout=rng.uniform(0.5, 2) + kills / 4)
+            said, _ = process.communicate(timeout=rng.uniform(0.4, 1.6) + kills / 10)
             break
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
@@ -348,14 +350,14 @@ def test_a_source_that_stops_is_asked_again_and_loses_nothing(tmp_path, monkeypa
     monkeypatch.setattr(corpus, "BLOCK", 4000)
     steady, failing = corpus.passages, True
 
-    def flaky(path, skip):
-        for n, passage in enumerate(steady(path, skip)):
-            if n == 20 or (failing and "002" in path):  # breaks twice or thrice in each file, and for good in the last
+    def flaky(path, cursor, halve):
+        for n, passage in enumerate(steady(path, cursor, halve)):
+            if n == 20 or (failing and "002" in path):  # breaks now and then in each file, and for good in the last
                 raise OSError(errno.EIO, "the wire broke")
             yield passage
     monkeypatch.setattr(corpus, "passages", flaky)
     config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)
-    with pytest.raises(UserError, match=r"002_00000.jsonl stopped after passage 0 .* goes on from there"):
+    with pytest.raises(UserError, match=r"002_00000.jsonl stopped after document 0 .* goes on from there"):
         prepare.main(config)
     assert "000_00000.jsonl: [Errno 5] the wire broke; asking again in 0 s" in capsys.readouterr().err
     failing = False

@@ -395,6 +395,19 @@ def test_validation_is_scored_over_the_tokenizers_ids_alone(data, tmp_path):
     x, y = loader.read(range(loader.sequences))
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model(x)[0][..., :vocab_size].flatten(0, 1), y.flatten()).item()
-    config = train.TrainConfig(block_size=16, micro_batch=3)
-    measured = train.evaluate(model, loader, vocab_size, config, World(0, 1, torch.device("cpu")))
-    assert measured == pytest.approx(expected, abs=1e-5)
+    for micro_batch in 1, 3, 1000:  # the last is more than there is
+        config = train.TrainConfig(block_size=16, micro_batch=micro_batch)
+        measured = train.evaluate(model, loader, vocab_size, config, World(0, 1, torch.device("cpu")))
+        assert measured == pytest.approx(expected, abs=1e-5)
+
+
+def test_validation_is_the_same_sequences_for_any_world(data, monkeypatch):
+    loader, read = DataLoader("data/prose_char", "val", 1, 16), []
+    monkeypatch.setattr(loader, "tokens", lambda sequences, tokens=loader.tokens: (read.extend(sequences), tokens(sequences))[1])
+    monkeypatch.setattr(train.ddp, "sum_over_ranks", lambda world, total, count: (total, count or 1))  # each rank alone
+    for size in 1, 2, 3, 64:
+        read.clear()
+        for rank in range(size):
+            config = train.TrainConfig(block_size=16, micro_batch=2, eval_tokens=20 * 16)
+            train.evaluate(tiny_gpt(vocab_size=64), loader, 32, config, World(rank, size, torch.device("cpu")))
+        assert sorted(read) == list(range(20))
