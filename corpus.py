@@ -1,11 +1,10 @@
-"""Documents out of files: parquet, jsonl and text, compressed or not, in a folder or on the Hugging Face Hub.
+"""Documents out of files: parquet, jsonl and text, compressed or not, here or on the Hugging Face Hub.
 
 A document is what jsonl and parquet hold under `text`, or a whole text file. It comes as one passage, or as several where
 it is long: `read(files, cursor)` goes on at any of them, and what it yields depends on the files alone.
 """
 import codecs
 import errno
-import functools
 import io
 import json
 import re
@@ -18,9 +17,8 @@ from typing import Literal, NamedTuple
 
 # pyarrow, fsspec and datasets are imported where they are needed: the processes that tokenize import this module too.
 from errors import UserError
+from sources import COMPRESSION, kind_of
 
-KINDS = (".parquet", ".jsonl", ".json", ".txt")
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 BLOCK = 2**20  # bytes that are read, characters that are tokenized at a time
 LONG = 4 * BLOCK  # bytes of a document from which on it is cut into passages of a block
 VAL_SHARE = 0.1  # of a single text's characters, its last
@@ -74,42 +72,7 @@ def may_pass(path: str, error: Exception) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Which files
-
-def local_files(path: Path) -> list[str]:
-    """The file, or the folder's files that hold documents, in the order of their paths, hidden ones left out."""
-    if not path.exists():
-        raise UserError(f"There is no file or folder {path}.")
-    if path.is_file():
-        return [str(path)]
-    files = [str(file) for file in sorted(path.rglob("*")) if kind_of(file.name) in KINDS and file.is_file()
-             and not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    if not files:
-        raise UserError(f"{path} holds no documents: {', '.join(KINDS)} files, alone or as .gz or .zst.")
-    return files
-
-
-def hub_files(repository: str, subset: str | None, revision: str | None) -> tuple[list[str], str]:
-    """Addresses of a dataset's training files on the Hub, and the revision that they are of.
-
-    What files a subset has is in the repository's card, which `datasets` reads.
-    """
-    import datasets  # noqa: PLC0415
-    try:
-        builder = datasets.load_dataset_builder(repository, subset, revision=revision)
-        files = sorted(builder.config.data_files["train"])
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{repository} could not be found on the Hugging Face Hub ({type(error).__name__}: {reason}).") from None
-    return files, re.search(r"@([^/]+)/", files[0])[1]
-
-
-@functools.lru_cache
-def kind_of(path: str) -> str:
-    """The suffix that says what a file holds, its compression's left out."""
-    path = Path(path)
-    return (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix
-
+# How much is in them
 
 def file_sizes(files: list[str]) -> list[int]:
     """Bytes of each file."""

@@ -14,9 +14,9 @@ from pathlib import Path
 import huggingface_hub
 import tyro
 
-import corpus
+import sources
 from errors import UserError, one_sentence
-from prepare import Source, foreign_shards, hub_source, local_source, prepare
+from prepare import prepare
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
 TOKENS_REPOSITORY = "kjj0/finewebedu10B-gpt2"  # sample-10BT as modded-nanogpt publishes it
@@ -41,16 +41,14 @@ class FinewebConfig:
 
 def main(config: FinewebConfig):
     out = config.out or Path(f"edu_fineweb{config.subset.removeprefix('sample-').removesuffix('T')}")
-    prepare(find_source(config, out), "edufineweb", out, "gpt2", config.workers, config.shard_tokens)
-
-
-def find_source(config: FinewebConfig, out: Path) -> Source:
     name = f"{REPOSITORY}:{config.subset}"
     if config.pretokenized:
-        return local_source(name, foreign_shards(config.source or download_tokens(config.subset)), "tokens")
-    if config.source is None:
-        return hub_source(REPOSITORY, config.subset, out)
-    return local_source(name, corpus.local_files(subset_folder(config.source, config.subset)), "corpus")
+        source = sources.shards_source(name, config.source or download_tokens(config.subset))
+    elif config.source:
+        source = sources.local_source(name, subset_folder(config.source, config.subset))
+    else:
+        source = sources.hub_source(REPOSITORY, config.subset, out)
+    prepare(source, "edufineweb", out, "gpt2", config.workers, config.shard_tokens)
 
 
 def subset_folder(folder: Path, subset: str) -> Path:

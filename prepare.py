@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
 import multiprocessing
 import os
 import re
@@ -27,26 +26,18 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 import corpus
+import sources
 from errors import UserError, one_sentence
-from files import read_json, sha256
 from shards import ShardWriter, check_ids, open_shard, read_manifest
 from tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
-# Texts with a name: where each comes from (None: no public address known) and the sha256 of the file.
-NAMED_TEXTS = {
-    "tiny_shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "tiny_pushkin": (None, "7c6c4d79cfa665fdad789ea74c48b7f9fa4a6e79f8ce63d1f71343c05716e90e"),
-}
-NAMED_CORPORA = {"openwebtext": "Skylion007/openwebtext"}  # on the Hub
-DATA = Path("data")
 COMMIT_S = 1.0  # so much work, and no more, is done again after a kill
 COPY_TOKENS = 2**22
 SMALL = 4 * corpus.BLOCK  # bytes in files that are tokenized before another process would have started
@@ -73,14 +64,6 @@ class PrepareConfig:
     """The source is a folder of GPT-2 shards that others made: .bin as llm.c's or nanoGPT's, .npy as build-nanogpt's."""
 
 
-class Source(NamedTuple):
-    """What is to be prepared."""
-    name: str
-    files: list[str]  # paths, or addresses on the Hub
-    revision: str  # another one where the text is another
-    kind: Literal["text", "corpus", "tokens"]  # one text; documents; shards that others made
-
-
 class Encoded(NamedTuple):
     """Tokens on their way to the disk."""
     tokens: np.ndarray
@@ -92,22 +75,16 @@ class Encoded(NamedTuple):
 
 
 def main(config: PrepareConfig):
+    path = config.text or Path(config.source)
+    one_text = config.source in sources.NAMED_TEXTS or sources.is_text(path)
+    tokenizer = config.tokenizer or ("char" if one_text else "gpt2")
     name = Path(config.source).name.split(".")[0]
-    on_hub = config.source in NAMED_CORPORA and config.text is None
-    path = None if on_hub else find_text(config.source, config.text)
-    is_text = path is not None and path.is_file() and corpus.kind_of(path.name) not in (".parquet", ".jsonl", ".json")
-    tokenizer = config.tokenizer or ("char" if is_text else "gpt2")
-    out = config.out or DATA / f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '-', tokenizer)}"
-    if on_hub:
-        source = hub_source(NAMED_CORPORA[config.source], None, out)
-    elif config.pretokenized:
-        source = local_source(path.name, foreign_shards(path), "tokens")
-    else:
-        source = local_source(path.name, corpus.local_files(path), "text" if is_text else "corpus")
+    out = config.out or sources.DATA / f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '-', tokenizer)}"
+    source = sources.named_source(config.source, config.text, config.pretokenized, out)
     prepare(source, name, out, tokenizer, config.workers, config.shard_tokens)
 
 
-def prepare(source: Source, name: str, out: Path, tokenizer_name: str, workers: int | None, shard_tokens: int):
+def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, workers: int | None, shard_tokens: int):
     """Writes the source's tokens, or this process's part of them, into shards `out`/`name`_…, and goes on where an earlier
     call was killed. There is one of `workers` a core when it is None."""
     if shard_tokens < 1 or (workers is not None and workers < 1):
@@ -277,7 +254,7 @@ def copied(files: list[str], cursor: corpus.Cursor) -> Iterator[Encoded]:
             yield Encoded(piece, np.flatnonzero(piece == gpt2.eot), split, (index, block + 1, 0), {})
 
 
-def choose_tokenizer(name: str, source: Source) -> Tokenizer:
+def choose_tokenizer(name: str, source: sources.Source) -> Tokenizer:
     """The tokenizer that --tokenizer names; `char` takes its alphabet from the text."""
     if name == "char":
         return CharTokenizer("".join(sorted(set().union(*(
@@ -308,7 +285,7 @@ class Plan(NamedTuple):
                 f"({free / 1e9:,.0f} GB are free{enough}), {minutes} and the download if there is one")
 
 
-def make_plan(source: Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, workers: int) -> Plan:
+def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, workers: int) -> Plan:
     """Measures the first of the text, and takes the rest for alike. Raises UserError where that is no text."""
     if source.kind == "tokens":
         return Plan(len(files), 0, sum(sizes) // 2, sum(sizes), sum(sizes) / 2e8)  # a disk that does 200 MB/s
@@ -347,76 +324,6 @@ def share_of_work() -> tuple[int, int]:
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         return number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN"), number("SLURM_ARRAY_TASK_COUNT")
     return 0, 1
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Sources
-
-def hub_source(repository: str, subset: str | None, out: Path) -> Source:
-    """A dataset of the Hub, at the revision with which `out` was begun."""
-    begun = (read_json(path).get("source", {}) for path in (*out.glob("manifest*.json"), *out.glob("progress*.json")))
-    revision = next((source.get("revision") for source in begun), None)
-    files, revision = corpus.hub_files(repository, subset, revision)
-    return Source(f"{repository}:{subset}" if subset else repository, files, revision, "corpus")
-
-
-def local_source(name: str, files: list[str], kind: str) -> Source:
-    """Files here; their revision is the checksum of a single one, or of the names and sizes of many."""
-    if len(files) == 1:
-        return Source(name, files, sha256(Path(files[0])), kind)
-    listing = "".join(f"{Path(file).name} {os.path.getsize(file)}\n" for file in files)
-    return Source(name, files, hashlib.sha256(listing.encode()).hexdigest(), kind)
-
-
-def foreign_shards(folder: Path) -> list[str]:
-    """The shards in the folder, those for validation first."""
-    files = sorted((path for pattern in ("*.bin", "*.npy") for path in folder.glob(pattern)),
-                   key=lambda path: ("val" not in path.name, path.name))
-    if not files:
-        raise UserError(f"{folder} holds no shards, .bin or .npy.")
-    return list(map(str, files))
-
-
-def find_text(source: str, text: Path | None) -> Path:
-    """The file or folder that `source` names, downloaded where it has an address and `text` is not given."""
-    if text is None and source in NAMED_TEXTS:
-        return download(source)
-    path = text or Path(source)
-    if text and source in NAMED_TEXTS and text.is_file() and sha256(text) != NAMED_TEXTS[source][1]:
-        print(f"{text} is not the {source} that others use: losses will not compare.")
-    if not path.exists():
-        known = "" if text else f", and no known text (those are {', '.join((*NAMED_TEXTS, *NAMED_CORPORA))})"
-        raise UserError(f"There is no file {path}{known}.")
-    return path
-
-
-def download(name: str) -> Path:
-    """Fetches a named text into data/downloads, checks it, and returns its path; later calls find it there."""
-    import requests  # noqa: PLC0415 (the tokenizing processes can do without)
-    url, expected = NAMED_TEXTS[name]
-    path = DATA / "downloads" / f"{name}.txt"
-    if path.exists() and sha256(path) == expected:
-        return path
-    if url is None:
-        raise UserError(f"{name} has no address to download from: give its file with --text FILE.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
-    try:
-        with requests.get(url, stream=True, timeout=30) as response, open(part, "wb") as file:
-            response.raise_for_status()
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"{name}.txt") as bar:
-                for chunk in response.iter_content(1 << 16):
-                    bar.update(file.write(chunk))
-    except requests.RequestException as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{url} could not be downloaded ({type(error).__name__}): "
-                        "fetch it elsewhere and give it with --text FILE.") from None
-    if sha256(part) != expected:
-        part.unlink()
-        raise UserError(f"{url} did not deliver the expected text (its sha256 differs): try again or use --text FILE.")
-    os.replace(part, path)
-    return path
 
 
 if __name__ == "__main__":

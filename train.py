@@ -32,8 +32,8 @@ from errors import UserError, one_sentence
 from files import write_json
 from generate import Engine
 from model import GPT, GPTConfig
-from prepare import NAMED_TEXTS
 from shards import read_manifest, read_tokenizer
+from sources import NAMED_TEXTS
 from tokenizer import Tokenizer
 
 

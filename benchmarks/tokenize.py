@@ -24,6 +24,7 @@ import tokenizers
 
 import corpus
 import prepare
+import sources
 from tokenizer import load_tokenizer
 
 ROUNDS = 5
@@ -89,7 +90,7 @@ def huggingface(documents: list[str]) -> float:
 
 def main():
     path = Path(sys.argv[1])
-    documents = [corpus.text_of(passage)[0] for passage in corpus.read(corpus.local_files(path))]
+    documents = [corpus.text_of(passage)[0] for passage in corpus.read(sources.local_source('', path).files)]
     size = sum(len(text.encode()) for text in documents) / 1e6
     print(f"{size:.0f} MB of text in {len(documents):,} documents, {CORES} cores")
     ways = {"bare": lambda: bare(documents), "prepare.py": lambda: whole(path), "half a pool": lambda: half_a_pool(documents),

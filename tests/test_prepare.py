@@ -20,6 +20,7 @@ import corpus
 import fineweb
 import prepare
 import shards
+import sources
 from errors import UserError
 from files import sha256
 from fineweb import FinewebConfig
@@ -471,16 +472,16 @@ def test_with_gpt2s_tokenizer_a_document_starts_with_end_of_text(prose, tmp_path
 
 def test_a_named_text_is_downloaded_and_checked(web, prose, tmp_path, monkeypatch):
     url = web({"/input.txt": prose.read_bytes()})
-    monkeypatch.setitem(prepare.NAMED_TEXTS, "tiny_shakespeare", (f"{url}/input.txt", sha256(prose)))
-    assert prepare.download("tiny_shakespeare").read_text() == PROSE
-    monkeypatch.setitem(prepare.NAMED_TEXTS, "tiny_shakespeare", (f"{url}/elsewhere", sha256(prose)))
-    assert prepare.download("tiny_shakespeare").exists()  # the second time it is there already
-    monkeypatch.setitem(prepare.NAMED_TEXTS, "other", (f"{url}/input.txt", "0" * 64))
+    monkeypatch.setitem(sources.NAMED_TEXTS, "tiny_shakespeare", (f"{url}/input.txt", sha256(prose)))
+    assert sources.download("tiny_shakespeare").read_text() == PROSE
+    monkeypatch.setitem(sources.NAMED_TEXTS, "tiny_shakespeare", (f"{url}/elsewhere", sha256(prose)))
+    assert sources.download("tiny_shakespeare").exists()  # the second time it is there already
+    monkeypatch.setitem(sources.NAMED_TEXTS, "other", (f"{url}/input.txt", "0" * 64))
     with pytest.raises(UserError, match="sha256 differs"):
-        prepare.download("other")
-    monkeypatch.setitem(prepare.NAMED_TEXTS, "lost", (f"{url}/lost.txt", "0" * 64))
+        sources.download("other")
+    monkeypatch.setitem(sources.NAMED_TEXTS, "lost", (f"{url}/lost.txt", "0" * 64))
     with pytest.raises(UserError, match="could not be downloaded"):
-        prepare.download("lost")
+        sources.download("lost")
     assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == ["tiny_shakespeare.txt"]
 
 

@@ -1,0 +1,130 @@
+"""Where text comes from: texts with a name, files and folders here, datasets of the Hugging Face Hub, others' shards."""
+import functools
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from tqdm import tqdm
+
+from errors import UserError
+from files import read_json, sha256
+
+# Texts with a name: where each comes from (None: no public address known) and the sha256 of the file.
+NAMED_TEXTS = {
+    "tiny_shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "tiny_pushkin": (None, "7c6c4d79cfa665fdad789ea74c48b7f9fa4a6e79f8ce63d1f71343c05716e90e"),
+}
+NAMED_CORPORA = {"openwebtext": "Skylion007/openwebtext"}  # on the Hub
+DATA = Path("data")
+KINDS = (".parquet", ".jsonl", ".json", ".txt")
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+
+
+class Source(NamedTuple):
+    """What is to be prepared."""
+    name: str
+    files: list[str]  # paths, or addresses on the Hub
+    revision: str  # another one where the text is another
+    kind: Literal["text", "corpus", "tokens"]  # one text; documents; shards that others made
+
+
+def named_source(name: str, text: Path | None, pretokenized: bool, begun: Path) -> Source:
+    """What a person calls `name`: a known text, whose file or folder is `text` where there is no network, or a path."""
+    if name in NAMED_CORPORA and text is None:
+        return hub_source(NAMED_CORPORA[name], None, begun)
+    if name in NAMED_TEXTS and text is None:
+        text = download(name)
+    path = text or Path(name)
+    if name in NAMED_TEXTS and path.is_file() and sha256(path) != NAMED_TEXTS[name][1]:
+        print(f"{path} is not the {name} that others use: losses will not compare.")
+    if not path.exists():
+        known = "" if text else f", and no known text (those are {', '.join((*NAMED_TEXTS, *NAMED_CORPORA))})"
+        raise UserError(f"There is no file {path}{known}.")
+    return shards_source(path.name, path) if pretokenized else local_source(path.name, path)
+
+
+def is_text(path: Path) -> bool:
+    """Whether the file is one text, and not a file of documents."""
+    return path.is_file() and kind_of(path.name) not in (".parquet", ".jsonl", ".json")
+
+
+@functools.lru_cache
+def kind_of(path: str) -> str:
+    """The suffix that says what a file holds, its compression's left out."""
+    path = Path(path)
+    return (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix
+
+
+def local_source(name: str, path: Path) -> Source:
+    """A file, or the files of a folder that hold documents, in the order of their paths, hidden ones left out."""
+    files = [path] if path.is_file() else [
+        file for file in sorted(path.rglob("*")) if kind_of(file.name) in KINDS and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not files:
+        raise UserError(f"{path} holds no documents: {', '.join(KINDS)} files, alone or as .gz or .zst.")
+    return Source(name, list(map(str, files)), revision_of(files), "text" if is_text(path) else "corpus")
+
+
+def shards_source(name: str, folder: Path) -> Source:
+    """The shards in a folder, those for validation first."""
+    files = sorted((path for pattern in ("*.bin", "*.npy") for path in folder.glob(pattern)),
+                   key=lambda path: ("val" not in path.name, path.name))
+    if not files:
+        raise UserError(f"{folder} holds no shards, .bin or .npy.")
+    return Source(name, list(map(str, files)), revision_of(files), "tokens")
+
+
+def revision_of(files: list[Path]) -> str:
+    """The checksum of a single file, or of the names and sizes of many."""
+    if len(files) == 1:
+        return sha256(files[0])
+    return hashlib.sha256("".join(f"{path.name} {path.stat().st_size}\n" for path in files).encode()).hexdigest()
+
+
+def hub_source(repository: str, subset: str | None, begun: Path) -> Source:
+    """The training files of a dataset on the Hub, at the revision with which the folder `begun` was begun.
+
+    What files a subset has is in the repository's card, which `datasets` reads.
+    """
+    import datasets  # noqa: PLC0415 (the processes that tokenize import this module too)
+    earlier = (read_json(path)["source"]["revision"] for path in (*begun.glob("manifest*.json"), *begun.glob("progress*.json")))
+    try:
+        builder = datasets.load_dataset_builder(repository, subset, revision=next(earlier, None))
+        files = sorted(builder.config.data_files["train"])
+    except Exception as error:  # every layer between here and the network has exceptions of its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{repository} could not be found on the Hugging Face Hub ({type(error).__name__}: {reason}).") from None
+    revision = re.search(r"@([^/]+)/", files[0])[1]
+    return Source(f"{repository}:{subset}" if subset else repository, files, revision, "corpus")
+
+
+def download(name: str) -> Path:
+    """Fetches a named text into data/downloads, checks it, and returns its path; later calls find it there."""
+    import requests  # noqa: PLC0415 (the processes that tokenize import this module too)
+    url, expected = NAMED_TEXTS[name]
+    path = DATA / "downloads" / f"{name}.txt"
+    if path.exists() and sha256(path) == expected:
+        return path
+    if url is None:
+        raise UserError(f"{name} has no address to download from: give its file with --text FILE.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    try:
+        with requests.get(url, stream=True, timeout=30) as response, open(part, "wb") as file:
+            response.raise_for_status()
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"{name}.txt") as bar:
+                for chunk in response.iter_content(1 << 16):
+                    bar.update(file.write(chunk))
+    except requests.RequestException as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{url} could not be downloaded ({type(error).__name__}): "
+                        "fetch it elsewhere and give it with --text FILE.") from None
+    if sha256(part) != expected:
+        part.unlink()
+        raise UserError(f"{url} did not deliver the expected text (its sha256 differs): try again or use --text FILE.")
+    os.replace(part, path)
+    return path
