@@ -8,7 +8,6 @@ with the checksums of both, so that a pair is either whole or ignored. Nothing i
 """
 import dataclasses
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -21,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from errors import UserError
 from files import read_json, sha256, write_atomically, write_json
-from formats import build, load_huggingface
+from formats import load_folder, load_pt, unpickle
 from model import GPT
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "assets" / "bundled"
 LOG = Path("log")
@@ -75,7 +74,7 @@ def newest(run: Path) -> int | None:
 def load_state(run: Path, step: int) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """(model checkpoint, optimizer tensors by name, configuration) of a checkpoint that `newest` found whole."""
     folder = state_path(run, step)
-    return (read_checkpoint(model_path(run, step)), load_file(folder / "optimizer.safetensors"),
+    return (unpickle(model_path(run, step)), load_file(folder / "optimizer.safetensors"),
             read_json(folder / "state.json")["config"])
 
 
@@ -117,13 +116,7 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
     `parameters`, and `step` and `val_loss` where they are known. Raises UserError where nothing is found or it is damaged.
     """
     path = find_model(name)
-    if path.suffix == ".pt":
-        checkpoint = read_checkpoint(path)
-        model, tokenizer = build(checkpoint["config"], checkpoint["model"], path), load_tokenizer(checkpoint["tokenizer"])
-        info = {"step": checkpoint["step"], "val_loss": checkpoint["val_loss"]}
-    else:
-        model, tokenizer = load_huggingface(path)
-        info = {}
+    model, tokenizer, info = load_pt(path) if path.suffix == ".pt" else load_folder(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"The tokenizer in {path} has {tokenizer.vocab_size:,} ids, and the model {model.config.vocab_size:,}.")
     model = model.to(device).eval().requires_grad_(False)
@@ -174,22 +167,10 @@ def best_of(run: Path) -> Path:
 def download(name: str) -> Path:
     """A model of the Hugging Face Hub, in huggingface_hub's cache: only the files that Hugging Face's layout names."""
     try:
-        return Path(huggingface_hub.snapshot_download(
-            name, allow_patterns=["config.json", "model.safetensors", "tokenizer.json", "vocab.json"]))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[
+            "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json"]))
     except HFValidationError:
         reason = "and it cannot be the name of a model on the Hugging Face Hub"
     except Exception as error:  # whatever its HTTP library of the day raises
         reason = f"and the Hugging Face Hub did not give it ({type(error).__name__})"
     raise UserError(f"There is no file, folder or run {name!r}, {reason}.")
-
-
-def read_checkpoint(path: Path) -> dict:
-    """The contents of a `model_*.pt` of format 1; nothing but tensors and plain values is unpickled from it."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path} is cut off or no checkpoint ({type(error).__name__}).") from None
-    fields = {"format", "model", "config", "tokenizer", "step", "val_loss"}
-    if not isinstance(checkpoint, dict) or not fields <= set(checkpoint) or checkpoint["format"] != 1:
-        raise UserError(f"{path} is no checkpoint of this program (format 1).")
-    return checkpoint

@@ -1,9 +1,15 @@
-"""Other people's weight layouts. Today: Hugging Face's folder, which `transformers`, vLLM and others open.
+"""Other people's weight layouts, in and out.
 
-Their `Conv1D` keeps (in, out) matrices where our `nn.Linear` keeps (out, in), so these are transposed on the way;
-names are the same. The padding rows of the embedding stay here.
+In: Hugging Face's folder (OpenAI's GPT-2, allenporter's and samkeet's models), and the `.pt` files of this program, of
+build-nanogpt and of nanoGPT. Out: Hugging Face's folder, which `transformers`, vLLM and others open.
+
+Hugging Face's `Conv1D` keeps (in, out) matrices where our `nn.Linear` keeps (out, in), so these are transposed on the
+way; names are the same. The padding rows of the embedding stay here. Nothing is unpickled but tensors and plain values.
 """
 import json
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -11,11 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
-from files import write_json
+from files import read_json, write_json
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu": "gelu"}
 
 # Settings of a Hugging Face GPT-2 that would change the mathematics, each with the value that ours has.
 FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "tie_word_embeddings": True,
@@ -33,16 +42,14 @@ def huggingface_config(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> 
 
 def to_huggingface(state: dict[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
     """Our state as GPT2LMHeadModel's, without the embedding's padding rows; the head is tied and not stored."""
-    state = {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
+    state = transposed(state)
     state["transformer.wte.weight"] = state["transformer.wte.weight"][:vocab_size]
     return state
 
 
-def from_huggingface(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """GPT2LMHeadModel's or GPT2Model's state as ours; their constant mask buffers and the tied head are left out."""
-    state = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": w for name, w in state.items()}
-    return {name: w.t().contiguous() if name.endswith(TRANSPOSED) else w for name, w in state.items()
-            if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"}
+def transposed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """From our orientation to Conv1D's, or back."""
+    return {name: w.t().contiguous() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
 
 
 def save_huggingface(folder, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float16):
@@ -58,23 +65,71 @@ def save_huggingface(folder, model: GPT, tokenizer: Tokenizer, dtype: torch.dtyp
     tokenizer.save(folder)
 
 
-def load_huggingface(folder) -> tuple[GPT, Tokenizer]:
-    """(GPT in float32, tokenizer) of a folder in Hugging Face's layout. Raises UserError where it is no GPT-2."""
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is no model folder: it has no {name}.")
+# ----------------------------------------------------------------------------------------------------------------
+# Folders
+
+def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
+    """(GPT in float32, tokenizer, what config.json tells of its training) of a folder with config.json and safetensors.
+
+    Raises UserError where it is no GPT-2, or one whose mathematics differ from ours.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no model folder: it has no config.json.")
     try:
         c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for key, ours in FIXED.items():
-            if c.get(key, ours) != ours:
-                raise UserError(f"{folder} is no GPT-2 as this program runs it: its {key} is {c[key]!r}, not {ours!r}.")
-        config = GPTConfig(block_size=c["n_positions"], vocab_size=c["vocab_size"], n_layer=c["n_layer"],
-                           n_head=c["n_head"], n_embd=c["n_embd"], activation=c.get("activation_function", "gelu_new"))
-        state = from_huggingface(load_file(folder / "model.safetensors"))
+        state = our_names(read_safetensors(folder))
+        check_config(c, folder)
+        config = GPTConfig(block_size=c.get("n_positions") or c.get("n_ctx") or c["block_size"], vocab_size=c["vocab_size"],
+                           n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"],
+                           activation=ACTIVATIONS[c.get("activation_function", "gelu_new")])
+        if state["transformer.h.0.attn.c_attn.weight"].shape == (config.n_embd, 3 * config.n_embd):  # (in, out)
+            state = transposed(state)
     except (ValueError, KeyError, AttributeError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"The files in {folder} are damaged or no GPT-2's ({type(error).__name__}: {error}).") from None
-    return build(config, state, folder), load_tokenizer(folder)
+    if config.vocab_size >= GPT2Tokenizer.vocab_size and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        tokenizer = load_tokenizer("gpt2")
+    else:
+        tokenizer = load_tokenizer(folder)
+    info = {key: c[name] for key, name in (("train_config", "train_config"), ("val_loss", "val_loss_accum")) if name in c}
+    return build(config, state, folder), tokenizer, info
+
+
+def check_config(c: dict, folder: Path):
+    """Raises UserError for a configuration that changes the mathematics."""
+    ours = {**FIXED, "n_inner": c.get("n_inner") and 4 * c["n_embd"]}
+    if c.get("model_type") == "custom_gpt":  # samkeet's name for the same architecture
+        ours["model_type"] = "custom_gpt"
+    for key, value in ours.items():
+        if c.get(key, value) != value:
+            raise UserError(f"{folder} is no GPT-2 as this program runs it: its {key} is {c[key]!r}, not {value!r}.")
+    if c.get("activation_function", "gelu_new") not in ACTIVATIONS:
+        raise UserError(f"{folder} is no GPT-2 as this program runs it: its activation_function is {c['activation_function']!r}.")
+
+
+def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The folder's weights, in one file or in the several that its index names."""
+    index = read_json(folder / "model.safetensors.index.json")
+    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder} is no whole model folder: it has no {name}.")
+    return {key: w for name in names for key, w in load_file(folder / name).items()}
+
+
+def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state under our names, without constant masks and the tied head.
+
+    `torch.compile`, DistributedDataParallel and samkeet's wrapper put prefixes before them, GPT2Model leaves one out.
+    """
+    ours = {}
+    for name, w in state.items():
+        bare = re.sub(r"^((_orig_mod|module|model|transformer)\.)*", "", name)
+        if not bare.endswith((".attn.bias", ".attn.masked_bias")):
+            ours[bare if bare.startswith("lm_head.") else f"transformer.{bare}"] = w
+    head = ours.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, ours["transformer.wte.weight"]):
+        raise ValueError("its head is not tied to its embedding")
+    return ours
 
 
 def build(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
@@ -85,4 +140,82 @@ def build(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path
         model.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
     except (RuntimeError, TypeError, AttributeError, ValueError):
         raise UserError(f"The weights and the configuration in {source} do not fit each other.") from None
+    for name, w in model.named_parameters():
+        if not w.isfinite().all():
+            raise UserError(f"The weights in {source} are damaged: {name} holds values that are not finite.")
     return model
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# .pt files
+
+def load_pt(path: Path) -> tuple[GPT, Tokenizer, dict]:
+    """(GPT in float32, tokenizer, step and validation loss) of a checkpoint of ours, of build-nanogpt's or of nanoGPT's."""
+    content = unpickle(path)
+    try:
+        if content.get("format") == 1:
+            state, config, tokenizer = content["model"], content["config"], load_tokenizer(content["tokenizer"])
+            info = {"step": content["step"], "val_loss": content["val_loss"]}
+        elif "model_args" in content:
+            state, config, tokenizer = from_nanogpt(content, path)
+            info = {"step": content["iter_num"], "val_loss": float(content["best_val_loss"])}
+        else:
+            fields = vars(content["config"])
+            config = {name: fields[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+            state, tokenizer = our_names(content["model"]), load_tokenizer("gpt2")
+            info = {"step": content.get("step"), "val_loss": content.get("val_loss")}
+        if sum(w.nbytes for w in state.values()) > path.stat().st_size:
+            raise ValueError("it names more weights than it holds")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no checkpoint of this program, of build-nanogpt or of nanoGPT ({type(error).__name__}: "
+                        f"{error}).") from None
+    return build(config, state, path), tokenizer, info
+
+
+def from_nanogpt(content: dict, path: Path) -> tuple[dict, dict, Tokenizer]:
+    """State, configuration and tokenizer of nanoGPT's ckpt.pt: the exact GELU, and biases that may be left out."""
+    arguments = content["model_args"]
+    config = {name: arguments[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    state = our_names(content["model"])
+    for name in list(state):
+        if name.endswith(".weight") and "wte" not in name and "wpe" not in name:
+            state.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(state[name])))
+    dataset = str(content.get("config", {}).get("dataset", ""))
+    for meta in path.with_name("meta.pkl"), path.parent.parent / "data" / Path(dataset).name / "meta.pkl":
+        if meta.is_file():
+            with open(meta, "rb") as file:
+                letters = PlainUnpickler(file).load()["itos"]
+            return state, config | {"activation": "gelu"}, CharTokenizer("".join(letters[i] for i in range(len(letters))))
+    if arguments["vocab_size"] < GPT2Tokenizer.vocab_size:
+        raise UserError(f"{path} speaks in characters, which nanoGPT keeps in data/<dataset>/meta.pkl: put that file beside it.")
+    return state, config | {"activation": "gelu"}, load_tokenizer("gpt2")
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickles plain values alone: whatever names a class or a function is refused."""
+
+    def find_class(self, module: str, name: str):
+        raise ValueError(f"a pickle that wants {module}.{name}")
+
+
+class ForeignConfig:
+    """What a pickled GPTConfig becomes here: its fields, and none of its code."""
+
+
+def unpickle(path: Path) -> dict:
+    """The contents of a `.pt` file: tensors, plain values, and a GPTConfig's fields."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.file_size > entry.compress_size for entry in archive.infolist()):  # torch compresses nothing
+                raise ValueError("a compressed archive")
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        configs = [(ForeignConfig, name) for name in wanted if name.rpartition(".")[2] == "GPTConfig"]
+        with torch.serialization.safe_globals(configs):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            return content
+        reason = "it holds no dictionary"
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError,
+            zipfile.BadZipFile) as error:
+        reason = f"{type(error).__name__}"
+    raise UserError(f"{path} is cut off or no checkpoint ({reason}).")

@@ -223,7 +223,7 @@ def encode(tokenizer: dict, batch: list[corpus.Passage]) -> Encoded:
     parts, starts, length, counts, unknown = [np.empty(0, np.uint32)], [], 0, Counter(bytes=0), {}
     for passage in batch:
         text, whole = corpus.text_of(passage)
-        if passage.split is None and passage.starts and (not text or text.isspace()):
+        if passage.split is None and passage.starts and not text.strip() and len(text) < corpus.BLOCK:
             counts["empty"] += 1
             continue
         if passage.starts:
@@ -277,7 +277,7 @@ class Plan(NamedTuple):
     seconds: float
 
     def describe(self, out: Path) -> str:
-        free = shutil.disk_usage(existing(out)).free
+        free = shutil.disk_usage(next(path for path in out.absolute().joinpath("x").parents if path.exists())).free
         minutes = f"about {self.seconds / 60:.0f} min" if self.seconds > 90 else f"about {self.seconds:.0f} s"
         enough = "" if free > self.disk_bytes else "; THAT IS TOO LITTLE"
         text = f"about {self.bytes / 1e6:,.0f} MB of text, " if self.bytes else ""
@@ -305,10 +305,6 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokeni
     return Plan(len(files), text, tokens, tokens * piece.tokens.itemsize, share * seconds / workers)
 
 
-def existing(path: Path) -> Path:
-    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-
-
 def cores() -> int:
     """Cores that this process may use, shared with the others that torchrun started here."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -317,13 +313,10 @@ def cores() -> int:
 
 def share_of_work() -> tuple[int, int]:
     """This process's part of the files, and the number of parts, as torchrun or a Slurm array gives them."""
-    def number(name: str) -> int:
-        return int(os.environ[name])
-    if "WORLD_SIZE" in os.environ:
-        return number("RANK"), number("WORLD_SIZE")
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
-        return number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN"), number("SLURM_ARRAY_TASK_COUNT")
-    return 0, 1
+    rank, world, task, first, tasks = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", "0"), ("WORLD_SIZE", "1"), ("SLURM_ARRAY_TASK_ID", "0"), ("SLURM_ARRAY_TASK_MIN", "0"),
+        ("SLURM_ARRAY_TASK_COUNT", "1")))
+    return (rank, world) if world > 1 else (task - first, tasks)
 
 
 if __name__ == "__main__":

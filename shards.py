@@ -93,10 +93,10 @@ class ShardWriter:
         self.cursor = tuple(state.get("cursor", (0, 0, 0)))
         self.split, self.tokens, self.starts = state.get("split"), state.get("tokens", 0), [state.get("starts", [])]
         if self.tokens and not self.finished:
-            temporary = self.temporary(self.split)
-            if not temporary.exists():  # the shard was completed after the commit
-                os.replace(self.path(self.split), temporary)
-            self.file = open(temporary, "r+b", buffering=0)
+            path = self.path(self.split, ".open")
+            if not path.exists():  # the shard was completed after the commit
+                os.replace(self.path(self.split), path)
+            self.file = open(path, "r+b", buffering=0)
             self.file.truncate(HEADER_BYTES + self.tokens * self.dtype.itemsize)
             self.file.seek(0, os.SEEK_END)
             if self.eot is not None:
@@ -115,7 +115,7 @@ class ShardWriter:
                 self.finish_shard()
             if not self.tokens:
                 self.split = wanted
-                self.file = open(self.temporary(wanted), "w+b", buffering=0)
+                self.file = open(self.path(wanted, ".open"), "w+b", buffering=0)
                 self.write(bytes(HEADER_BYTES))
             taken = min(len(tokens), self.shard_tokens - self.tokens)
             self.write(np.ascontiguousarray(tokens[:taken], dtype=self.dtype))
@@ -145,7 +145,7 @@ class ShardWriter:
         os.fsync(self.file.fileno())
         self.file.close()
         path = self.path(self.split)
-        os.replace(self.temporary(self.split), path)
+        os.replace(self.path(self.split, ".open"), path)
         self.record(path, self.split, self.tokens, sum(map(len, self.starts)))
         self.file, self.tokens, self.starts = None, 0, []
 
@@ -190,12 +190,9 @@ class ShardWriter:
     def open_tokens(self) -> np.ndarray:
         return np.memmap(self.file.name, self.dtype, "r", HEADER_BYTES, (self.tokens,))
 
-    def path(self, split: str) -> Path:
-        return self.folder / f"{self.prefix}_{split}_{len(self.shards):06d}.npy"
-
-    def temporary(self, split: str) -> Path:
-        path = self.path(split)
-        return path.with_name(f"{path.name}.open")
+    def path(self, split: str, suffix: str = "") -> Path:
+        """The shard that comes next, if it is of `split`; ".open" while it grows."""
+        return self.folder / f"{self.prefix}_{split}_{len(self.shards):06d}.npy{suffix}"
 
     def __enter__(self):
         return self

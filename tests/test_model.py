@@ -5,7 +5,7 @@ from conftest import tiny_gpt
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from errors import UserError
-from formats import from_huggingface, load_huggingface, save_huggingface, to_huggingface
+from formats import load_folder, our_names, save_huggingface, to_huggingface, transposed
 from model import GPT, SIZES, GPTConfig, KVCache
 from tokenizer import CharTokenizer
 
@@ -33,7 +33,7 @@ def test_logits_and_gradients_are_those_of_transformers(config, direction):
     ours, theirs = GPT(config).eval(), their_model(config)
     if direction == "theirs to ours":
         randomize(theirs)
-        ours.load_state_dict(from_huggingface(theirs.state_dict()))
+        ours.load_state_dict(transposed(our_names(theirs.state_dict())))
     else:
         randomize(ours)
         missing, unexpected = theirs.load_state_dict(to_huggingface(ours.state_dict(), config.vocab_size), strict=False)
@@ -48,7 +48,7 @@ def test_logits_and_gradients_are_those_of_transformers(config, direction):
     torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=0)
     loss.backward()
     their_loss.backward()
-    their_grads = from_huggingface({name: p.grad for name, p in theirs.named_parameters()})
+    their_grads = transposed(our_names({name: p.grad for name, p in theirs.named_parameters()}))
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, their_grads[name], atol=1e-5, rtol=1e-3, msg=name)
 
@@ -65,7 +65,7 @@ def test_a_folder_of_transformers_opens_here_and_one_of_ours_there(tmp_path):
     theirs = their_model(config)
     theirs.save_pretrained(tmp_path / "theirs")
     tokenizer.save(tmp_path / "theirs")
-    ours, _ = load_huggingface(tmp_path / "theirs")
+    ours, _, _ = load_folder(tmp_path / "theirs")
     torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
 
 

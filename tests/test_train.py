@@ -365,7 +365,7 @@ def test_what_is_no_model_gets_one_sentence(run, tmp_path):
     (tmp_path / "text.md").write_text("hello")
     torch.save({**saved, "config": ["n_layer"]}, tmp_path / "list.pt")
     for name, sentence in (("cut.pt", "cut off"), ("text.pt", "cut off or no checkpoint"), ("empty.pt", "no checkpoint"),
-                           ("other.pt", "format 1"), ("misfit.pt", "do not fit"), ("list.pt", "do not fit"),
+                           ("other.pt", "no checkpoint of this program"), ("misfit.pt", "do not fit"), ("list.pt", "do not fit"),
                            ("folder", "has no config.json"), ("config_only", "has no model.safetensors"),
                            ("text.md", "is no model"),
                            ("nowhere.pt", "no file, folder or run"), ("bundled:nothing", "no bundled model")):
