@@ -7,6 +7,7 @@ import codecs
 import errno
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -66,9 +67,13 @@ def read(files: list[str], cursor: Cursor = (0, 0, 0), halve: bool = False) -> I
         cursor = (cursor[0] + 1, 0, 0)
 
 
+def on_hub(path: str) -> bool:
+    return path.startswith("hf://")
+
+
 def may_pass(path: str, error: Exception) -> bool:
     """Whether the failure may be over when the file is asked again."""
-    return "://" in path or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+    return on_hub(path) or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -76,6 +81,8 @@ def may_pass(path: str, error: Exception) -> bool:
 
 def file_sizes(files: list[str]) -> list[int]:
     """Bytes of each file."""
+    if not on_hub(files[0]):
+        return [os.path.getsize(file) for file in files]
     import fsspec  # noqa: PLC0415
     filesystem, _ = fsspec.core.url_to_fs(files[0])
     return [filesystem.size(file) for file in files]
@@ -100,9 +107,9 @@ def share_of_content(path: str, size: int) -> float:
                 groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
                 column = file.schema_arrow.names.index("text")
                 return sum(group.column(column).total_uncompressed_size for group in groups) / size
-        if Path(path).suffix in COMPRESSION:
+        if Path(path.lower()).suffix in COMPRESSION:
             raw, stream = open_stream(path)
-            return len(stream.read(4 * BLOCK)) / raw.tell()
+            return len(stream.read(4 * BLOCK)) / max(1, raw.tell())
     except (OSError, ValueError):
         pass  # damaged, as reading will say
     return 1.0
@@ -117,7 +124,7 @@ def passages(path: str, cursor: Cursor, halve: bool) -> Iterator[Passage]:
     if kind_of(path) == ".txt" or halve:
         texts = halves(path) if halve else [(None, text_blocks(path))]
         for number, (split, blocks) in islice(enumerate(texts), document, None):
-            for i, block in islice(enumerate(blocks), part, None):
+            for i, block in islice(enumerate(blocks if split else without_blank(blocks)), part, None):
                 yield Passage(block.encode(), "text", i == 0, split, path, (file, number, i + 1))
             part = 0
         return
@@ -130,10 +137,23 @@ def passages(path: str, cursor: Cursor, halve: bool) -> Iterator[Passage]:
         else:
             text, whole = text_of(passage)
             del content, passage  # hundreds of megabytes, perhaps
-            for i, block in islice(enumerate(cut_text(text)), part, None):
-                yield Passage(block.encode("utf-8", "surrogatepass"), "text" if whole else "repaired", i == 0, None, path,
+            for i, block in islice(enumerate(without_blank(cut_text(text))), part, None):
+                yield Passage(block.encode(), "text" if whole else "repaired", i == 0, None, path,
                               (file, number, i + 1))
         part = 0
+
+
+def without_blank(blocks: Iterator[str]) -> Iterator[str]:
+    """The blocks of a document; a single empty one where there is nothing to see in any."""
+    blank = []
+    for block in blocks:
+        if block.strip():
+            yield from blank
+            yield block
+            yield from blocks
+            return
+        blank.append(block)
+    yield ""
 
 
 def halves(path: str) -> Iterator[tuple[str, Iterator[str]]]:
@@ -155,25 +175,35 @@ def excerpt(path: str, begin: int, end: int) -> Iterator[str]:
         position += len(block)
 
 
+def open_file(path: str):
+    """The file, here or on the Hub."""
+    if not on_hub(path):
+        return open(path, "rb")
+    import fsspec  # noqa: PLC0415
+    return fsspec.open(path).open()
+
+
 def open_parquet(path: str):
     """The parquet file, whose column `text` is known to be there."""
-    import fsspec  # noqa: PLC0415
-    import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
-    file = pq.ParquetFile(fsspec.open(path).open(), buffer_size=16 * BLOCK)
-    if "text" not in file.schema_arrow.names or file.schema_arrow.field("text").type not in (pa.string(), pa.large_string()):
-        raise UserError(f"{path} has no column `text` of strings, but: {', '.join(file.schema_arrow.names)}.")
+    file = pq.ParquetFile(open_file(path), buffer_size=16 * BLOCK)
+    if "text" not in file.schema_arrow.names:
+        raise UserError(f"{path} has no column `text`, but: {', '.join(file.schema_arrow.names)}.")
     return file
 
 
 def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
     """UTF-8 of the column `text`; whole row groups that are skipped are not read."""
+    import pyarrow as pa  # noqa: PLC0415
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if rows > skip:
                 for table in file.iter_batches(32, row_groups=[group], columns=["text"], use_threads=False):
-                    column = table.column(0).cast("large_binary")  # a row may hold bytes that are no UTF-8
+                    column = table.column(0)
+                    if pa.types.is_dictionary(column.type):
+                        column = column.dictionary_decode()
+                    column = column.cast("large_binary")  # a row may hold bytes that are no UTF-8
                     for value in column[min(skip, len(column)):]:  # one by one: a list would hold them all
                         yield value.as_py() or b""
                     skip = max(0, skip - len(column))
@@ -183,10 +213,12 @@ def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
 
 def open_stream(path: str) -> tuple[io.IOBase, io.BufferedReader]:
     """The file, and the stream of what it holds, decompressed."""
-    import fsspec  # noqa: PLC0415
     import pyarrow as pa  # noqa: PLC0415
-    raw = fsspec.open(path).open()
-    codec = COMPRESSION.get(Path(path).suffix)
+    raw = open_file(path)
+    codec = COMPRESSION.get(Path(path.lower()).suffix)
+    if codec and not raw.read(1):
+        raise UserError(f"{path} is empty, which no compressed file is: its download broke off.")
+    raw.seek(0)
     return raw, io.BufferedReader(pa.CompressedInputStream(raw, codec) if codec else raw, BLOCK)
 
 
@@ -223,26 +255,29 @@ def cut_text(text: str) -> Iterator[str]:
 def token_end(text: str, end: int, begin: int = 0) -> int:
     """The last place up to `end` where a blank or line feed follows something visible; `end` where there is none.
 
-    GPT-2's pattern always ends a token there, so the parts have the tokens that the whole has.
+    GPT-2's pattern always ends a token there, so the parts have the tokens that the whole has, but for a megabyte without
+    such a place.
     """
     found = re.compile(r"[\s\S]*\S(?=[ \n])").match(text, begin, end)
     return found.end() if found else end
 
 
 def text_of(passage: Passage) -> tuple[str, bool]:
-    """The passage's text, and whether it is all there: bytes that are not UTF-8 become U+FFFD."""
+    """The passage's text, and whether it is all there: bytes that are not UTF-8, and halves of surrogate pairs, become
+    U+FFFD."""
     text, whole = passage.content, passage.form != "repaired"
     try:
-        text = text.decode("utf-8", "surrogatepass")
+        text = text.decode()
     except UnicodeDecodeError:
         text, whole = text.decode(errors="replace"), False
-    if passage.form == "json" and not text.isspace():
-        try:
-            document = json.loads(text)["text"]
-            if not isinstance(document, str | None):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{passage.path}, line {passage.cursor[1]:,}, is not a JSON object with a string `text`: "
-                            f"{text[:60]!r}.") from None
-        text = document or ""
+    if passage.form != "json" or text.isspace():
+        return text, whole
+    try:
+        text = json.loads(text)["text"] or ""
+        text.encode()
+    except UnicodeEncodeError:
+        text, whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), False
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{passage.path}, line {passage.cursor[1]:,}, is not a JSON object with a string `text` (this program "
+                        f"reads one object a line, in UTF-8): {str(text)[:60]!r}.") from None
     return text, whole

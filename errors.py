@@ -9,9 +9,9 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def one_sentence():
+def one_sentence(every_rank: bool = False):
     """Turns a `UserError`, or a file that the system refuses, into `error: …` on stderr and exit code 2; Ctrl-C into
-    130, a closed pipe into 141."""
+    130, a closed pipe into 141. Of torchrun's processes the first speaks for all, or each for itself with `every_rank`."""
     try:
         yield
         sys.stdout.flush()
@@ -23,7 +23,7 @@ def one_sentence():
             if not error.filename:
                 raise
             error = f"{error.filename}: {error.strerror}."
-        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have made the same mistake
+        if every_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -22,7 +22,10 @@ def write_json(path: Path, content: dict):
 
 def read_json(path: Path) -> dict:
     """The file's contents; {} where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
 
 
 def sha256(path: Path) -> str:

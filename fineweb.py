@@ -35,6 +35,9 @@ class FinewebConfig:
     workers: int | None = None
     """Processes that tokenize; one a core when not given."""
     shard_tokens: int = 100_000_000
+    """Tokens of a shard."""
+    part: str | None = None
+    """Do this part of the files alone, such as 3/8 for the fourth of eight, as torchrun or a Slurm array would say."""
     pretokenized: bool = False
     """Take GPT-2 tokens that others made, from the folder or from the Hub."""
 
@@ -45,10 +48,10 @@ def main(config: FinewebConfig):
     if config.pretokenized:
         source = sources.shards_source(name, config.source or download_tokens(config.subset))
     elif config.source:
-        source = sources.local_source(name, subset_folder(config.source, config.subset))
+        source = sources.local_source(name, subset_folder(config.source, config.subset), out)
     else:
         source = sources.hub_source(REPOSITORY, config.subset, out)
-    prepare(source, "edufineweb", out, "gpt2", config.workers, config.shard_tokens)
+    prepare(source, "edufineweb", out, "gpt2", config.workers, config.shard_tokens, config.part)
 
 
 def subset_folder(folder: Path, subset: str) -> Path:
@@ -73,5 +76,5 @@ def download_tokens(subset: str) -> Path:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with one_sentence(every_rank=True):
         main(tyro.cli(FinewebConfig))

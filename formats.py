@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from errors import UserError
 from files import read_json, write_json
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
+from tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -181,21 +181,12 @@ def from_nanogpt(content: dict, path: Path) -> tuple[dict, dict, Tokenizer]:
         if name.endswith(".weight") and "wte" not in name and "wpe" not in name:
             state.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(state[name])))
     dataset = str(content.get("config", {}).get("dataset", ""))
-    for meta in path.with_name("meta.pkl"), path.parent.parent / "data" / Path(dataset).name / "meta.pkl":
-        if meta.is_file():
-            with open(meta, "rb") as file:
-                letters = PlainUnpickler(file).load()["itos"]
-            return state, config | {"activation": "gelu"}, CharTokenizer("".join(letters[i] for i in range(len(letters))))
+    for folder in path.parent, path.parent.parent / "data" / Path(dataset).name:
+        if (folder / "meta.pkl").is_file():
+            return state, config | {"activation": "gelu"}, load_tokenizer(folder)
     if arguments["vocab_size"] < GPT2Tokenizer.vocab_size:
         raise UserError(f"{path} speaks in characters, which nanoGPT keeps in data/<dataset>/meta.pkl: put that file beside it.")
     return state, config | {"activation": "gelu"}, load_tokenizer("gpt2")
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Unpickles plain values alone: whatever names a class or a function is refused."""
-
-    def find_class(self, module: str, name: str):
-        raise ValueError(f"a pickle that wants {module}.{name}")
 
 
 class ForeignConfig:

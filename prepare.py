@@ -7,8 +7,9 @@
     torchrun --nproc_per_node=3 prepare.py my_corpus/        # or a Slurm array: each process takes a part of the files
     python prepare.py fineweb10B/ --pretokenized             # shards that others made
 
-Of one text the last 10% of the characters are validation, as in nanoGPT; of a corpus the first shard. The output is the
-same for any number of workers, and the same command goes on where a killed one stopped.
+Of one text the last 10% of the characters are validation, as in nanoGPT; of a corpus the first shard, or the first tenth
+where it fills none. The output is the same for any number of workers, and the same command goes on where a killed one
+stopped.
 """
 import contextlib
 import dataclasses
@@ -60,6 +61,9 @@ class PrepareConfig:
     workers: int | None = None
     """Processes that tokenize; one a core when not given."""
     shard_tokens: int = 100_000_000
+    """Tokens of a shard."""
+    part: str | None = None
+    """Do this part of the files alone, such as 3/8 for the fourth of eight, as torchrun or a Slurm array would say."""
     pretokenized: bool = False
     """The source is a folder of GPT-2 shards that others made: .bin as llm.c's or nanoGPT's, .npy as build-nanogpt's."""
 
@@ -76,27 +80,30 @@ class Encoded(NamedTuple):
 
 def main(config: PrepareConfig):
     path = config.text or Path(config.source)
-    one_text = config.source in sources.NAMED_TEXTS or sources.is_text(path)
+    one_text = not config.pretokenized and (config.source in sources.NAMED_TEXTS or sources.is_text(path))
     tokenizer = config.tokenizer or ("char" if one_text else "gpt2")
-    name = Path(config.source).name.split(".")[0]
+    name = sources.path_name(Path(config.source)).split(".")[0] or "corpus"
     out = config.out or sources.DATA / f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '-', tokenizer)}"
     source = sources.named_source(config.source, config.text, config.pretokenized, out)
-    prepare(source, name, out, tokenizer, config.workers, config.shard_tokens)
+    if config.pretokenized and tokenizer != "gpt2":
+        raise UserError("--pretokenized takes GPT-2's tokens: leave --tokenizer out.")
+    prepare(source, name, out, tokenizer, config.workers, config.shard_tokens, config.part)
 
 
-def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, workers: int | None, shard_tokens: int):
+def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, workers: int | None, shard_tokens: int,
+            part_of: str | None = None):
     """Writes the source's tokens, or this process's part of them, into shards `out`/`name`_…, and goes on where an earlier
     call was killed. There is one of `workers` a core when it is None."""
     if shard_tokens < 1 or (workers is not None and workers < 1):
         raise UserError("--shard-tokens and --workers are at least 1.")
-    part, parts = share_of_work()
+    part, parts = share_of_work(part_of)
     if parts > len(source.files):
         raise UserError(f"{source.name} has {len(source.files)} files, too few for {parts} processes: each takes whole files.")
     files = source.files[len(source.files) * part // parts:len(source.files) * (part + 1) // parts]
     tokenizer, sizes = choose_tokenizer(tokenizer_name, source), corpus.file_sizes(files)
     workers = 0 if source.kind == "tokens" or sum(sizes) < SMALL else workers or cores()
     identity = {"name": source.name, "revision": source.revision}
-    with start_workers(workers, tokenizer) as pool:
+    with start_workers(workers, tokenizer) as pool, full_disk_explained(out):
         plan = make_plan(source, files, sizes, tokenizer, workers or 1)
         with ShardWriter(out, name, tokenizer, identity, shard_tokens, part, parts) as writer:
             if not writer.finished:
@@ -112,28 +119,33 @@ def fill(writer: ShardWriter, plan: "Plan", encoded: Iterator[Encoded]):
     """Takes the tokens to the disk."""
     measure = "bytes" if plan.bytes else "tokens"
     unknown, committed = {}, time.monotonic()
+    with contextlib.closing(encoded), tqdm(
+            total=getattr(plan, measure), initial=writer.counts[measure], unit=measure[0].upper(), unit_scale=True,
+            mininterval=0.5, disable=writer.part > 0) as bar:
+        for piece in encoded:
+            writer.append(piece.tokens, piece.starts, piece.split)
+            writer.counts.update(piece.counts)
+            unknown |= dict.fromkeys(piece.unknown)
+            if time.monotonic() - committed > COMMIT_S:
+                writer.commit(piece.cursor)
+                committed = time.monotonic()
+            bar.set_postfix_str(f"{writer.counts['documents']:,} documents, {writer.counts['tokens'] / 1e6:,.1f}M tokens",
+                                refresh=False)
+            bar.update(writer.counts[measure] - bar.n)
+    writer.finish()
+    if unknown:
+        print(f"The tokenizer's alphabet lacks these characters, which become spaces or are left out: {''.join(unknown)}")
+
+
+@contextlib.contextmanager
+def full_disk_explained(out: Path):
     try:
-        with contextlib.closing(encoded), tqdm(
-                total=getattr(plan, measure), initial=writer.counts[measure], unit=measure[0].upper(), unit_scale=True,
-                mininterval=0.5, disable=writer.part > 0) as bar:
-            for piece in encoded:
-                writer.append(piece.tokens, piece.starts, piece.split)
-                writer.counts.update(piece.counts)
-                unknown |= dict.fromkeys(piece.unknown)
-                if time.monotonic() - committed > COMMIT_S:
-                    writer.commit(piece.cursor)
-                    committed = time.monotonic()
-                bar.set_postfix_str(f"{writer.counts['documents']:,} documents, {writer.counts['tokens'] / 1e6:,.1f}M tokens",
-                                    refresh=False)
-                bar.update(writer.counts[measure] - bar.n)
-        writer.finish()
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise UserError(f"The disk of {writer.folder} is full: make room and give the same command again; it goes on where "
-                        "this one stopped.") from None
-    if unknown:
-        print(f"The tokenizer's alphabet lacks these characters, which become spaces or are left out: {''.join(unknown)}")
+        raise UserError(f"The disk of {out} is full: make room and give the same command again; it goes on where this one "
+                        "stopped.") from None
 
 
 def report(out: Path, parts: int):
@@ -165,8 +177,10 @@ def start_workers(workers: int, tokenizer: Tokenizer):
         yield None
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), make_ready, (tokenizer.to_dict(),))
+    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes inherit: the parent answers Ctrl-C
     for _ in range(workers):
         pool.submit(int)  # starts a process
+    signal.signal(signal.SIGINT, answer)
     try:
         yield pool
     finally:
@@ -174,9 +188,7 @@ def start_workers(workers: int, tokenizer: Tokenizer):
 
 
 def make_ready(tokenizer: dict):
-    """Loads the tokenizer. A worker ends with its parent, killed or not, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
+    """Loads the tokenizer in a worker, which ends with its parent, killed or not."""
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -223,7 +235,7 @@ def encode(tokenizer: dict, batch: list[corpus.Passage]) -> Encoded:
     parts, starts, length, counts, unknown = [np.empty(0, np.uint32)], [], 0, Counter(bytes=0), {}
     for passage in batch:
         text, whole = corpus.text_of(passage)
-        if passage.split is None and passage.starts and not text.strip() and len(text) < corpus.BLOCK:
+        if passage.split is None and passage.starts and not text.strip() and (passage.cursor[2] == 0 or not text):
             counts["empty"] += 1
             continue
         if passage.starts:
@@ -235,7 +247,7 @@ def encode(tokenizer: dict, batch: list[corpus.Passage]) -> Encoded:
         unknown |= dict.fromkeys(lacking)
         parts.append(tokenizer.encode_array(text))
         length += len(parts[-1])
-        counts["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+        counts["bytes"] += len(text.encode())
         counts["repaired"] += passage.starts and not whole
     tokens = np.concatenate(parts).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     return Encoded(tokens, np.array(starts, dtype=np.int64), batch[-1].split, batch[-1].cursor,
@@ -247,7 +259,7 @@ def copied(files: list[str], cursor: corpus.Cursor) -> Iterator[Encoded]:
     gpt2, step = load_tokenizer("gpt2"), COPY_TOKENS
     for index in range(cursor[0], len(files)):
         path = Path(files[index])
-        tokens, split = open_shard(path), re.search(r"train|val|$", path.name)[0] or None
+        tokens, split = open_shard(path), sources.split_of(path)
         for block in range(cursor[1] if index == cursor[0] else 0, -(-len(tokens) // step)):
             piece = np.array(tokens[block * step:(block + 1) * step])
             check_ids(piece, gpt2.vocab_size, path)
@@ -286,7 +298,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, workers: int) -> Plan:
-    """Measures the first of the text, and takes the rest for alike. Raises UserError where that is no text."""
+    """Measures the first of the text, and takes the rest for alike."""
     if source.kind == "tokens":
         return Plan(len(files), 0, sum(sizes) // 2, sum(sizes), sum(sizes) / 2e8)  # a disk that does 200 MB/s
     content, sample, size = corpus.content_bytes(files, sizes), [], 0
@@ -296,11 +308,11 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokeni
         if size > corpus.BLOCK:
             break
     if not sample:
-        raise UserError(f"{source.name} holds no text.")
+        return Plan(len(files), 0, 0, 0, 0.0)
     began = time.thread_time()  # others may be busy now
     piece = encode(tokenizer.to_dict(), sample)
     seconds = time.thread_time() - began
-    share = content / size
+    share = content / max(1, size)
     text, tokens = round(share * piece.counts["bytes"]), round(share * len(piece.tokens))
     return Plan(len(files), text, tokens, tokens * piece.tokens.itemsize, share * seconds / workers)
 
@@ -311,14 +323,20 @@ def cores() -> int:
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def share_of_work() -> tuple[int, int]:
-    """This process's part of the files, and the number of parts, as torchrun or a Slurm array gives them."""
-    rank, world, task, first, tasks = (int(os.environ.get(name, default)) for name, default in (
+def share_of_work(part_of: str | None) -> tuple[int, int]:
+    """This process's part of the files, and the number of parts: from `part_of`, else torchrun, else a Slurm array."""
+    rank, world, task, first, step, tasks = (int(os.environ.get(name, default)) for name, default in (
         ("RANK", "0"), ("WORLD_SIZE", "1"), ("SLURM_ARRAY_TASK_ID", "0"), ("SLURM_ARRAY_TASK_MIN", "0"),
-        ("SLURM_ARRAY_TASK_COUNT", "1")))
-    return (rank, world) if world > 1 else (task - first, tasks)
+        ("SLURM_ARRAY_TASK_STEP", "1"), ("SLURM_ARRAY_TASK_COUNT", "1")))
+    part, parts = (rank, world) if world > 1 else ((task - first) // max(1, step), tasks)
+    if part_of is not None:
+        named = re.fullmatch(r"(\d+)/(\d+)", part_of)
+        part, parts = map(int, named.groups()) if named else (0, 0)
+    if not 0 <= part < parts:
+        raise UserError(f"There is no part {part_of or f'{part}/{parts}'}: --part 3/8 is the fourth of eight.")
+    return part, parts
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with one_sentence(every_rank=True):
         main(tyro.cli(PrepareConfig))

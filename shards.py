@@ -12,6 +12,7 @@ Shards that others wrote are read in place: build-nanogpt's `.npy`, llm.c's and 
 1024-byte header, nanoGPT's raw `train.bin` and `val.bin`.
 """
 import bisect
+import contextlib
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from files import read_json, sha256, write_atomically, write_json
 from tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
+SPLITS = ("val", "train")
 HEADER_BYTES = 128  # of a .npy file with one dimension
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32, of them magic, version, number of tokens
 
@@ -61,52 +63,68 @@ class ShardWriter:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"Another process is writing to {folder}: wait, or choose another folder with --out.") from None
+        self.finished, self.refused = False, True
         try:
             self.restore()
-        except BaseException:
-            self.finished = True
-            self.__exit__()
-            raise
+            self.refused = False
+        finally:
+            if self.refused:
+                self.__exit__()
 
     def restore(self):
-        """Takes up what an earlier process committed."""
-        complete, begun = read_manifest(self.folder), read_json(self.progress)
-        if begun and not begun["counts"]:  # and nothing was committed
-            for path in (*self.folder.glob(f"{self.prefix}_[tv]*.npy*"), self.progress):
-                path.unlink()
+        """Takes up what an earlier process committed. Changes nothing where it refuses."""
+        complete, begun = read_manifest(self.folder), read_state(self.progress)
         for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
-            found = read_json(path)
+            found = read_state(path)
             for key, value in self.identity.items():
-                if found.get(key) != value and not (complete and key == "parts"):
+                if found and found.get(key) != value and not (complete and key == "parts") and (
+                        path != self.progress or found.get("counts")):
                     raise UserError(f"{self.folder} holds another preparation, with {key.replace('_', ' ')} "
-                                    f"{found.get(key)!s:.100} where this has {value!s:.100}: choose another folder with --out, "
-                                    "or delete that one.")
-        state = read_json(self.progress) or read_json(self.manifest) or complete
-        self.finished = bool(state) and not self.progress.exists()
+                                    f"{found.get(key)!s:.100} where this has {value!s:.100}: give the same options, or another "
+                                    "folder with --out.")
+        state = complete or (begun if begun.get("counts") else {}) or read_state(self.manifest)
+        self.finished = bool(state) and state is not begun
         ours = re.compile(rf"{re.escape(self.identity['name'])}(_p\d+)?_(train|val)_\d{{6}}\.npy(\.open|\.tmp)?"
                           r"|(manifest|progress)(_p\d+)?\.(json|json\.tmp|lock)")
+        mine = re.compile(rf"{re.escape(self.prefix)}_(train|val)_\d{{6}}\.npy.*")
         for path in sorted(self.folder.iterdir()):
-            unaccounted = not state and re.match(rf"{re.escape(self.prefix)}_(train|val)_\d+\.npy$", path.name)
-            if unaccounted or not ours.fullmatch(path.name):
+            if not ours.fullmatch(path.name) or (mine.fullmatch(path.name) and not state and not begun):
                 raise UserError(f"{self.folder} holds files of another origin ({path.name}): choose another folder with --out.")
         self.shards, self.counts = state.get("shards", []), Counter(state.get("counts", {}))
+        for shard in self.shards:
+            self.check_size(self.folder / shard["file"], shard["tokens"])
         self.cursor = tuple(state.get("cursor", (0, 0, 0)))
-        self.split, self.tokens, self.starts = state.get("split"), state.get("tokens", 0), [state.get("starts", [])]
-        if self.tokens and not self.finished:
+        self.ruled, self.split, self.tokens = state.get("ruled", False), state.get("split"), state.get("tokens", 0)
+        self.starts = [state.get("starts", [])]
+        if self.finished:
+            if not complete:
+                self.join()  # which may have failed
+            return
+        if self.tokens:
             path = self.path(self.split, ".open")
             if not path.exists():  # the shard was completed after the commit
                 os.replace(self.path(self.split), path)
+            self.check_size(path, self.tokens)
             self.file = open(path, "r+b", buffering=0)
             self.file.truncate(HEADER_BYTES + self.tokens * self.dtype.itemsize)
             self.file.seek(0, os.SEEK_END)
             if self.eot is not None:
                 self.starts = [np.flatnonzero(self.open_tokens() == self.eot)]
         if not state:
+            for path in self.folder.iterdir():  # begun, and nothing committed
+                if mine.fullmatch(path.name):
+                    path.unlink()
             self.commit((0, 0, 0))  # from here the folder is this preparation's
+
+    def check_size(self, path: Path, tokens: int):
+        if not path.exists() or path.stat().st_size < HEADER_BYTES + tokens * self.dtype.itemsize:
+            raise UserError(f"{path} is {'cut off' if path.exists() else 'missing'}, though it was complete: delete "
+                            f"{self.folder} and prepare the data again.")
 
     def append(self, tokens: np.ndarray, starts: np.ndarray, split: str | None = None):
         """Adds tokens; documents start at the places `starts` among them. `split` is "train" or "val" where the source
         decides it."""
+        self.ruled = split is None
         while len(tokens):
             if self.tokens == self.shard_tokens:
                 self.finish_shard()
@@ -133,7 +151,8 @@ class ShardWriter:
         """Makes what was appended last, with `cursor`, the place in the source where the next tokens come from."""
         if self.file:
             os.fsync(self.file.fileno())
-        state = {"cursor": cursor, "counts": self.counts, "split": self.split, "tokens": self.tokens, "shards": self.shards}
+        state = {"cursor": cursor, "counts": self.counts, "ruled": self.ruled, "split": self.split, "tokens": self.tokens,
+                 "shards": self.shards}
         if self.eot is None:  # else they are found again
             state["starts"] = np.concatenate(self.starts).tolist()
         write_json(self.progress, self.identity | state)
@@ -151,15 +170,16 @@ class ShardWriter:
 
     def finish(self):
         """Completes the last shard and writes the manifest; of several parts, the last to finish joins all."""
-        if self.split == "val" and not self.shards and self.tokens > 1:
+        if not self.counts["documents"] and self.identity["parts"] == 1:
+            raise UserError(f"{self.identity['source'].get('name')} holds no text.")
+        if self.ruled and self.split == "val" and not self.shards and self.tokens > 1:
             self.divide()
         elif self.tokens:
             self.finish_shard()
         write_json(self.manifest, self.identity | self.counts | {"shards": self.shards})
-        self.finished = True
         if self.identity["parts"] > 1:
             self.join()
-        self.progress.unlink(missing_ok=True)
+        self.finished = True
 
     def divide(self):
         """Of a corpus that fills no shard the first tenth is validation."""
@@ -180,11 +200,12 @@ class ShardWriter:
         with FileLock(self.folder / "manifest.lock"):
             if not all(path.exists() for path in paths):
                 return
-            parts = [read_json(path) for path in paths]
-            counts = sum((Counter({name: part[name] for name in part.keys() - self.identity.keys() - {"shards"}})
-                          for part in parts), Counter())
-            write_json(self.folder / MANIFEST, self.identity | counts | {"shards": [s for part in parts for s in part["shards"]]})
-            for path in (*paths, self.folder / "manifest.lock"):
+            counts, shards = Counter(), []
+            for part in map(read_json, paths):
+                shards += part["shards"]
+                counts.update({name: part[name] for name in part if name not in self.identity and name != "shards"})
+            write_json(self.folder / MANIFEST, self.identity | counts | {"shards": shards})
+            for path in paths:
                 path.unlink()
 
     def open_tokens(self) -> np.ndarray:
@@ -200,14 +221,27 @@ class ShardWriter:
     def __exit__(self, *_):
         if self.file:
             self.file.close()
+        leftovers = [self.progress, self.folder / f"{self.prefix}_val_000000.npy.open"] if self.finished else []
+        if (self.folder / MANIFEST).exists():
+            leftovers += {self.manifest, self.folder / "manifest.lock"} - {self.folder / MANIFEST}
+        for path in leftovers:  # the progress first: without it nothing looks for the rest
+            path.unlink(missing_ok=True)
         self.lock.release()
-        if self.finished:
-            for path in (self.progress.with_suffix(".lock"), *self.folder.glob(f"{self.prefix}_[tv]*.npy.*")):
-                path.unlink(missing_ok=True)
+        if self.finished or self.refused:
+            self.progress.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def part_suffix(part: int) -> str:
     return f"_p{part:02d}"
+
+
+def read_state(path: Path) -> dict:
+    """What a progress or manifest file holds; {} where there is none."""
+    with contextlib.suppress(ValueError):
+        state = read_json(path)
+        if isinstance(state, dict) and isinstance(state.get("counts", {}), dict):
+            return state
+    raise UserError(f"{path} is damaged: delete it with its folder, or choose another folder with --out.")
 
 
 class Shards:
@@ -222,10 +256,12 @@ class Shards:
         if not manifest and (any(folder.glob("progress*.json")) or any(folder.glob("manifest_p*.json"))):
             raise UserError(f"{folder} is not finished: the command that prepares it goes on where it stopped.")
         stated = {folder / shard["file"]: shard["tokens"] for shard in manifest.get("shards", ()) if shard["split"] == split}
-        theirs = re.compile(rf".*_{split}_\d+\.(npy|bin)|{split}\.bin")  # without a manifest: shards of others
-        self.files = list(stated) or sorted(path for path in folder.glob("*") if theirs.fullmatch(path.name))
+        theirs = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")  # without a manifest: shards of others
+        self.files = list(stated) if manifest else sorted(path for path in folder.glob("*") if theirs.fullmatch(path.name))
         if not self.files:
-            raise UserError(f"{folder} holds no {split} shards; `python prepare.py` makes them.")
+            raise UserError(f"{folder} holds no {split} shards; `python prepare.py` makes them." if folder.is_dir() else
+                            f"There is no folder {folder}.")
+        allow_open_files(len(self.files))
         self.arrays = [open_shard(path) for path in self.files]
         for path, array in zip(self.files, self.arrays):
             if len(array) != stated.get(path, len(array)):
@@ -238,12 +274,21 @@ class Shards:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop-1 of the stream, 0 <= start < stop <= len, across shard ends."""
-        first = bisect.bisect_right(self.ends, start)
-        begin = self.ends[first - 1] if first else 0
-        piece = self.arrays[first][start - begin:stop - begin]
-        if self.ends[first] >= stop:
-            return piece
-        return np.concatenate([piece, self.read(self.ends[first], stop)])
+        pieces, shard = [], bisect.bisect_right(self.ends, start)
+        while start < stop:
+            begin = self.ends[shard] - len(self.arrays[shard])
+            pieces.append(self.arrays[shard][start - begin:stop - begin])
+            start, shard = self.ends[shard], shard + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def allow_open_files(number: int):
+    """Raises this process's limit for so many memory-mapped files, where it is lower and the system lets it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # noqa: PLC0415 (not on Windows)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < 2 * number + 256:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (2 * number + 256 if hard < 0 else min(hard, 2 * number + 256), hard))
 
 
 def read_manifest(folder) -> dict:
@@ -253,17 +298,21 @@ def read_manifest(folder) -> dict:
         return {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        stated = [(shard["file"] + shard["split"] + shard["sha256"], shard["tokens"] + 0) for shard in manifest["shards"]]
-        if manifest["format"] == 1 and isinstance(manifest["tokenizer"], dict) and stated:
+        shards = [(shard["split"] in SPLITS, Path(shard["file"]).name == shard["file"], shard["sha256"].isalnum(),
+                   shard["tokens"] > 0, shard["documents"] >= 0) for shard in manifest["shards"]]
+        plain = isinstance(manifest["tokenizer"], dict) and isinstance(manifest["source"], dict) and manifest["documents"] >= 0
+        if manifest["format"] == 1 and plain and shards and all(map(all, shards)) and (
+                len({shard["file"] for shard in manifest["shards"]}) == len(shards)):
             return manifest
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(f"{path} is not a manifest of format 1: prepare the data again.")
+    raise UserError(f"{path} is not a manifest of format 1: delete {folder} and prepare the data again.")
 
 
 def read_tokenizer(folder) -> Tokenizer:
-    """The tokenizer that the folder's shards were made with: GPT-2's where others wrote them without a manifest."""
-    return load_tokenizer(read_manifest(folder).get("tokenizer", "gpt2"))
+    """The tokenizer that the folder's shards were made with. Where others wrote them it is GPT-2's, or nanoGPT's meta.pkl."""
+    theirs = Path(folder) if (Path(folder) / "meta.pkl").exists() else "gpt2"
+    return load_tokenizer(read_manifest(folder).get("tokenizer", theirs))
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -274,7 +323,7 @@ def open_shard(path: Path) -> np.ndarray:
         else:
             header = np.fromfile(path, dtype=np.int32, count=3)
             if len(header) == 3 and header[0] == LLMC_MAGIC:
-                if path.stat().st_size != LLMC_HEADER_BYTES + 2 * header[2]:
+                if path.stat().st_size != LLMC_HEADER_BYTES + 2 * int(header[2]):
                     raise ValueError(f"its header announces {header[2]:,} tokens")
                 tokens = np.memmap(path, dtype=np.uint16, mode="r", offset=LLMC_HEADER_BYTES)
             else:
@@ -283,8 +332,8 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path} is missing, and the manifest names it: prepare the data again.") from None
     except (ValueError, EOFError) as error:
         raise UserError(f"{path} is cut off or no token shard ({error}): prepare the data again.") from None
-    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
-        raise UserError(f"{path} is no token shard: it is {tokens.dtype} of shape {tokens.shape}.")
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
+        raise UserError(f"{path} is no token shard, which is a row of uint16 or uint32.")
     return np.asarray(tokens)  # slices of a memmap proper are slow
 
 
@@ -306,7 +355,7 @@ def verify(folder: tyro.conf.Positional[Path]):
     """Compares every shard with the manifest, and names the first that differs."""
     manifest, tokenizer = read_manifest(folder), read_tokenizer(folder)
     stated = {folder / shard["file"]: shard for shard in manifest.get("shards", ())}
-    splits = [Shards(folder, split) for split in ("val", "train")]
+    splits = [Shards(folder, split) for split in SPLITS]
     arrays = [pair for shards in splits for pair in zip(shards.files, shards.arrays)]
     for path, tokens in tqdm(arrays, unit="shard", leave=False):
         if path in stated and sha256(path) != stated[path]["sha256"]:
@@ -315,6 +364,12 @@ def verify(folder: tyro.conf.Positional[Path]):
         documents = stated.get(path, {}).get("documents")
         if documents is not None and tokenizer.eot is not None and documents != np.count_nonzero(tokens == tokenizer.eot):
             raise UserError(f"{path} does not hold the {documents:,} documents that the manifest says: prepare the data again.")
+    for key in ("tokens", "documents") if manifest else ():
+        if manifest[key] != sum(shard[key] for shard in stated.values()):
+            raise UserError(f"{folder / MANIFEST} names {manifest[key]:,} {key}, and its shards add up to others.")
+    unnamed = set(folder.glob("*.npy")) - set(stated) if manifest else set()
+    if unnamed:
+        raise UserError(f"{min(unnamed)} is not in the manifest: it does not belong to this corpus.")
     print(f"{len(arrays)} shards, {sum(map(len, splits)):,} tokens: "
           + ("all as they were written" if manifest else "all can be read; they came without checksums"))
 

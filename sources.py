@@ -3,6 +3,7 @@ import functools
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,10 +41,15 @@ def named_source(name: str, text: Path | None, pretokenized: bool, begun: Path) 
     path = text or Path(name)
     if name in NAMED_TEXTS and path.is_file() and sha256(path) != NAMED_TEXTS[name][1]:
         print(f"{path} is not the {name} that others use: losses will not compare.")
-    if not path.exists():
+    if not name or not path.exists():
         known = "" if text else f", and no known text (those are {', '.join((*NAMED_TEXTS, *NAMED_CORPORA))})"
         raise UserError(f"There is no file {path}{known}.")
-    return shards_source(path.name, path) if pretokenized else local_source(path.name, path)
+    return shards_source(path_name(path), path) if pretokenized else local_source(path_name(path), path, begun)
+
+
+def path_name(path: Path) -> str:
+    """The last part of the path, as JSON can hold it."""
+    return os.fsencode(path.resolve().name).decode(errors="replace")
 
 
 def is_text(path: Path) -> bool:
@@ -53,35 +59,60 @@ def is_text(path: Path) -> bool:
 
 @functools.lru_cache
 def kind_of(path: str) -> str:
-    """The suffix that says what a file holds, its compression's left out."""
-    path = Path(path)
+    """The suffix that says what a file holds, in small letters, its compression's left out."""
+    path = Path(path.lower())
     return (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix
 
 
-def local_source(name: str, path: Path) -> Source:
-    """A file, or the files of a folder that hold documents, in the order of their paths, hidden ones left out."""
-    files = [path] if path.is_file() else [
-        file for file in sorted(path.rglob("*")) if kind_of(file.name) in KINDS and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+def local_source(name: str, path: Path, out: Path) -> Source:
+    """A file, or the files of a folder that hold documents, in the order of their paths; hidden ones, and what is in the
+    folder `out`, left out."""
+    if not path.exists():
+        raise UserError(f"There is no file or folder {path}.")
+    files = [path] if path.is_file() else sorted(
+        file for file in files_below(path) if kind_of(file.name) in KINDS and out.absolute() not in file.absolute().parents
+        and not any(part.startswith(".") for part in file.relative_to(path).parts))
     if not files:
         raise UserError(f"{path} holds no documents: {', '.join(KINDS)} files, alone or as .gz or .zst.")
     return Source(name, list(map(str, files)), revision_of(files), "text" if is_text(path) else "corpus")
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files under the folder, through links too. Raises OSError for a folder that cannot be read."""
+    def refuse(error: OSError):
+        raise error
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link led back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        yield from (Path(place, name) for name in names)
+
+
 def shards_source(name: str, folder: Path) -> Source:
     """The shards in a folder, those for validation first."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: shards come in one.")
     files = sorted((path for pattern in ("*.bin", "*.npy") for path in folder.glob(pattern)),
-                   key=lambda path: ("val" not in path.name, path.name))
+                   key=lambda path: (split_of(path) != "val", path.name))
     if not files:
         raise UserError(f"{folder} holds no shards, .bin or .npy.")
     return Source(name, list(map(str, files)), revision_of(files), "tokens")
+
+
+def split_of(shard: Path) -> str | None:
+    """"train" or "val" where the shard's name says so."""
+    words = re.split(r"[^a-z]+", shard.stem.lower())
+    return next((word for word in reversed(words) if word in ("train", "val")), None)
 
 
 def revision_of(files: list[Path]) -> str:
     """The checksum of a single file, or of the names and sizes of many."""
     if len(files) == 1:
         return sha256(files[0])
-    return hashlib.sha256("".join(f"{path.name} {path.stat().st_size}\n" for path in files).encode()).hexdigest()
+    listing = b"".join(b"%s %d\n" % (os.fsencode(path.name), path.stat().st_size) for path in files)
+    return hashlib.sha256(listing).hexdigest()
 
 
 def hub_source(repository: str, subset: str | None, begun: Path) -> Source:
@@ -90,7 +121,8 @@ def hub_source(repository: str, subset: str | None, begun: Path) -> Source:
     What files a subset has is in the repository's card, which `datasets` reads.
     """
     import datasets  # noqa: PLC0415 (the processes that tokenize import this module too)
-    earlier = (read_json(path)["source"]["revision"] for path in (*begun.glob("manifest*.json"), *begun.glob("progress*.json")))
+    earlier = (read_json(path).get("source", {}).get("revision")
+               for path in (*begun.glob("manifest*.json"), *begun.glob("progress*.json")))
     try:
         builder = datasets.load_dataset_builder(repository, subset, revision=next(earlier, None))
         files = sorted(builder.config.data_files["train"])

@@ -107,6 +107,7 @@ def test_other_peoples_shards_are_read_in_place(tmp_path):
     header[:3] = LLMC_MAGIC, 1, len(tokens)
     for folder, name, content in (("build-nanogpt", "edufineweb_train_000001.npy", None),
                                   ("llm.c", "fineweb_train_000001.bin", header.tobytes() + tokens.tobytes()),
+                                  ("stories", "tiny_stories_train.bin", header.tobytes() + tokens.tobytes()),
                                   ("nanogpt", "train.bin", tokens.tobytes())):
         (tmp_path / folder).mkdir()
         path = tmp_path / folder / name

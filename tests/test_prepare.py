@@ -317,7 +317,7 @@ def test_bytes_that_are_not_utf8_are_repaired_and_counted(tmp_path, capsys):
     prepare.main(PrepareConfig(str(tmp_path / "in"), out=tmp_path / "out"))
     text = "caf� and more of it"
     assert stream(tmp_path / "out") == expected_stream([text, *["a lone � surrogate"] * 9, *[text] * 9])
-    assert "10 documents held bytes that are not UTF-8" in capsys.readouterr().out
+    assert "19 documents held bytes that are not UTF-8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("files, sentence", [
@@ -340,7 +340,7 @@ def test_damaged_files_are_named(tmp_path, files, sentence):
 
 def test_a_parquet_file_without_text_says_what_it_has(tmp_path):
     pq.write_table(pa.table({"content": ["a"], "url": ["b"]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="no column `text` of strings, but: content, url"):
+    with pytest.raises(UserError, match="no column `text`, but: content, url"):
         prepare.main(PrepareConfig("x.parquet"))
 
 
@@ -413,6 +413,128 @@ def test_another_preparation_is_never_mixed_in(command, tmp_path):
     np.save(tmp_path / "theirs" / "in_train_000001.npy", np.arange(9, dtype=np.uint16))
     with pytest.raises(UserError, match="files of another origin"):
         prepare.main(dataclasses.replace(config, out=tmp_path / "theirs"))
+
+
+def test_a_refusal_changes_nothing_in_a_folder_that_was_begun(tmp_path, monkeypatch):
+    source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
+    config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "COMMIT_S", 0)
+        patch.setattr(corpus, "BLOCK", 4000)
+        patch.setattr(shards.ShardWriter, "finish", lambda writer: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare.main(config)
+    begun = contents(tmp_path / "out")
+    assert any(name.endswith(".open") for name in begun)
+    for other in {"shard_tokens": 20_000}, {"tokenizer": "char"}, {"part": "0/2"}:
+        with pytest.raises(UserError, match="another preparation"):
+            prepare.main(dataclasses.replace(config, **other))
+        assert contents(tmp_path / "out").items() - {("progress.lock", b"")} == begun.items() - {("progress.lock", b"")}
+    open_shard_path = next((tmp_path / "out").glob("*.open"))
+    open_shard_path.write_bytes(begun[open_shard_path.name][:-2])
+    with pytest.raises(UserError, match=f"{open_shard_path.name} is cut off"):
+        prepare.main(config)
+    open_shard_path.write_bytes(begun[open_shard_path.name])
+    prepare.main(config)
+    assert stream(tmp_path / "out") == expected_stream(DOCUMENTS)
+
+
+def test_joining_the_parts_can_fail_and_be_done_again(tmp_path, monkeypatch):
+    source = write_corpus(tmp_path / "in", DOCUMENTS[:60], ".jsonl", files=2)
+    config = PrepareConfig(str(source), out=tmp_path / "out")
+    prepare.main(dataclasses.replace(config, part="1/2"))
+    write_json = shards.write_json
+
+    def full(path, content):
+        if path.name == "manifest.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(path, content)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_json", full)
+        with pytest.raises(UserError, match="full"):
+            prepare.main(dataclasses.replace(config, part="0/2"))
+    prepare.main(dataclasses.replace(config, part="0/2"))
+    assert stream(tmp_path / "out") == expected_stream(DOCUMENTS[:60])
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".npy", ".json"}
+    with pytest.raises(UserError, match="no part 2/2"):
+        prepare.main(dataclasses.replace(config, part="2/2"))
+
+
+def test_blanks_before_a_document_and_without_end(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name, text in ("a", "first"), ("b", " " * 1_100_000 + "second"), ("c", "third"), ("d", " \n" * 700_000):
+        (tmp_path / "texts" / f"{name}.txt").write_text(text)
+    prepare.main(PrepareConfig(str(tmp_path / "texts"), out=tmp_path / "out"))
+    manifest = shards.read_manifest(tmp_path / "out")
+    assert (manifest["documents"], manifest["empty"]) == (3, 1)
+    assert GPT2.decode(stream(tmp_path / "out")).replace(" ", "") == "<|endoftext|>first<|endoftext|>second<|endoftext|>third"
+    documents = ["\n" * 5_000_000 + "x" * 100, " " * 3_000_000, "y" * 100]
+    prepare.main(PrepareConfig(str(write_corpus(tmp_path / "lines", documents, ".jsonl")), out=tmp_path / "lines_out"))
+    text = GPT2.decode(stream(tmp_path / "lines_out"))
+    assert text.replace("\n", "") == "<|endoftext|>" + "x" * 100 + "<|endoftext|>" + "y" * 100
+
+
+def test_what_a_folder_may_hold(tmp_path):
+    """Output inside the source, links, capitals, and files that only look like documents."""
+    source = write_corpus(tmp_path / "in", DOCUMENTS[:50], ".jsonl", files=2)
+    (source / "000_00000.jsonl").rename(source / "000_00000.JSONL")
+    (tmp_path / "elsewhere").mkdir()
+    (source / "001_00000.jsonl").rename(tmp_path / "elsewhere" / "x::y.jsonl")
+    (source / "link").symlink_to(tmp_path / "elsewhere")
+    (source / "loop").symlink_to(source)
+    config = PrepareConfig(str(source), out=source / "tokens")
+    for _ in range(2):
+        prepare.main(config)
+        assert stream(source / "tokens") == expected_stream(DOCUMENTS[:50])
+    (source / "broken.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="broken"):
+        prepare.main(dataclasses.replace(config, out=tmp_path / "out"))
+    (source / "broken.jsonl").unlink()
+    (source / "download.jsonl.gz").touch()
+    with pytest.raises(UserError, match=r"download.jsonl.gz is empty"):
+        prepare.main(dataclasses.replace(config, out=tmp_path / "out"))
+
+
+def test_verify_finds_a_manifest_that_was_edited(tmp_path):
+    source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
+    prepare.main(PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000))
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    first, *rest = manifest["shards"]
+    for change, sentence in (({"tokens": 7}, "names 7 tokens"), ({"documents": 7}, "names 7 documents"),
+                             ({"shards": rest}, "holds no val shards"), ({"shards": [first, *rest[1:]]}, "names|add up"),
+                             ({"shards": [first, first, *rest]}, "not a manifest"),
+                             ({"shards": [{**first, "split": "test"}, *rest]}, "not a manifest"),
+                             ({"shards": [{**first, "file": "../x.npy"}, *rest]}, "not a manifest"),
+                             ({"shards": [{**first, "documents": 1}, *rest]}, "does not hold the 1 documents"),
+                             ({"source": "x"}, "not a manifest")):
+        path.write_text(json.dumps(manifest | change))
+        with pytest.raises(UserError, match=sentence):
+            shards.verify(tmp_path / "out")
+    path.write_text(json.dumps(manifest))
+    shards.verify(tmp_path / "out")
+    np.save(tmp_path / "out" / "in_train_000099.npy", np.arange(9, dtype=np.uint16))
+    with pytest.raises(UserError, match=r"in_train_000099.npy is not in the manifest"):
+        shards.verify(tmp_path / "out")
+    (tmp_path / "out" / rest[0]["file"]).unlink()
+    (tmp_path / "out" / "in_train_000099.npy").unlink()
+    with pytest.raises(UserError, match="is missing, though it was complete"):
+        prepare.main(PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000))
+
+
+@pytest.mark.parametrize("name", ["medieval", "train_of_thought", "x"])
+def test_published_splits_stay_apart_whatever_the_name(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    train, val = np.arange(40_000, dtype=np.uint16), np.full(5000, 7, dtype=np.uint16)
+    np.save(tmp_path / "in" / f"{name}_train_000001.npy", train)
+    np.save(tmp_path / "in" / f"{name}_val_000000.npy", val)
+    config = PrepareConfig(str(tmp_path / "in"), pretokenized=True, out=tmp_path / "out")
+    for part in "0/2", "1/2":
+        prepare.main(dataclasses.replace(config, part=part))
+    assert np.array_equal(Shards(tmp_path / "out", "val").read(0, 5000), val)
+    assert np.array_equal(Shards(tmp_path / "out", "train").read(0, 40_000), train)
+    with pytest.raises(UserError, match="takes GPT-2's tokens"):
+        prepare.main(dataclasses.replace(config, tokenizer="char"))
 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
