@@ -64,13 +64,14 @@ def kind_of(path: str) -> str:
     return (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix
 
 
-def local_source(name: str, path: Path, out: Path) -> Source:
+def local_source(name: str, path: Path, out: Path | None = None) -> Source:
     """A file, or the files of a folder that hold documents, in the order of their paths; hidden ones, and what is in the
     folder `out`, left out."""
     if not path.exists():
         raise UserError(f"There is no file or folder {path}.")
+    own = out.absolute() if out else None
     files = [path] if path.is_file() else sorted(
-        file for file in files_below(path) if kind_of(file.name) in KINDS and out.absolute() not in file.absolute().parents
+        file for file in files_below(path) if kind_of(file.name) in KINDS and own not in file.absolute().parents
         and not any(part.startswith(".") for part in file.relative_to(path).parts))
     if not files:
         raise UserError(f"{path} holds no documents: {', '.join(KINDS)} files, alone or as .gz or .zst.")
