@@ -5,7 +5,8 @@ import torch
 
 from dataloader import DataLoader, permute, round_keys
 from errors import UserError
-from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, ShardWriter, verify
+from shard_writer import ShardWriter
+from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, verify
 from tokenizer import CharTokenizer
 
 

@@ -17,8 +17,10 @@ import pytest
 from conftest import PROSE, ROOT, tiny_gpt
 
 import corpus
+import encode
 import fineweb
 import prepare
+import shard_writer
 import shards
 import sources
 from errors import UserError
@@ -156,8 +158,9 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path, monkeypatch):
         for limit in range(3, 10**6, 7):  # dies a little later each time, and goes on where it was
             calls = 0
             with monkeypatch.context() as patch:
-                for module, function in (shards.os, "fsync"), (shards.os, "replace"), (shards.ShardWriter, "write"), \
-                                        (shards.ShardWriter, "record"), (shards.Path, "unlink"):
+                writer = shard_writer.ShardWriter
+                for module, function in (shard_writer.os, "fsync"), (shard_writer.os, "replace"), (writer, "write"), \
+                                        (writer, "record"), (shard_writer.Path, "unlink"):
                     patch.setattr(module, function, counted(getattr(module, function), limit))
                 try:
                     prepare.main(dataclasses.replace(config, out=tmp_path / f"{name}-killed"))
@@ -281,7 +284,7 @@ def test_where_a_copy_of_fineweb_keeps_a_subset(tmp_path):
 
 
 def test_published_tokens_are_taken_without_tokenizing(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "COPY_TOKENS", 3000)
+    monkeypatch.setattr(encode, "COPY_TOKENS", 3000)
     tokens = np.array(expected_stream(DOCUMENTS), dtype=np.uint16)
     (tmp_path / "published").mkdir()
     for i, part in enumerate(np.split(tokens, [5000, 17_000])):
@@ -371,7 +374,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monk
     monkeypatch.setattr(corpus, "BLOCK", 4000)
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
     config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)
-    room, write = 60_000, shards.ShardWriter.write
+    room, write = 60_000, shard_writer.ShardWriter.write
 
     def full(writer, data):
         nonlocal room
@@ -381,10 +384,10 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monk
         if room < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "write", full)
+        patch.setattr(shard_writer.ShardWriter, "write", full)
         with pytest.raises(UserError, match=r"disk of .* is full: make room and give the same command again"):
             prepare.main(config)
-    assert shards.read_json(tmp_path / "out" / "progress.json")["tokens"] > 0
+    assert shard_writer.read_json(tmp_path / "out" / "progress.json")["tokens"] > 0
     prepare.main(config)
     assert stream(tmp_path / "out") == expected_stream(DOCUMENTS)
 
@@ -421,7 +424,7 @@ def test_a_refusal_changes_nothing_in_a_folder_that_was_begun(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "COMMIT_S", 0)
         patch.setattr(corpus, "BLOCK", 4000)
-        patch.setattr(shards.ShardWriter, "finish", lambda writer: (_ for _ in ()).throw(Killed))
+        patch.setattr(shard_writer.ShardWriter, "finish", lambda writer: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             prepare.main(config)
     begun = contents(tmp_path / "out")
@@ -443,14 +446,14 @@ def test_joining_the_parts_can_fail_and_be_done_again(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "in", DOCUMENTS[:60], ".jsonl", files=2)
     config = PrepareConfig(str(source), out=tmp_path / "out")
     prepare.main(dataclasses.replace(config, part="1/2"))
-    write_json = shards.write_json
+    write_json = shard_writer.write_json
 
     def full(path, content):
         if path.name == "manifest.json":
             raise OSError(errno.ENOSPC, "No space left on device")
         write_json(path, content)
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_json", full)
+        patch.setattr(shard_writer, "write_json", full)
         with pytest.raises(UserError, match="full"):
             prepare.main(dataclasses.replace(config, part="0/2"))
     prepare.main(dataclasses.replace(config, part="0/2"))
@@ -539,9 +542,9 @@ def test_published_splits_stay_apart_whatever_the_name(tmp_path, name):
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
     source = {"name": "x", "revision": "y"}
-    with shards.ShardWriter(tmp_path / "out", "in", GPT2, source):
+    with shard_writer.ShardWriter(tmp_path / "out", "in", GPT2, source):
         with pytest.raises(UserError, match="Another process is writing"):
-            shards.ShardWriter(tmp_path / "out", "in", GPT2, source)
+            shard_writer.ShardWriter(tmp_path / "out", "in", GPT2, source)
 
 
 def test_bad_published_tokens_are_named(tmp_path):
