@@ -109,7 +109,7 @@ def share_of_content(path: str, size: int) -> float:
                 return sum(group.column(column).total_uncompressed_size for group in groups) / size
         if Path(path.lower()).suffix in COMPRESSION:
             raw, stream = open_stream(path)
-            return len(stream.read(4 * BLOCK)) / max(1, raw.tell())
+            return len(stream.read(16 * BLOCK)) / max(1, raw.tell())
     except (OSError, ValueError):
         pass  # damaged, as reading will say
     return 1.0

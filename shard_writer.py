@@ -61,22 +61,10 @@ class ShardWriter:
     def restore(self):
         """Takes up what an earlier process committed. Changes nothing where it refuses."""
         complete, begun = read_manifest(self.folder), read_state(self.progress)
-        for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
-            found = read_state(path)
-            for key, value in self.identity.items():
-                if found and found.get(key) != value and not (complete and key == "parts") and (
-                        path != self.progress or found.get("counts")):
-                    raise UserError(f"{self.folder} holds another preparation, with {key.replace('_', ' ')} "
-                                    f"{found.get(key)!s:.100} where this has {value!s:.100}: give the same options, or another "
-                                    "folder with --out.")
         state = complete or (begun if begun.get("counts") else {}) or read_state(self.manifest)
         self.finished = bool(state) and state is not begun
-        ours = re.compile(rf"{re.escape(self.identity['name'])}(_p\d+)?_(train|val)_\d{{6}}\.npy(\.open|\.tmp)?"
-                          r"|(manifest|progress)(_p\d+)?\.(json|json\.tmp|lock)")
         mine = re.compile(rf"{re.escape(self.prefix)}_(train|val)_\d{{6}}\.npy.*")
-        for path in sorted(self.folder.iterdir()):
-            if not ours.fullmatch(path.name) or (mine.fullmatch(path.name) and not state and not begun):
-                raise UserError(f"{self.folder} holds files of another origin ({path.name}): choose another folder with --out.")
+        self.refuse_others(bool(complete), mine if not begun and not state else None)
         self.shards, self.counts = state.get("shards", []), Counter(state.get("counts", {}))
         for shard in self.shards:
             self.check_size(self.folder / shard["file"], shard["tokens"])
@@ -86,22 +74,42 @@ class ShardWriter:
         if self.finished:
             if not complete:
                 self.join()  # which may have failed
-            return
-        if self.tokens:
-            path = self.path(self.split, ".open")
-            if not path.exists():  # the shard was completed after the commit
-                os.replace(self.path(self.split), path)
-            self.check_size(path, self.tokens)
-            self.file = open(path, "r+b", buffering=0)
-            self.file.truncate(HEADER_BYTES + self.tokens * self.dtype.itemsize)
-            self.file.seek(0, os.SEEK_END)
-            if self.eot is not None:
-                self.starts = [np.flatnonzero(self.open_tokens() == self.eot)]
-        if not state:
+        elif self.tokens:
+            self.reopen()
+        elif not state:
             for path in self.folder.iterdir():  # begun, and nothing committed
                 if mine.fullmatch(path.name):
                     path.unlink()
             self.commit((0, 0, 0))  # from here the folder is this preparation's
+
+    def refuse_others(self, complete: bool, unaccounted: re.Pattern | None):
+        """Raises UserError where the folder holds another preparation, or files that are none's or `unaccounted` for."""
+        for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
+            found = read_state(path)
+            if path == self.progress and not found.get("counts"):  # nothing was committed
+                continue
+            for key, value in self.identity.items():
+                if found and found.get(key) != value and not (complete and key == "parts"):
+                    raise UserError(f"{self.folder} holds another preparation, with {key.replace('_', ' ')} "
+                                    f"{found.get(key)!s:.100} where this has {value!s:.100}: give the same options, or another "
+                                    "folder with --out.")
+        ours = re.compile(rf"{re.escape(self.identity['name'])}(_p\d+)?_(train|val)_\d{{6}}\.npy(\.open|\.tmp)?"
+                          r"|(manifest|progress)(_p\d+)?\.(json|json\.tmp|lock)")
+        for path in sorted(self.folder.iterdir()):
+            if not ours.fullmatch(path.name) or (unaccounted and unaccounted.fullmatch(path.name)):
+                raise UserError(f"{self.folder} holds files of another origin ({path.name}): choose another folder with --out.")
+
+    def reopen(self):
+        """The shard that grew, as it was at the commit."""
+        path, completed = self.path(self.split, ".open"), self.path(self.split)
+        self.check_size(path if path.exists() else completed, self.tokens)
+        if not path.exists():  # the shard was completed after the commit
+            os.replace(completed, path)
+        self.file = open(path, "r+b", buffering=0)
+        self.file.truncate(HEADER_BYTES + self.tokens * self.dtype.itemsize)
+        self.file.seek(0, os.SEEK_END)
+        if self.eot is not None:
+            self.starts = [np.flatnonzero(self.open_tokens() == self.eot)]
 
     def check_size(self, path: Path, tokens: int):
         if not path.exists() or path.stat().st_size < HEADER_BYTES + tokens * self.dtype.itemsize:
