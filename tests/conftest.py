@@ -71,10 +71,23 @@ def gpt2_engine():
 
 
 @pytest.fixture
-def hub():
-    """A dataset of the Hugging Face Hub on loopback: hub("user/name", {"path": bytes}) -> the endpoint's address."""
+def on_loopback():
+    """Starts a server: on_loopback(handler class) -> its address."""
     servers = []
 
+    def start(handler) -> str:
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+@pytest.fixture
+def hub(on_loopback):
+    """A dataset of the Hugging Face Hub on loopback: hub("user/name", {"path": bytes}) -> the endpoint's address."""
     def serve(repository: str, files: dict[str, bytes]) -> str:
         api, resolve = f"/api/datasets/{repository}", f"/datasets/{repository}/resolve/"
 
@@ -121,20 +134,14 @@ def hub():
             def log_message(self, *_):
                 pass
 
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
+        return on_loopback(Handler)
 
-    yield serve
-    for server in servers:
-        server.shutdown()
+    return serve
 
 
 @pytest.fixture
-def web():
+def web(on_loopback):
     """Serves files on loopback: web({"/path": bytes}) -> the server's address."""
-    servers = []
-
     def serve(files: dict[str, bytes]) -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -154,10 +161,6 @@ def web():
             def log_message(self, *_):
                 pass
 
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
+        return on_loopback(Handler)
 
-    yield serve
-    for server in servers:
-        server.shutdown()
+    return serve
