@@ -273,8 +273,9 @@ def text_of(passage: Passage) -> tuple[str, bool]:
     if passage.form != "json" or text.isspace():
         return text, whole
     try:
-        text = json.loads(text)["text"] or ""
-        text.encode()
+        escaped, text = "\\u" in text, json.loads(text)["text"] or ""
+        if escaped or not isinstance(text, str):
+            text.encode()
     except UnicodeEncodeError:
         text, whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), False
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -111,7 +111,7 @@ def encode(tokenizer: dict, batch: list[corpus.Passage]) -> Encoded:
         unknown |= dict.fromkeys(lacking)
         parts.append(tokenizer.encode_array(text))
         length += len(parts[-1])
-        counts["bytes"] += len(text.encode())
+        counts["bytes"] += len(text) if text.isascii() else len(text.encode())
         counts["repaired"] += passage.starts and not whole
     tokens = np.concatenate(parts).astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     return Encoded(tokens, np.array(starts, dtype=np.int64), batch[-1].split, batch[-1].cursor,
