@@ -13,12 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 # pyarrow, fsspec and datasets are imported where they are needed: the processes that tokenize import this module too.
 from errors import UserError
-from sources import COMPRESSION, kind_of
+from sources import codec_of, kind_of
 
 BLOCK = 2**20  # bytes that are read, characters that are tokenized at a time
 LONG = 4 * BLOCK  # bytes of a document from which on it is cut into passages of a block
@@ -92,7 +91,7 @@ def content_bytes(files: list[str], sizes: list[int]) -> int:
     """About how many bytes `read` will yield, from a look into the first file of each kind."""
     shares, total = {}, 0
     for path, size in zip(files, sizes):
-        kind = kind_of(path) + Path(path).suffix
+        kind = kind_of(path), codec_of(path)
         if kind not in shares and size:
             shares[kind] = share_of_content(path, size)
         total += size and size * shares[kind]
@@ -107,7 +106,7 @@ def share_of_content(path: str, size: int) -> float:
                 groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
                 column = file.schema_arrow.names.index("text")
                 return sum(group.column(column).total_uncompressed_size for group in groups) / size
-        if Path(path.lower()).suffix in COMPRESSION:
+        if codec_of(path):
             raw, stream = open_stream(path)
             return len(stream.read(16 * BLOCK)) / max(1, raw.tell())
     except (OSError, ValueError):
@@ -215,7 +214,7 @@ def open_stream(path: str) -> tuple[io.IOBase, io.BufferedReader]:
     """The file, and the stream of what it holds, decompressed."""
     import pyarrow as pa  # noqa: PLC0415
     raw = open_file(path)
-    codec = COMPRESSION.get(Path(path.lower()).suffix)
+    codec = codec_of(path)
     if codec and not raw.read(1):
         raise UserError(f"{path} is empty, which no compressed file is: its download broke off.")
     raw.seek(0)
@@ -273,12 +272,14 @@ def text_of(passage: Passage) -> tuple[str, bool]:
     if passage.form != "json" or text.isspace():
         return text, whole
     try:
-        escaped, text = "\\u" in text, json.loads(text)["text"] or ""
-        if escaped or not isinstance(text, str):
-            text.encode()
+        document = json.loads(text)["text"]
+        if not isinstance(document, str | None):
+            raise TypeError
+        if document and "\\u" in text:  # the only way for half of a surrogate pair to come in
+            document.encode()
     except UnicodeEncodeError:
-        text, whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), False
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        document, whole = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), False
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{passage.path}, line {passage.cursor[1]:,}, is not a JSON object with a string `text` (this program "
-                        f"reads one object a line, in UTF-8): {str(text)[:60]!r}.") from None
-    return text, whole
+                        f"reads one object a line, in UTF-8): {text[:60]!r}.") from None
+    return document or "", whole

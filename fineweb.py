@@ -16,14 +16,14 @@ import tyro
 
 import sources
 from errors import UserError, one_sentence
-from prepare import prepare
+from prepare import Options, prepare
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
 TOKENS_REPOSITORY = "kjj0/finewebedu10B-gpt2"  # sample-10BT as modded-nanogpt publishes it
 
 
 @dataclasses.dataclass
-class FinewebConfig:
+class FinewebConfig(Options):
     """Turns FineWeb-Edu into token shards."""
 
     subset: str = "sample-10BT"
@@ -32,12 +32,6 @@ class FinewebConfig:
     """A folder with the dataset, or with its tokens; the Hugging Face Hub when not given."""
     out: Path | None = None
     """Folder for the shards; edu_fineweb10B for sample-10BT when not given, and so on."""
-    workers: int | None = None
-    """Processes that tokenize; one a core when not given."""
-    shard_tokens: int = 100_000_000
-    """Tokens of a shard."""
-    part: str | None = None
-    """Do this part of the files alone, such as 3/8 for the fourth of eight, as torchrun or a Slurm array would say."""
     pretokenized: bool = False
     """Take GPT-2 tokens that others made, from the folder or from the Hub."""
 
@@ -51,7 +45,7 @@ def main(config: FinewebConfig):
         source = sources.local_source(name, subset_folder(config.source, config.subset), out)
     else:
         source = sources.hub_source(REPOSITORY, config.subset, out)
-    prepare(source, "edufineweb", out, "gpt2", config.workers, config.shard_tokens, config.part)
+    prepare(source, "edufineweb", out, "gpt2", config)
 
 
 def subset_folder(folder: Path, subset: str) -> Path:

@@ -49,7 +49,7 @@ def to_huggingface(state: dict[str, torch.Tensor], vocab_size: int) -> dict[str,
 
 def transposed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """From our orientation to Conv1D's, or back."""
-    return {name: w.t().contiguous() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
+    return {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
 
 
 def save_huggingface(folder, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float16):
@@ -137,7 +137,7 @@ def build(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path
     try:
         with torch.device("meta"):
             model = GPT(config)
-        model.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
+        model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
     except (RuntimeError, TypeError, AttributeError, ValueError):
         raise UserError(f"The weights and the configuration in {source} do not fit each other.") from None
     for name, w in model.named_parameters():

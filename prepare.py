@@ -38,8 +38,20 @@ COMMIT_S = 1.0  # so much work, and no more, is done again after a kill
 SMALL = 4 * corpus.BLOCK  # bytes in files that are tokenized before another process would have started
 
 
+@dataclasses.dataclass(kw_only=True)
+class Options:
+    """How shards are written, whatever their source."""
+
+    workers: int | None = None
+    """Processes that tokenize; one a core when not given."""
+    shard_tokens: int = 100_000_000
+    """Tokens of a shard."""
+    part: str | None = None
+    """Do this part of the files alone, such as 3/8 for the fourth of eight, as torchrun or a Slurm array would say."""
+
+
 @dataclasses.dataclass
-class PrepareConfig:
+class PrepareConfig(Options):
     """Turns text into token shards."""
 
     source: tyro.conf.Positional[str]
@@ -51,12 +63,6 @@ class PrepareConfig:
     """The file or folder that holds a named text, where there is no network."""
     out: Path | None = None
     """Folder for the shards; data/<name>_<tokenizer> when not given."""
-    workers: int | None = None
-    """Processes that tokenize; one a core when not given."""
-    shard_tokens: int = 100_000_000
-    """Tokens of a shard."""
-    part: str | None = None
-    """Do this part of the files alone, such as 3/8 for the fourth of eight, as torchrun or a Slurm array would say."""
     pretokenized: bool = False
     """The source is a folder of GPT-2 shards that others made: .bin as llm.c's or nanoGPT's, .npy as build-nanogpt's."""
 
@@ -70,25 +76,24 @@ def main(config: PrepareConfig):
     source = sources.named_source(config.source, config.text, config.pretokenized, out)
     if config.pretokenized and tokenizer != "gpt2":
         raise UserError("--pretokenized takes GPT-2's tokens: leave --tokenizer out.")
-    prepare(source, name, out, tokenizer, config.workers, config.shard_tokens, config.part)
+    prepare(source, name, out, tokenizer, config)
 
 
-def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, workers: int | None, shard_tokens: int,
-            part_of: str | None = None):
+def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, options: Options):
     """Writes the source's tokens, or this process's part of them, into shards `out`/`name`_…, and goes on where an earlier
-    call was killed. There is one of `workers` a core when it is None."""
-    if shard_tokens < 1 or (workers is not None and workers < 1):
+    call was killed."""
+    if options.shard_tokens < 1 or (options.workers is not None and options.workers < 1):
         raise UserError("--shard-tokens and --workers are at least 1.")
-    part, parts = share_of_work(part_of)
+    part, parts = share_of_work(options.part)
     if parts > len(source.files):
         raise UserError(f"{source.name} has {len(source.files)} files, too few for {parts} processes: each takes whole files.")
     files = source.files[len(source.files) * part // parts:len(source.files) * (part + 1) // parts]
     tokenizer, sizes = choose_tokenizer(tokenizer_name, source), corpus.file_sizes(files)
-    workers = 0 if source.kind == "tokens" or sum(sizes) < SMALL else workers or cores()
+    workers = 0 if source.kind == "tokens" or sum(sizes) < SMALL else options.workers or cores()
     identity = {"name": source.name, "revision": source.revision}
     with start_workers(workers, tokenizer) as pool, full_disk_explained(out):
         plan = make_plan(source, files, sizes, tokenizer, workers or 1)
-        with ShardWriter(out, name, tokenizer, identity, shard_tokens, part, parts) as writer:
+        with ShardWriter(out, name, tokenizer, identity, options.shard_tokens, part, parts) as writer:
             if not writer.finished:
                 print(f"{source.name}: {plan.describe(out)}"
                       + f"; {writer.counts['tokens'] / 1e6:,.1f}M tokens are there already" * bool(writer.counts))

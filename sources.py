@@ -60,8 +60,12 @@ def is_text(path: Path) -> bool:
 @functools.lru_cache
 def kind_of(path: str) -> str:
     """The suffix that says what a file holds, in small letters, its compression's left out."""
-    path = Path(path.lower())
-    return (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix
+    return Path(path.lower()).with_suffix("").suffix if codec_of(path) else Path(path.lower()).suffix
+
+
+def codec_of(path: str) -> str | None:
+    """How the file is compressed, None where it is not."""
+    return COMPRESSION.get(Path(path.lower()).suffix)
 
 
 def local_source(name: str, path: Path, out: Path | None = None) -> Source:

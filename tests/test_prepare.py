@@ -327,6 +327,7 @@ def test_bytes_that_are_not_utf8_are_repaired_and_counted(tmp_path, capsys):
     ({}, "holds no documents"),
     ({"a.jsonl": b""}, "holds no text"),
     ({"a.jsonl": b'{"text": "fine"}\n{"text": 7}\n'}, r"a.jsonl, line 2, is not a JSON object with a string `text`"),
+    ({"a.jsonl": b'{"text": "fine"}\n{"text": 0}\n'}, r"line 2, is not a JSON object"),
     ({"a.jsonl": b'{"text": "fine"}\n{"text": "cut of'}, r"line 2, is not a JSON object"),
     ({"a.jsonl.gz": gzip.compress(b'{"text": "fine"}\n' * 999)[:-20]}, "damaged or cannot be read: .*Truncated"),
     ({"a.jsonl.gz": b"no gzip at all"}, "damaged or cannot be read"),
