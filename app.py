@@ -26,7 +26,7 @@ from ui import write
 class AppConfig:
     """Opens the page."""
 
-    model: str | None = None
+    model: str | None = os.environ.get("MODEL")  # as a Space may set it
     """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id; the newest run or `bundled` when not given."""
     host: str = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Space sets these two
     """Address to listen on; 0.0.0.0 lets other machines in."""
@@ -55,10 +55,10 @@ def model_names(config: AppConfig) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def describe(engine: Engine, info: dict) -> str:
-    step = f", step {info['step']:,}" if "step" in info else ""
-    return (f"{info['parameters'] / 1e6:,.1f} million parameters{step}, reads {engine.block_size:,} tokens at a time; "
-            f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}")
+def describe(engine: Engine, info: dict) -> tuple[str, dict | None]:
+    """(a line on the model, the configuration that it was trained with where that is known)."""
+    return (f"{checkpoint.describe(info)}, reads {engine.block_size:,} tokens at a time; "
+            f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}", info.get("train_config"))
 
 
 def build(config: AppConfig) -> gr.Blocks:

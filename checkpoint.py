@@ -7,6 +7,7 @@ A run is a folder `log/<run>/`. A checkpoint in it is a pair: `model_00250.pt`, 
 with the checksums of both, so that a pair is either whole or ignored. Nothing is unpickled freely.
 """
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
@@ -168,9 +169,23 @@ def download(name: str) -> Path:
     """A model of the Hugging Face Hub, in huggingface_hub's cache: only the files that Hugging Face's layout names."""
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[
-            "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json"]))
+            "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]))
     except HFValidationError:
         reason = "and it cannot be the name of a model on the Hugging Face Hub"
+    except RepositoryNotFoundError:
+        reason = "and the Hugging Face Hub has no model of that name that you may see"
+    except LocalEntryNotFoundError:
+        reason = "and neither is it in the Hugging Face Hub's cache, nor can the Hub be reached"
     except Exception as error:  # whatever its HTTP library of the day raises
-        reason = f"and the Hugging Face Hub did not give it ({type(error).__name__})"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"The disk of {huggingface_hub.constants.HF_HUB_CACHE} became full while {name} was downloaded: make "
+                            "room, and the same command downloads what is missing.") from None
+        reason = f"and its download broke off ({type(error).__name__}): the same command downloads what is missing"
     raise UserError(f"There is no file, folder or run {name!r}, {reason}.")
+
+
+def describe(info: dict) -> str:
+    """What is known of a model from `load_model`, in a line."""
+    step = f", step {info['step']:,}" if info.get("step") else ""
+    loss = f", validation loss {info['val_loss']:.4f}" if info.get("val_loss") else ""
+    return f"{info['parameters']:,} parameters{step}{loss}"

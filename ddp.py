@@ -60,6 +60,11 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """What the device is sold as, "NVIDIA A100-SXM4-80GB" say; of a CPU its kind alone."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def wrap(model, world: World):
     """The model whose backward pass averages gradients over all ranks; the model itself in a world of one."""
     if world.size == 1:

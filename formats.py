@@ -1,25 +1,30 @@
 """Other people's weight layouts, in and out.
 
 In: Hugging Face's folder (OpenAI's GPT-2, allenporter's and samkeet's models), and the `.pt` files of this program, of
-build-nanogpt and of nanoGPT. Out: Hugging Face's folder, which `transformers`, vLLM and others open.
+build-nanogpt and of nanoGPT. Out: Hugging Face's folder, which `transformers`, vLLM and others open, and llama.cpp's GGUF.
 
 Hugging Face's `Conv1D` keeps (in, out) matrices where our `nn.Linear` keeps (out, in), so these are transposed on the
 way; names are the same. The padding rows of the embedding stay here. Nothing is unpickled but tensors and plain values.
 """
 import json
+import os
 import pickle
 import re
 import zipfile
 from pathlib import Path
 
+import gguf
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from errors import UserError
-from files import read_json, write_json
+from files import read_json, write_atomically, write_json
 from model import GPT, GPTConfig
-from tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
+from tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer, load_tokenizer
+
+# What a config.json may tell of the training: our name for it, and the name there (allenporter's for the loss, too).
+INFO = (("train_config", "train_config"), ("step", "step"), ("val_loss", "val_loss_accum"), ("val_loss", "val_loss"))
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -52,17 +57,69 @@ def transposed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
 
 
-def save_huggingface(folder, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float16):
-    """Writes config.json, model.safetensors, generation_config.json and the tokenizer's files into `folder`, over any."""
+def save_huggingface(folder, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float16, **info):
+    """Writes config.json, with `info` in it, model.safetensors, generation_config.json and the tokenizer's files into
+    `folder`, over any."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = to_huggingface(model.state_dict(), tokenizer.vocab_size)
-    save_file({name: w.detach().cpu().to(dtype).contiguous() for name, w in weights.items()},
-              folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", huggingface_config(model, tokenizer, dtype))
+    content = save({name: w.detach().cpu().to(dtype).contiguous() for name, w in weights.items()}, {"format": "pt"})
+    write_atomically(folder / "model.safetensors", lambda file: file.write(content))
+    write_json(folder / "config.json", {**huggingface_config(model, tokenizer, dtype), **info})
     write_json(folder / "generation_config.json",
                {"do_sample": True, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot})
     tokenizer.save(folder)
+
+
+GGUF_TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16,
+              "float16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+
+
+def save_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float16", name: str = "gpt2"):
+    """Writes llama.cpp's file: matrices in `dtype`, one of GGUF_TYPES, the rest in float32; the head is tied and not stored.
+
+    Raises UserError for what llama.cpp's GPT-2 cannot be: it knows byte-level BPEs that end with `<|endoftext|>`, which it
+    splits as GPT-2 does, and GELU's approximation.
+    """
+    if not tokenizer.splits_as_gpt2 or tokenizer.eot is None:
+        raise UserError(f"llama.cpp runs byte-level BPE tokenizers with {END_OF_TEXT} that split words as GPT-2's does, "
+                        f"which this model's ({tokenizer.kind}) is not.")
+    c, kind = model.config, GGUF_TYPES[dtype]
+    if c.activation != "gelu_new":
+        raise UserError("llama.cpp's GPT-2 computes GELU by its tanh approximation; this model was trained with the exact one.")
+    temporary = path.with_name(f"{path.name}.tmp")
+    writer = gguf.GGUFWriter(temporary, "gpt2")
+    writer.add_name(name)
+    writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if dtype == "float32" else f"MOSTLY_{kind.name}"))
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_feed_forward_length(4 * c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_head_count(c.n_head)
+    writer.add_layer_norm_eps(FIXED["layer_norm_epsilon"])
+    spelled = {i: token for token, i in tokenizer.vocabulary().items()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([spelled.get(i, f"[unused {i}]") for i in range(tokenizer.vocab_size)])
+    writer.add_token_types([gguf.TokenType.UNUSED if i not in spelled else gguf.TokenType.CONTROL if i == tokenizer.eot
+                            else gguf.TokenType.NORMAL for i in range(tokenizer.vocab_size)])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer.merges()])
+    writer.add_bos_token_id(tokenizer.eot)
+    writer.add_eos_token_id(tokenizer.eot)
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
+    for key, w in model.state_dict().items():
+        rows = tokenizer.vocab_size if key == "transformer.wte.weight" else len(w)
+        stored = kind if w.dim() == 2 and "wpe" not in key else GGUF_TYPES["float32"]
+        if stored == GGUF_TYPES["q8_0"] and w.size(1) % 32:  # its blocks are of 32
+            stored = GGUF_TYPES["float16"]
+        data = gguf.quants.quantize(w[:rows].float().cpu().numpy(), stored)
+        writer.add_tensor(names.get_name(key, (".weight", ".bias")), data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(temporary, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -90,7 +147,7 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
         tokenizer = load_tokenizer("gpt2")
     else:
         tokenizer = load_tokenizer(folder)
-    info = {key: c[name] for key, name in (("train_config", "train_config"), ("val_loss", "val_loss_accum")) if name in c}
+    info = {key: c[name] for key, name in INFO if name in c}
     return build(config, state, folder), tokenizer, info
 
 

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from checkpoint import load_model
+from checkpoint import describe, load_model
 from ddp import pick_device, seed_of
 from errors import UserError, one_sentence
 from model import GPT, KVCache
@@ -234,7 +234,9 @@ def main(config: GenerateConfig):
     sys.stdout.reconfigure(errors="replace")  # where the terminal cannot show a character
     model, tokenizer, info = load_model(config.model, pick_device(config.device))
     engine = Engine(model, tokenizer, config.dtype)
-    print(f"{info['name']}: {info['parameters']:,} parameters, {engine.dtype} on {engine.device}", file=sys.stderr)
+    print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}", file=sys.stderr)
+    if "train_config" in info:
+        print("trained with", ", ".join(f"{name} {value!r}" for name, value in info["train_config"].items()), file=sys.stderr)
     if config.prompt is not None:
         return complete(engine, config.prompt, config)
     while True:

@@ -3,8 +3,9 @@
     tokenizer = load_tokenizer("gpt2")      # or a folder, or the dict that .to_dict() gave
     tokenizer.decode(tokenizer.encode("Hello, I'm a language model,"))
 
-Two kinds with one interface: `gpt2`, the byte-level BPE of GPT-2 (run by tiktoken from assets/gpt2.tiktoken, so
-no machine downloads anything), and `char`, one id a character of a given alphabet.
+Three kinds with one interface: `gpt2`, the byte-level BPE of GPT-2 (run by tiktoken from assets/gpt2.tiktoken, so no
+machine downloads anything), `bpe`, any other byte-level BPE (run by the `tokenizers` library), and `char`, one id a
+character of a given alphabet.
 """
 import binascii
 import codecs
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from errors import UserError
@@ -27,10 +29,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """What both kinds share. `vocab_size` ids exist, 0 to vocab_size-1; `eot` is `<|endoftext|>`'s id or None."""
+    """What all kinds share. `vocab_size` ids exist, 0 to vocab_size-1; `eot` is `<|endoftext|>`'s id or None; a BPE that
+    splits text into words as GPT-2 does, before it merges, has `vocabulary()` and `merges()` as GPT-2's files spell them."""
     kind: str
     vocab_size: int
     eot: int | None
+    splits_as_gpt2: bool
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -68,7 +72,7 @@ class Tokenizer:
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE: any text goes in, `<|endoftext|>` in it as ordinary text, a lone surrogate as U+FFFD."""
-    kind, vocab_size, eot = "gpt2", 50257, 50256
+    kind, vocab_size, eot, splits_as_gpt2 = "gpt2", 50257, 50256, True
 
     def __init__(self):
         lines = (line.split() for line in RANKS.read_bytes().splitlines())
@@ -82,8 +86,8 @@ class GPT2Tokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         try:
             return self.bpe.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # UTF-16 joins surrogates that are a pair, which UTF-8 cannot hold
-            return self.encode_array(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except UnicodeEncodeError:
+            return self.encode_array(without_surrogates(text))
         except ValueError:  # tiktoken gives up on a million blanks in a row
             middle = len(text) // 2
             return np.concatenate([self.encode_array(text[:middle]), self.encode_array(text[middle:])])
@@ -95,13 +99,20 @@ class GPT2Tokenizer(Tokenizer):
         return {"kind": self.kind}
 
     def save(self, folder: Path):
-        """GPT-2's own vocab.json and merges.txt, rebuilt from the ranks."""
-        spelled = {token: "".join(BYTE_LETTERS[byte] for byte in token) for token in self.ranks}
-        vocab = {spelled[token]: rank for token, rank in self.ranks.items()} | {END_OF_TEXT: self.eot}
-        merges = (" ".join(spelled[part] for part in self.merged_from(token)) for token in self.ranks if len(token) > 1)
+        """GPT-2's own vocab.json and merges.txt, rebuilt from the ranks, and tokenizer.json, which says the same."""
+        vocab, merges = self.vocabulary(), self.merges()
         (folder / "vocab.json").write_text(json.dumps(vocab))
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
+        byte_level_bpe(vocab, merges).save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}) + "\n")
+
+    def vocabulary(self) -> dict[str, int]:
+        """Each token's id, spelled as GPT-2's files do."""
+        return {spell(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: self.eot}
+
+    def merges(self) -> list[tuple[str, str]]:
+        """The pairs that BPE merges, in their order, spelled alike."""
+        return [tuple(map(spell, self.merged_from(token))) for token in self.ranks if len(token) > 1]
 
     def merged_from(self, token: bytes) -> tuple[bytes, bytes]:
         """The two tokens whose merge is this one: what BPE makes of its bytes before the token itself exists."""
@@ -112,15 +123,84 @@ class GPT2Tokenizer(Tokenizer):
         return tuple(parts)
 
 
+class BPETokenizer(Tokenizer):
+    """Any byte-level BPE, from the text of its tokenizer.json; what its special tokens spell is ordinary text."""
+    kind = "bpe"
+
+    def __init__(self, description: str):
+        parts = json.loads(description)
+        if parts["model"]["type"] != "BPE" or parts["decoder"]["type"] != "ByteLevel":
+            raise ValueError("a tokenizer.json of neither a byte-level BPE nor a table of characters")
+        self.description = description
+        try:
+            self.bpe = tokenizers.Tokenizer.from_str(description)
+        except Exception as error:  # a bare one
+            raise ValueError(str(error)) from None
+        self.bpe.encode_special_tokens = True
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
+        vocab = self.vocabulary()
+        self.vocab_size, self.eot = max(vocab.values()) + 1, vocab.get(END_OF_TEXT)
+        words = parts["pre_tokenizer"] or {}
+        self.splits_as_gpt2 = not parts["normalizer"] and words.get("type") == "ByteLevel" and not words["add_prefix_space"]
+        added = {token["content"] for token in parts["added_tokens"]}
+        self.bytes = {i: token.encode() if token in added else bytes(LETTER_BYTES[letter] for letter in token)
+                      for token, i in vocab.items()}
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return self.bpe.encode(text, add_special_tokens=False).ids
+        except TypeError:  # what `tokenizers` says of a lone surrogate
+            return self.encode(without_surrogates(text))
+
+    def decode_bytes(self, ids) -> bytes:
+        return b"".join(self.bytes.get(int(i), b"") for i in ids)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "description": self.description}
+
+    def save(self, folder: Path):
+        (folder / "tokenizer.json").write_text(self.description, encoding="utf-8")
+        special = {} if self.eot is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    def vocabulary(self) -> dict[str, int]:
+        return self.bpe.get_vocab()
+
+    def merges(self) -> list[tuple[str, str]]:
+        merges = json.loads(self.description)["model"]["merges"]  # pairs, or in older files two words each
+        return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+
+
+def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """GPT-2's kind of tokenizer, of the `tokenizers` library, from a vocabulary and merges as GPT-2's files spell them."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.add_special_tokens([END_OF_TEXT])
+    return bpe
+
+
+def without_surrogates(text: str) -> str:
+    """The text as UTF-8 can hold it: surrogates that are a pair become their character, as in UTF-16, a lone one U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 # GPT-2's files spell a byte as one visible letter: itself where it is one, else the next one free from U+0100 on.
 _VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _INVISIBLE = [byte for byte in range(256) if byte not in _VISIBLE]
 BYTE_LETTERS = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_INVISIBLE)}
+LETTER_BYTES = {letter: byte for byte, letter in BYTE_LETTERS.items()}
+
+
+def spell(token: bytes) -> str:
+    return "".join(BYTE_LETTERS[byte] for byte in token)
 
 
 class CharTokenizer(Tokenizer):
     """One id a character of `chars`, in their order. What is not among them becomes a space, or nothing without one."""
-    kind, eot = "char", None
+    kind, eot, splits_as_gpt2 = "char", None, False
 
     def __init__(self, chars: str):
         if len(set(chars)) != len(chars) or not chars:
@@ -175,6 +255,8 @@ def load_tokenizer(source: str | Path | dict) -> Tokenizer:
             return gpt2_tokenizer()
         if source.get("kind") == "char" and isinstance(source.get("chars"), str):
             return CharTokenizer(source["chars"])
+        if source.get("kind") == "bpe" and isinstance(source.get("description"), str):
+            return BPETokenizer(source["description"])
     elif source == "gpt2":
         return gpt2_tokenizer()
     elif isinstance(source, str | Path) and Path(source).is_dir():
@@ -187,15 +269,26 @@ def _load_folder(folder: Path) -> Tokenizer:
         if (folder / "meta.pkl").exists():
             letters = PlainUnpickler(open(folder / "meta.pkl", "rb")).load()["itos"]
             return CharTokenizer("".join(letters[i] for i in range(len(letters))))
-        model = read_json(folder / "tokenizer.json").get("model", {})
-        if model.get("type") == "WordLevel":
-            return CharTokenizer("".join(sorted(model["vocab"], key=model["vocab"].get)))
-        vocab = model.get("vocab") or read_json(folder / "vocab.json")
-        if len(vocab) == GPT2Tokenizer.vocab_size and vocab.get(END_OF_TEXT) == GPT2Tokenizer.eot:
-            return gpt2_tokenizer()
-    except (ValueError, KeyError, AttributeError, TypeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        if (folder / "tokenizer.json").exists():
+            return read_description((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        if (folder / "vocab.json").exists():
+            merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            pairs = [tuple(line.split(" ")) for line in merges if line and not line.startswith("#version")]
+            return read_description(byte_level_bpe(read_json(folder / "vocab.json"), pairs).to_str())
+    except Exception as error:  # `tokenizers` raises the bare one, unpickling nearly any
         raise UserError(f"The tokenizer files in {folder} are damaged ({type(error).__name__}: {error}).") from None
-    raise UserError(f"{folder} holds no tokenizer that this repository knows (GPT-2's or a character one).")
+    raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor meta.pkl.")
+
+
+def read_description(description: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's text: a `char`, GPT-2's own, or another `bpe`."""
+    parts = json.loads(description)
+    vocab = parts["model"]["vocab"]
+    if parts["model"]["type"] == "WordLevel":
+        return CharTokenizer("".join(sorted(vocab, key=vocab.get)))
+    if vocab == gpt2_tokenizer().vocabulary() and not (parts["pre_tokenizer"] or {}).get("add_prefix_space"):
+        return gpt2_tokenizer()
+    return BPETokenizer(description)
 
 
 class PlainUnpickler(pickle.Unpickler):

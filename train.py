@@ -161,7 +161,7 @@ def train(config: TrainConfig, world: ddp.World):
     optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
     if resume_step is not None:
         resume(run, resume_step, config, model, optimizers)
-    log = Log(run, config, resume_step) if world.is_main else None
+    log = Log(run, config, resume_step, world) if world.is_main else None
     if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
         model.compile()  # in place: parameters keep their names, and model.hidden stays the plain one
     ddp_model = ddp.wrap(model, world)
@@ -380,19 +380,21 @@ class Log:
     """A run's config.json, metrics.jsonl and samples.jsonl. Lines are only ever appended: resuming says so in a line
     of its own, and readers drop what the earlier attempt wrote beyond that step."""
 
-    def __init__(self, run: Path, config: TrainConfig, resume_step: int | None):
+    def __init__(self, run: Path, config: TrainConfig, resume_step: int | None, world: ddp.World):
         self.run = run
         run.mkdir(parents=True, exist_ok=True)
         if resume_step is None:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
                 (run / name).unlink(missing_ok=True)  # of an attempt that saved no checkpoint
-            write_json(run / "config.json", plain(config))
-            return
+            manifest = read_manifest(config.data)
+            corpus = {name: manifest[name] for name in ("source", "documents", "tokens") if name in manifest}
+            write_json(run / "config.json", {**plain(config), "corpus": corpus})
         for name in ("metrics.jsonl", "samples.jsonl"):
-            if not (run / name).read_bytes().endswith(b"\n"):  # the end of the run cut its last line off
+            if resume_step is not None and not (run / name).read_bytes().endswith(b"\n"):  # the end of the run cut a line off
                 with open(run / name, "a") as file:
                     file.write("\n")
-            self.append(name, event="resume", step=resume_step)
+            self.append(name, event="start" if resume_step is None else "resume", step=resume_step or 0,
+                        device=ddp.device_name(world.device), processes=world.size)
 
     def metrics(self, **values):
         self.append("metrics.jsonl", **values)

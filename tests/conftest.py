@@ -10,11 +10,12 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from generate import Engine
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer, load_tokenizer
+from tokenizer import BPETokenizer, CharTokenizer, byte_level_bpe, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 REVISION = "a" * 40
@@ -57,6 +58,15 @@ def tiny_gpt(vocab_size=32, block_size=16, seed=0, **sizes):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.15)
     return model
+
+
+def small_bpe() -> BPETokenizer:
+    """A byte-level BPE of 300 ids, `<|endoftext|>` the first, as the `tokenizers` library trains it."""
+    bpe = byte_level_bpe({}, [])
+    bpe.train_from_iterator([PROSE], tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return BPETokenizer(bpe.to_str())
 
 
 @pytest.fixture

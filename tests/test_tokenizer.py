@@ -1,9 +1,10 @@
 import pytest
+from conftest import small_bpe
 from transformers import AutoTokenizer
 
 from errors import UserError
 from files import sha256
-from tokenizer import RANKS, CharTokenizer, load_tokenizer
+from tokenizer import RANKS, BPETokenizer, CharTokenizer, GPT2Tokenizer, byte_level_bpe, load_tokenizer
 
 TEXTS = ["", "Hello, I'm a language model,", "Я вас любил: любовь ещё, быть может", "🦊👩‍👩‍👧 naïve\r\n\t  end ", "a\0b",
          "before <|endoftext|> after", "   \n\n\n   ", "中文とにほんご"]
@@ -73,7 +74,11 @@ def test_char_drops_what_it_lacks_where_there_is_no_space():
         assert tokenizer.decode(tokenizer.encode("[a-c]^ b\\\ud800")) == "a-c]^\\"
 
 
-@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), CharTokenizer("\n \0\\\"]^-абвabc🦊")], ids=["gpt2", "char"])
+SMALL_BPE = small_bpe()
+
+
+@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), SMALL_BPE, CharTokenizer("\n \0\\\"]^-абвabc🦊")],
+                         ids=["gpt2", "bpe", "char"])
 def test_a_tokenizer_comes_back_from_a_dict_and_from_a_folder(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     for again in load_tokenizer(tokenizer.to_dict()), load_tokenizer(tmp_path):
@@ -109,3 +114,44 @@ def test_a_saved_gpt2_tokenizer_is_openais_and_transformers_reads_it_alike(gpt2,
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         assert text == "before <|endoftext|> after" or theirs(text)["input_ids"] == gpt2.encode(text)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "\ud83e\udd8a"])
+def test_a_bpe_gives_any_text_back(text):
+    ids = SMALL_BPE.encode(text)
+    assert SMALL_BPE.eot not in ids and max(ids, default=0) < SMALL_BPE.vocab_size
+    assert SMALL_BPE.decode(ids) == ("🦊" if text == "\ud83e\udd8a" else text)
+
+
+def test_a_bpe_of_gpt2s_own_vocabulary_is_gpt2_in_either_form_of_its_files(gpt2, tmp_path):
+    theirs = BPETokenizer(byte_level_bpe(gpt2.vocabulary(), gpt2.merges()).to_str())
+    for text in TEXTS:
+        assert theirs.encode(text) == gpt2.encode(text)
+    theirs.save(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), GPT2Tokenizer)
+    gpt2.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert isinstance(load_tokenizer(tmp_path), GPT2Tokenizer)
+
+
+def test_another_vocabulary_of_gpt2s_size_is_not_gpt2(gpt2, tmp_path):
+    gpt2.save(tmp_path)
+    other = (tmp_path / "tokenizer.json").read_text().replace('"Ġthe"', '"Ġxyz"')
+    (tmp_path / "tokenizer.json").write_text(other)
+    with pytest.raises(UserError, match="damaged"):  # its merges make a token that it has not
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    vocab = (tmp_path / "vocab.json").read_text().replace('"hello": ', '"hullo": ')
+    (tmp_path / "vocab.json").write_text(vocab)
+    merges = [line for line in (tmp_path / "merges.txt").read_text().splitlines() if line.replace(" ", "") != "hello"]
+    (tmp_path / "merges.txt").write_text("\n".join(merges))
+    other = load_tokenizer(tmp_path)
+    assert other.kind == "bpe" and other.vocab_size == 50257 and other.decode(other.encode("hello hullo")) == "hello hullo"
+
+
+def test_transformers_reads_a_saved_bpe_alike(tmp_path):
+    SMALL_BPE.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == SMALL_BPE.eot
+    for text in TEXTS:
+        assert "<|endoftext|>" in text or theirs(text)["input_ids"] == SMALL_BPE.encode(text)

@@ -18,7 +18,9 @@ WARNING = ("A base model continues a text; it does not answer questions. What it
 
 
 def build(models: list[str], engine, describe):
-    """Lays the tab out and connects it. `engine(name)` gives the engine of one of `models`, `describe(name)` a line on it."""
+    """Lays the tab out and connects it. `engine(name)` gives the engine of one of `models`, `describe(name)` a line on it and
+    its training's configuration."""
+    line, recipe = describe(models[0])
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], lines=3, max_lines=10, max_length=MAX_PROMPT, autofocus=True,
@@ -34,7 +36,8 @@ def build(models: list[str], engine, describe):
                                 placeholder="Time to the first token and tokens a second appear here.")
             gr.Markdown(WARNING)
         with gr.Column(scale=3, min_width=300):
-            model = gr.Dropdown(models, value=models[0], label="Model", info=describe(models[0]), elem_id="model")
+            model = gr.Dropdown(models, value=models[0], label="Model", info=line, elem_id="model")
+            train_config = gr.JSON(recipe, label="train_config", visible=bool(recipe), open=False, max_height=300)
             temperature = gr.Slider(0.1, 2.0, value=0.8, step=0.05, label="Temperature", elem_id="temperature",
                                     info="Low: the likeliest words. High: surprises.")
             top_k = gr.Slider(0, 200, value=0, step=1, precision=0, label="Top-k", elem_id="top-k",
@@ -50,7 +53,8 @@ def build(models: list[str], engine, describe):
 
     def show_description(name: str):
         with sentences():
-            return gr.update(info=describe(name))
+            line, recipe = describe(name)
+            return gr.update(info=line), gr.update(value=recipe, visible=bool(recipe))
 
     settings = [model, temperature, top_k, length, seed]
     events = []
@@ -61,7 +65,7 @@ def build(models: list[str], engine, describe):
                               concurrency_limit=2, concurrency_id="engine", **api)
         events += [picked, written]
     stop_button.click(None, cancels=events)
-    model.change(show_description, model, model, api_visibility="private", show_progress="hidden")
+    model.change(show_description, model, [model, train_config], api_visibility="private", show_progress="hidden")
 
 
 def write(engine, prompt: str, model: str, temperature: float, top_k: int, length: int, seed: int | None):
