@@ -69,16 +69,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, kv=None, start=0):
+    def forward(self, x, kv=None, start=0, mask=None):
         """x (B, T, C) -> (B, T, C). With kv (2, B, nh, max length, hs), whose first `start` places are filled: the T
-        places that follow are filled too, and attended to with what is before them."""
+        places that follow are filled too, and attended to with what is before them. A mask (B, 1, T, T) says which place
+        attends to which; without it each does to itself and what is before it."""
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for y in self.c_attn(x).split(C, dim=2))
         if kv is not None:
             kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
             k, v = kv[:, :, :, :start + T]  # (B, nh, start + T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -103,8 +105,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, kv=None, start=0):
-        x = x + self.attn(self.ln_1(x), kv, start)  # (B, T, C)
+    def forward(self, x, kv=None, start=0, mask=None):
+        x = x + self.attn(self.ln_1(x), kv, start, mask)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -150,22 +152,23 @@ class GPT(nn.Module):
             return logits, None
         return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
-    def hidden(self, idx, cache: KVCache | None = None):
+    def hidden(self, idx, cache: KVCache | None = None, positions=None, mask=None):
         """Final hidden states (B, T, n_embd) of idx (B, T).
 
-        An empty cache takes in the T tokens, a filled one the single token that follows (T = 1). Raises ValueError for
-        more tokens than the context or the cache holds.
+        An empty cache takes in the T tokens, a filled one the single token that follows (T = 1). Tokens that are no plain
+        sequence come with their positions (B, T) and a mask (B, 1, T, T), True where one attends to another. Raises
+        ValueError for more tokens than the context or the cache holds.
         """
         T, start = idx.size(1), cache.length if cache else 0
-        if start + T > self.config.block_size:
+        if positions is None and start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens are more than the model's context of {self.config.block_size}.")
         if start and T > 1:
             raise ValueError("A filled cache takes one token at a time.")
         gpt = self.transformer
-        x = gpt.wte(idx) + gpt.wpe.weight[start:start + T]
+        x = gpt.wte(idx) + (gpt.wpe.weight[start:start + T] if positions is None else gpt.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(gpt.h):
-            x = block(x, cache.kv[i] if cache else None, start)
+            x = block(x, cache.kv[i] if cache else None, start, mask)
         if cache:
             cache.length += T
         return gpt.ln_f(x)

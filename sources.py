@@ -139,29 +139,38 @@ def hub_source(repository: str, subset: str | None, begun: Path) -> Source:
 
 
 def download(name: str) -> Path:
-    """Fetches a named text into data/downloads, checks it, and returns its path; later calls find it there."""
-    import requests  # noqa: PLC0415 (the processes that tokenize import this module too)
+    """A named text, in data/downloads; later calls find it there."""
     url, expected = NAMED_TEXTS[name]
-    path = DATA / "downloads" / f"{name}.txt"
-    if path.exists() and sha256(path) == expected:
-        return path
     if url is None:
         raise UserError(f"{name} has no address to download from: give its file with --text FILE.")
+    return fetch(url, expected, DATA / "downloads" / f"{name}.txt", "--text")
+
+
+def fetch(url: str, expected: str, path: Path, option: str) -> Path:
+    """The file at `url`, whose sha256 is `expected`, as `path`; a download that broke off goes on. Raises UserError, which names
+    the command's `option` for a file from elsewhere, where it cannot be had."""
+    import requests  # noqa: PLC0415 (the processes that tokenize import this module too)
+    if path.exists() and sha256(path) == expected:
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
+    part = path.with_name(f"{path.name}.tmp")
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     try:
-        with requests.get(url, stream=True, timeout=30) as response, open(part, "wb") as file:
-            response.raise_for_status()
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"{name}.txt") as bar:
-                for chunk in response.iter_content(1 << 16):
-                    bar.update(file.write(chunk))
+        with requests.get(url, stream=True, timeout=30, headers=headers) as response:
+            if response.status_code != 416:  # it is all there already
+                response.raise_for_status()
+                have *= response.status_code == 206
+                left = int(response.headers.get("Content-Length", 0))
+                with open(part, "ab" if have else "wb") as file, tqdm(
+                        total=have + left or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
+                    for chunk in response.iter_content(1 << 16):
+                        bar.update(file.write(chunk))
     except requests.RequestException as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{url} could not be downloaded ({type(error).__name__}): "
-                        "fetch it elsewhere and give it with --text FILE.") from None
+        raise UserError(f"{url} could not be downloaded ({type(error).__name__}): the same command goes on with it, or fetch it "
+                        f"elsewhere and give it with {option} FILE.") from None
     if sha256(part) != expected:
         part.unlink()
-        raise UserError(f"{url} did not deliver the expected text (its sha256 differs): try again or use --text FILE.")
+        raise UserError(f"{url} did not deliver the expected file (its sha256 differs): try again, or use {option} FILE.")
     os.replace(part, path)
     return path

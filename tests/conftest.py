@@ -155,18 +155,21 @@ def web(on_loopback):
     def serve(files: dict[str, bytes]) -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.do_HEAD()
-                if self.command == "GET":
-                    self.wfile.write(files.get(self.path, b""))
-
-            def do_HEAD(self):
                 content = files.get(self.path)
-                self.send_response(404 if content is None else 200)
-                self.send_header("Content-Length", str(len(content or b"")))
+                start = int(re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range", "bytes=0-"))[1])
+                rest = (content or b"")[start:]
+                self.send_response(404 if content is None else 206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.send_header("Content-Length", str(len(rest)))
                 self.send_header("X-Repo-Commit", "0" * 40)  # these three are the Hugging Face Hub's
                 self.send_header("X-Error-Code", "RepoNotFound" if content is None else "")
                 self.send_header("ETag", hashlib.sha256(content or b"").hexdigest())
                 self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(rest)
+
+            do_HEAD = do_GET
 
             def log_message(self, *_):
                 pass
