@@ -121,7 +121,15 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"The tokenizer in {path} has {tokenizer.vocab_size:,} ids, and the model {model.config.vocab_size:,}.")
     model = model.to(device).eval().requires_grad_(False)
-    return model, tokenizer, {"name": str(name or path), "path": str(path), "parameters": model.num_parameters(), **info}
+    return model, tokenizer, {"name": str(name or path), "path": str(path), "parameters": model.num_parameters(), **checked(info)}
+
+
+def checked(info: dict) -> dict:
+    """What a file tells of a model's training, without what cannot be meant."""
+    def number(x) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 1e15
+    kinds = {"step": lambda x: number(x) and x == int(x), "val_loss": number, "train_config": lambda x: isinstance(x, dict)}
+    return {key: info[key] for key, fits in kinds.items() if fits(info.get(key))}
 
 
 def find_model(name: str | Path | None) -> Path:
@@ -169,7 +177,8 @@ def download(name: str) -> Path:
     """A model of the Hugging Face Hub, in huggingface_hub's cache: only the files that Hugging Face's layout names."""
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[
-            "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]))
+            "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt",
+            "added_tokens.json"]))
     except HFValidationError:
         reason = "and it cannot be the name of a model on the Hugging Face Hub"
     except RepositoryNotFoundError:

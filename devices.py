@@ -29,5 +29,6 @@ DEVICES = {
 
 def find_device(name: str) -> Device | None:
     """The data sheet of a device as `torch.cuda.get_device_name` or a person calls it; None for one not in the table."""
-    words = name.lower().replace("-", " ")
-    return next((device for known, device in DEVICES.items() if known.lower().replace("-", " ") in words), None)
+    def words(text: str) -> str:
+        return f" {text.lower().replace('-', ' ')} "
+    return next((device for known, device in DEVICES.items() if words(known) in words(name)), None)

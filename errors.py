@@ -7,6 +7,10 @@ import sys
 class UserError(Exception):
     """Something a person can cause and mend; its message is one sentence: what happened and what to do."""
 
+    def __init__(self, message: str):
+        line = " ".join(message.split())  # it may quote what other programs or files say, at any length
+        super().__init__(line if len(line) <= 600 else f"{line[:400]} … {line[-150:]}")
+
 
 @contextlib.contextmanager
 def one_sentence(every_rank: bool = False):

@@ -26,6 +26,8 @@ from tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer, load_tokenizer
 # What a config.json may tell of the training: our name for it, and the name there (allenporter's for the loss, too).
 INFO = (("train_config", "train_config"), ("step", "step"), ("val_loss", "val_loss_accum"), ("val_loss", "val_loss"))
 
+DAMAGE = (ValueError, KeyError, AttributeError, TypeError, OSError, RuntimeError)  # what reading a damaged file can raise
+
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -63,12 +65,20 @@ def save_huggingface(folder, model: GPT, tokenizer: Tokenizer, dtype: torch.dtyp
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = to_huggingface(model.state_dict(), tokenizer.vocab_size)
-    content = save({name: w.detach().cpu().to(dtype).contiguous() for name, w in weights.items()}, {"format": "pt"})
+    content = save({name: fitted(name, w, dtype).contiguous() for name, w in weights.items()}, {"format": "pt"})
     write_atomically(folder / "model.safetensors", lambda file: file.write(content))
     write_json(folder / "config.json", {**huggingface_config(model, tokenizer, dtype), **info})
     write_json(folder / "generation_config.json",
                {"do_sample": True, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot})
     tokenizer.save(folder)
+
+
+def fitted(name: str, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype`. Raises UserError where a value is too large for it."""
+    w = w.detach().cpu().to(dtype)
+    if not w.isfinite().all():
+        raise UserError(f"{name} has values that {dtype} cannot hold: choose bfloat16 or float32.")
+    return w
 
 
 GGUF_TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16,
@@ -87,6 +97,7 @@ def save_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float1
     c, kind = model.config, GGUF_TYPES[dtype]
     if c.activation != "gelu_new":
         raise UserError("llama.cpp's GPT-2 computes GELU by its tanh approximation; this model was trained with the exact one.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     writer = gguf.GGUFWriter(temporary, "gpt2")
     writer.add_name(name)
@@ -101,7 +112,7 @@ def save_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float1
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([spelled.get(i, f"[unused {i}]") for i in range(tokenizer.vocab_size)])
-    writer.add_token_types([gguf.TokenType.UNUSED if i not in spelled else gguf.TokenType.CONTROL if i == tokenizer.eot
+    writer.add_token_types([gguf.TokenType.UNUSED if i not in spelled else gguf.TokenType.CONTROL if i in tokenizer.special
                             else gguf.TokenType.NORMAL for i in range(tokenizer.vocab_size)])
     writer.add_token_merges([" ".join(pair) for pair in tokenizer.merges()])
     writer.add_bos_token_id(tokenizer.eot)
@@ -113,6 +124,7 @@ def save_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float1
         stored = kind if w.dim() == 2 and "wpe" not in key else GGUF_TYPES["float32"]
         if stored == GGUF_TYPES["q8_0"] and w.size(1) % 32:  # its blocks are of 32
             stored = GGUF_TYPES["float16"]
+        fitted(key, w, torch.float16 if stored == GGUF_TYPES["float16"] else torch.float32)
         data = gguf.quants.quantize(w[:rows].float().cpu().numpy(), stored)
         writer.add_tensor(names.get_name(key, (".weight", ".bias")), data, raw_dtype=stored)
     writer.write_header_to_file()
@@ -141,12 +153,14 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
                            activation=ACTIVATIONS[c.get("activation_function", "gelu_new")])
         if state["transformer.h.0.attn.c_attn.weight"].shape == (config.n_embd, 3 * config.n_embd):  # (in, out)
             state = transposed(state)
-    except (ValueError, KeyError, AttributeError, TypeError, OSError, SafetensorError) as error:
+    except (*DAMAGE, SafetensorError) as error:
         raise UserError(f"The files in {folder} are damaged or no GPT-2's ({type(error).__name__}: {error}).") from None
     if config.vocab_size >= GPT2Tokenizer.vocab_size and not any((folder / name).exists() for name in TOKENIZER_FILES):
         tokenizer = load_tokenizer("gpt2")
     else:
         tokenizer = load_tokenizer(folder)
+    if tokenizer.kind == "bpe" and tokenizer.eot is None and c.get("eos_token_id") in range(tokenizer.vocab_size):
+        tokenizer.eot = c["eos_token_id"]
     info = {key: c[name] for key, name in INFO if name in c}
     return build(config, state, folder), tokenizer, info
 
@@ -192,10 +206,15 @@ def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def build(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
     """The model of a configuration with these weights, in float32. Raises UserError where they do not fit."""
     try:
+        config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
+        if len({name.split(".")[2] for name in state if ".h." in name}) != config.n_layer:
+            raise ValueError("other layers")
+        if not all(w.is_floating_point() and w.layout == torch.strided and w.device.type == "cpu" for w in state.values()):
+            raise TypeError("no plain numbers")
         with torch.device("meta"):
             model = GPT(config)
         model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
-    except (RuntimeError, TypeError, AttributeError, ValueError):
+    except DAMAGE:
         raise UserError(f"The weights and the configuration in {source} do not fit each other.") from None
     for name, w in model.named_parameters():
         if not w.isfinite().all():
@@ -211,7 +230,7 @@ def load_pt(path: Path) -> tuple[GPT, Tokenizer, dict]:
     content = unpickle(path)
     try:
         if content.get("format") == 1:
-            state, config, tokenizer = content["model"], content["config"], load_tokenizer(content["tokenizer"])
+            state, config, tokenizer = content["model"], content["config"], load_tokenizer(dict(content["tokenizer"]))
             info = {"step": content["step"], "val_loss": content["val_loss"]}
         elif "model_args" in content:
             state, config, tokenizer = from_nanogpt(content, path)
@@ -223,7 +242,7 @@ def load_pt(path: Path) -> tuple[GPT, Tokenizer, dict]:
             info = {"step": content.get("step"), "val_loss": content.get("val_loss")}
         if sum(w.nbytes for w in state.values()) > path.stat().st_size:
             raise ValueError("it names more weights than it holds")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is no checkpoint of this program, of build-nanogpt or of nanoGPT ({type(error).__name__}: "
                         f"{error}).") from None
     return build(config, state, path), tokenizer, info
@@ -254,8 +273,8 @@ def unpickle(path: Path) -> dict:
     """The contents of a `.pt` file: tensors, plain values, and a GPTConfig's fields."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.file_size > entry.compress_size for entry in archive.infolist()):  # torch compresses nothing
-                raise ValueError("a compressed archive")
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:  # torch compresses nothing
+                raise ValueError("an archive that unpacks to more than it is")
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         configs = [(ForeignConfig, name) for name in wanted if name.rpartition(".")[2] == "GPTConfig"]
         with torch.serialization.safe_globals(configs):
@@ -263,7 +282,6 @@ def unpickle(path: Path) -> dict:
         if isinstance(content, dict):
             return content
         reason = "it holds no dictionary"
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError,
-            zipfile.BadZipFile) as error:
+    except (*DAMAGE, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
         reason = f"{type(error).__name__}"
     raise UserError(f"{path} is cut off or no checkpoint ({reason}).")

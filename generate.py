@@ -236,7 +236,8 @@ def main(config: GenerateConfig):
     engine = Engine(model, tokenizer, config.dtype)
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}", file=sys.stderr)
     if "train_config" in info:
-        print("trained with", ", ".join(f"{name} {value!r}" for name, value in info["train_config"].items()), file=sys.stderr)
+        recipe = ", ".join(f"{name} {value!r:.60}" for name, value in info["train_config"].items())
+        print(f"trained with {recipe!r:.2000}", file=sys.stderr)
     if config.prompt is not None:
         return complete(engine, config.prompt, config)
     while True:

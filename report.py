@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -35,12 +37,20 @@ KG_CO2E_PER_KWH = 0.473  # of the world's electricity in 2024: Ember, Global Ele
 # ----------------------------------------------------------------------------------------------------------------
 # Tables
 
+def read_config(run: str | Path) -> dict:
+    try:
+        return dict(read_json(Path(run) / "config.json"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{run}/config.json is damaged ({type(error).__name__}).") from None
+
+
 def read_lines(path: Path) -> list[dict]:
     """The objects of a metrics.jsonl or samples.jsonl; a line that the end of a process cut off is none."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"]), "time": float(line["time"])})
     return lines
 
 
@@ -57,16 +67,18 @@ def that_count(lines: list[dict]) -> list[dict]:
 
 def metrics(run: str | Path) -> pd.DataFrame:
     """One row a line of the run's metrics.jsonl: step, tokens, time and what was measured, NaN for what was not."""
-    lines, config = that_count(read_lines(Path(run) / "metrics.jsonl")), read_json(Path(run) / "config.json")
-    if not lines or "batch_tokens" not in config:
+    lines, config = that_count(read_lines(Path(run) / "metrics.jsonl")), read_config(run)
+    if not lines or not isinstance(config.get("batch_tokens"), int):
         raise UserError(f"{run} is no run with measurements: it needs config.json and metrics.jsonl, as train.py writes them.")
-    frame = pd.DataFrame(lines)
+    frame = pd.DataFrame(lines).apply(pd.to_numeric, errors="coerce").replace([math.inf, -math.inf], math.nan)
     return frame.assign(tokens=frame["step"] * config["batch_tokens"])
 
 
 def samples(run: str | Path) -> pd.DataFrame:
     """What the model wrote on the way: step, prompt, text."""
-    return pd.DataFrame(that_count(read_lines(Path(run) / "samples.jsonl")), columns=["step", "prompt", "text"])
+    lines = that_count(read_lines(Path(run) / "samples.jsonl"))
+    lines = [line for line in lines if isinstance(line.get("prompt"), str) and isinstance(line.get("text"), str)]
+    return pd.DataFrame(lines, columns=["step", "prompt", "text"])
 
 
 def curve(frame: pd.DataFrame, column: str, value: str, name: str) -> pd.DataFrame:
@@ -76,16 +88,15 @@ def curve(frame: pd.DataFrame, column: str, value: str, name: str) -> pd.DataFra
 
 
 def loss(run: str | Path) -> pd.DataFrame:
-    """Training and validation loss, nats a token, and the published runs' where this one learns the same text."""
+    """Training and validation loss, nats a token, and the published runs' where this one learns the same tokens."""
     frame = metrics(run)
-    own = [curve(frame, "train_loss", "loss", "training"), curve(frame, "val_loss", "loss", "validation")]
-    return pd.concat(own + references(run, "loss"), ignore_index=True)
+    own = pd.concat([curve(frame, "train_loss", "loss", "training"), curve(frame, "val_loss", "loss", "validation")])
+    return beside_published(run, own)
 
 
 def hellaswag(run: str | Path) -> pd.DataFrame:
     """HellaSwag's acc_norm, and the published runs'."""
-    own = curve(metrics(run), "hellaswag", "hellaswag", "HellaSwag")
-    return pd.concat([own, *references(run, "hellaswag")] if len(own) else [own], ignore_index=True)
+    return beside_published(run, curve(metrics(run), "hellaswag", "hellaswag", "HellaSwag"))
 
 
 def throughput(run: str | Path) -> pd.DataFrame:
@@ -93,21 +104,19 @@ def throughput(run: str | Path) -> pd.DataFrame:
     return curve(metrics(run), "tokens_per_s", "throughput", "training")
 
 
-def references(run: str | Path, value: str) -> list[pd.DataFrame]:
-    """The published curves of `value` with which the run's compare: none unless it learns FineWeb-Edu in GPT-2's tokens."""
-    if not on_fineweb_edu(read_json(Path(run) / "config.json")):
-        return []
-    frames = []
-    for name, (file, batch_tokens) in CURVES.items():
-        frame = pd.read_csv(REFERENCE / file).rename(columns={"val_loss": "loss"})
-        frames.append(curve(frame.assign(tokens=frame["step"] * batch_tokens), value, value, name))
-    return [frame for frame in frames if len(frame)]
+def beside_published(run: str | Path, own: pd.DataFrame) -> pd.DataFrame:
+    """A run's own curves and, where it learns FineWeb-Edu in GPT-2's tokens, the published ones of the same measurement."""
+    frames, value = [own], own.columns[2]
+    if len(own) and learns_fineweb_edu(read_config(run)):
+        for name, (file, batch_tokens) in CURVES.items():
+            published = pd.read_csv(REFERENCE / file).rename(columns={"val_loss": "loss"})
+            frames.append(curve(published.assign(tokens=published["step"] * batch_tokens), value, value, name))
+    return pd.concat([frame for frame in frames if len(frame)] or [own], ignore_index=True)
 
 
-def on_fineweb_edu(config: dict) -> bool:
-    corpus = config.get("corpus", {})
-    names = f"{corpus.get('source', {}).get('name', '')} {config.get('data', '')}".lower().replace("-", "").replace("_", "")
-    return "finewebedu" in names or "edufineweb" in names
+def learns_fineweb_edu(config: dict) -> bool:
+    names = re.sub("[-_]", "", f"{config.get('corpus')} {config.get('data')}".lower())
+    return ("finewebedu" in names or "edufineweb" in names) and (config.get("vocab_size") or 50257) >= 50257
 
 
 def summary(run: str | Path) -> dict[str, str]:
@@ -136,7 +145,7 @@ def effort(run: str | Path) -> dict[str, str]:
         if "event" in line:
             session, before = line, line["time"]
         spent_s, before = line["time"] - before, line["time"]
-        processes, name = session.get("processes", 1), session.get("device", "an unknown device")
+        processes, name = session.get("processes", 1), str(session.get("device", "an unknown device"))
         device = find_device(name)
         seconds += spent_s
         kwh += processes * device.watts / 1000 * spent_s / 3600 if device else math.nan
@@ -168,13 +177,16 @@ def plot(frame: pd.DataFrame) -> Figure:
     if value == "hellaswag" or set(CURVES) & set(frame["curve"]):
         for (name, y), line in zip(LINES.get(value, {}).items(), ("--", ":")):
             axes.axhline(y, color="0.2", linestyle=line, linewidth=1, label=f"{name}: {y}")
+    own = frame[~frame["curve"].isin(CURVES)]
+    right = min(1.25 * own["tokens"].max(), frame["tokens"].max()) or 1
     if value == "loss":  # the fall of the first steps would flatten all the rest
-        axes.set_ylim(frame[value].min() - 0.05, frame.loc[frame["tokens"] >= 0.02 * frame["tokens"].max(), value].max() + 0.05)
+        shown = frame[(frame["tokens"] >= 0.02 * own["tokens"].max()) & (frame["tokens"] <= right)]
+        axes.set_ylim(shown[value].min() - 0.05, shown[value].max() + 0.05)
     elif value == "throughput":
         axes.set_ylim(bottom=0)
     else:
         axes.margins(y=0.08)
-    axes.set_xlim(left=0)
+    axes.set_xlim(-0.01 * right, 1.01 * right)
     for axis in axes.xaxis, axes.yaxis:
         axis.set_major_formatter(lambda number, _: short(number))
     axes.set(xlabel="tokens seen", ylabel=LABELS[value])
@@ -193,13 +205,17 @@ def short(number: float) -> str:
     return f"{number:g}"
 
 
+def plots_of(run: str | Path) -> list[Callable]:
+    """Those of `loss`, `hellaswag` and `throughput` for which the run has measurements."""
+    return [of for of in (loss, hellaswag, throughput) if len(of(run))]
+
+
 def save_plots(run: str | Path, folder: str | Path) -> list[str]:
-    """Writes loss.png, hellaswag.png and throughput.png into `folder`, those for which the run has measurements; their names."""
+    """Writes loss.png, hellaswag.png and throughput.png into `folder`, those that there are; their names."""
     names = []
-    for of in loss, hellaswag, throughput:
-        if len(frame := of(run)):
-            names.append(f"{of.__name__}.png")
-            plot(frame).savefig(Path(folder) / names[-1])
+    for of in plots_of(run):
+        names.append(f"{of.__name__}.png")
+        plot(of(run)).savefig(Path(folder) / names[-1])
     return names
 
 

@@ -10,6 +10,7 @@ character of a given alphabet.
 import binascii
 import codecs
 import functools
+import hashlib
 import json
 import pickle
 import re
@@ -25,16 +26,18 @@ from errors import UserError
 from files import read_json
 
 RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
+GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # sha256 of OpenAI's merges file
 END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """What all kinds share. `vocab_size` ids exist, 0 to vocab_size-1; `eot` is `<|endoftext|>`'s id or None; a BPE that
-    splits text into words as GPT-2 does, before it merges, has `vocabulary()` and `merges()` as GPT-2's files spell them."""
+    """What all kinds share. `vocab_size` ids exist, 0 to vocab_size-1; `eot` is the id of `<|endoftext|>`, or None; a BPE says
+    whether it splits text into words as GPT-2 does, and has `vocabulary()` and `merges()` as GPT-2's files spell them."""
     kind: str
     vocab_size: int
     eot: int | None
     splits_as_gpt2: bool
+    special: set[int]  # ids that no text gives
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -72,7 +75,7 @@ class Tokenizer:
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE: any text goes in, `<|endoftext|>` in it as ordinary text, a lone surrogate as U+FFFD."""
-    kind, vocab_size, eot, splits_as_gpt2 = "gpt2", 50257, 50256, True
+    kind, vocab_size, eot, splits_as_gpt2, special = "gpt2", 50257, 50256, True, {50256}
 
     def __init__(self):
         lines = (line.split() for line in RANKS.read_bytes().splitlines())
@@ -102,7 +105,7 @@ class GPT2Tokenizer(Tokenizer):
         """GPT-2's own vocab.json and merges.txt, rebuilt from the ranks, and tokenizer.json, which says the same."""
         vocab, merges = self.vocabulary(), self.merges()
         (folder / "vocab.json").write_text(json.dumps(vocab))
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
+        (folder / "merges.txt").write_text(merges_file(merges), encoding="utf-8")
         byte_level_bpe(vocab, merges).save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}) + "\n")
 
@@ -124,26 +127,27 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Any byte-level BPE, from the text of its tokenizer.json; what its special tokens spell is ordinary text."""
+    """Any byte-level BPE, from the text of its tokenizer.json. What its special tokens spell is ordinary text, and nothing is
+    put before or behind a text. `eot` is the id that ends a text where that is not `<|endoftext|>`."""
     kind = "bpe"
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, eot: int | None = None):
         parts = json.loads(description)
-        if parts["model"]["type"] != "BPE" or parts["decoder"]["type"] != "ByteLevel":
+        model = parts["model"]
+        if model["type"] != "BPE" or parts["decoder"]["type"] != "ByteLevel" or (
+                model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")):
             raise ValueError("a tokenizer.json of neither a byte-level BPE nor a table of characters")
         self.description = description
-        try:
-            self.bpe = tokenizers.Tokenizer.from_str(description)
-        except Exception as error:  # a bare one
-            raise ValueError(str(error)) from None
+        self.bpe = tokenizers.Tokenizer.from_str(description)
         self.bpe.encode_special_tokens = True
         self.bpe.no_truncation()
         self.bpe.no_padding()
+        self.bpe.model.dropout = None
         vocab = self.vocabulary()
-        self.vocab_size, self.eot = max(vocab.values()) + 1, vocab.get(END_OF_TEXT)
-        words = parts["pre_tokenizer"] or {}
-        self.splits_as_gpt2 = not parts["normalizer"] and words.get("type") == "ByteLevel" and not words["add_prefix_space"]
+        self.vocab_size, self.eot = max(vocab.values()) + 1, vocab.get(END_OF_TEXT, eot)
+        self.splits_as_gpt2 = splits_as_gpt2(parts)
         added = {token["content"] for token in parts["added_tokens"]}
+        self.special = {vocab[token] for token in added}
         self.bytes = {i: token.encode() if token in added else bytes(LETTER_BYTES[letter] for letter in token)
                       for token, i in vocab.items()}
 
@@ -157,11 +161,12 @@ class BPETokenizer(Tokenizer):
         return b"".join(self.bytes.get(int(i), b"") for i in ids)
 
     def to_dict(self) -> dict:
-        return {"kind": self.kind, "description": self.description}
+        return {"kind": self.kind, "description": self.description, "eot": self.eot}
 
     def save(self, folder: Path):
         (folder / "tokenizer.json").write_text(self.description, encoding="utf-8")
-        special = {} if self.eot is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        end = self.bpe.id_to_token(self.eot) if self.eot is not None else None
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end) if end else {}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -169,8 +174,7 @@ class BPETokenizer(Tokenizer):
         return self.bpe.get_vocab()
 
     def merges(self) -> list[tuple[str, str]]:
-        merges = json.loads(self.description)["model"]["merges"]  # pairs, or in older files two words each
-        return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+        return pairs_of(json.loads(self.description))
 
 
 def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -178,8 +182,25 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.add_special_tokens([END_OF_TEXT])
+    bpe.add_special_tokens([END_OF_TEXT] if END_OF_TEXT in vocab else [])
     return bpe
+
+
+def pairs_of(parts: dict) -> list[tuple[str, str]]:
+    """The merges of a tokenizer.json: pairs, or in older files two words each."""
+    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in parts["model"]["merges"]]
+
+
+def merges_file(merges: list[tuple[str, str]]) -> str:
+    """The text of GPT-2's merges.txt."""
+    return "#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n"
+
+
+def splits_as_gpt2(parts: dict) -> bool:
+    """Whether a tokenizer.json's byte-level BPE cuts a text into words as GPT-2's does, and merges plainly."""
+    words, model = parts["pre_tokenizer"] or {}, parts["model"]
+    return (not parts["normalizer"] and words.get("type") == "ByteLevel" and not words["add_prefix_space"]
+            and words.get("use_regex", True) and bool(model["merges"]) and not model.get("ignore_merges"))
 
 
 def without_surrogates(text: str) -> str:
@@ -200,7 +221,7 @@ def spell(token: bytes) -> str:
 
 class CharTokenizer(Tokenizer):
     """One id a character of `chars`, in their order. What is not among them becomes a space, or nothing without one."""
-    kind, eot, splits_as_gpt2 = "char", None, False
+    kind, eot, splits_as_gpt2, special = "char", None, False, set()
 
     def __init__(self, chars: str):
         if len(set(chars)) != len(chars) or not chars:
@@ -248,35 +269,43 @@ gpt2_tokenizer = functools.cache(GPT2Tokenizer)
 def load_tokenizer(source: str | Path | dict) -> Tokenizer:
     """The tokenizer named "gpt2", saved in a folder (also as nanoGPT's meta.pkl), or described by the dict of `to_dict`.
 
-    Raises UserError where the source names none that this repository knows.
+    Raises UserError where the source names none that this repository knows, or its files are damaged.
     """
-    if isinstance(source, dict):
-        if source.get("kind") == "gpt2":
+    try:
+        if isinstance(source, dict):
+            if source.get("kind") == "gpt2":
+                return gpt2_tokenizer()
+            if source.get("kind") == "char" and isinstance(source.get("chars"), str):
+                return CharTokenizer(source["chars"])
+            if source.get("kind") == "bpe" and isinstance(source.get("description"), str):
+                return BPETokenizer(source["description"], source.get("eot"))
+        elif source == "gpt2":
             return gpt2_tokenizer()
-        if source.get("kind") == "char" and isinstance(source.get("chars"), str):
-            return CharTokenizer(source["chars"])
-        if source.get("kind") == "bpe" and isinstance(source.get("description"), str):
-            return BPETokenizer(source["description"])
-    elif source == "gpt2":
-        return gpt2_tokenizer()
-    elif isinstance(source, str | Path) and Path(source).is_dir():
-        return _load_folder(Path(source))
+        elif isinstance(source, str | Path) and Path(source).is_dir():
+            return read_folder(Path(source))
+    except UserError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare ones
+        what = f"The tokenizer files in {source} are" if not isinstance(source, dict) else "A saved tokenizer is"
+        raise UserError(f"{what} damaged ({type(error).__name__}: {error}).") from None
     raise UserError(f"No tokenizer is described by {source!r:.200}: give 'gpt2', a folder or a saved tokenizer's dict.")
 
 
-def _load_folder(folder: Path) -> Tokenizer:
-    try:
-        if (folder / "meta.pkl").exists():
-            letters = PlainUnpickler(open(folder / "meta.pkl", "rb")).load()["itos"]
-            return CharTokenizer("".join(letters[i] for i in range(len(letters))))
-        if (folder / "tokenizer.json").exists():
-            return read_description((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        if (folder / "vocab.json").exists():
-            merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            pairs = [tuple(line.split(" ")) for line in merges if line and not line.startswith("#version")]
-            return read_description(byte_level_bpe(read_json(folder / "vocab.json"), pairs).to_str())
-    except Exception as error:  # `tokenizers` raises the bare one, unpickling nearly any
-        raise UserError(f"The tokenizer files in {folder} are damaged ({type(error).__name__}: {error}).") from None
+def read_folder(folder: Path) -> Tokenizer:
+    if (folder / "meta.pkl").exists():
+        letters = PlainUnpickler(open(folder / "meta.pkl", "rb")).load()["itos"]
+        return CharTokenizer("".join(letters[i] for i in range(len(letters))))
+    if (folder / "tokenizer.json").exists():
+        return read_description((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if (folder / "vocab.json").exists():
+        merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        pairs = [tuple(line.split(" ")) for line in merges if line and not line.startswith("#version")]
+        bpe = byte_level_bpe(read_json(folder / "vocab.json"), pairs)
+        added = read_json(folder / "added_tokens.json")  # of older versions of transformers
+        bpe.add_special_tokens(sorted(added, key=added.get))
+        if any(bpe.token_to_id(token) != i for token, i in added.items()):
+            raise ValueError("added_tokens.json does not go on where vocab.json ends")
+        return read_description(bpe.to_str())
     raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor meta.pkl.")
 
 
@@ -285,9 +314,15 @@ def read_description(description: str) -> Tokenizer:
     parts = json.loads(description)
     vocab = parts["model"]["vocab"]
     if parts["model"]["type"] == "WordLevel":
-        return CharTokenizer("".join(sorted(vocab, key=vocab.get)))
-    if vocab == gpt2_tokenizer().vocabulary() and not (parts["pre_tokenizer"] or {}).get("add_prefix_space"):
-        return gpt2_tokenizer()
+        chars = sorted(vocab, key=vocab.get)
+        if any(len(char) != 1 or vocab[char] != i for i, char in enumerate(chars)):
+            raise ValueError("a tokenizer.json of words, not of characters")
+        return CharTokenizer("".join(chars))
+    if parts["model"]["type"] == "BPE" and splits_as_gpt2(parts) and vocab == gpt2_tokenizer().vocabulary():
+        merges = merges_file(pairs_of(parts)).encode()
+        added = {token["content"] for token in parts["added_tokens"]}
+        if hashlib.sha256(merges).hexdigest() == GPT2_MERGES and added <= {END_OF_TEXT}:
+            return gpt2_tokenizer()
     return BPETokenizer(description)
 
 

@@ -1,4 +1,5 @@
 """Everyone's GPT-2 comes in: each layout is made here as its own program writes it."""
+import copy
 import dataclasses
 import io
 import json
@@ -9,15 +10,17 @@ import types
 import zipfile
 
 import pytest
+import tokenizers
 import torch
-from conftest import tiny_gpt
+from conftest import PROSE, tiny_gpt
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import publish
 from errors import UserError
 from formats import save_huggingface, to_huggingface
 from model import GPT
-from tokenizer import CharTokenizer, load_tokenizer
+from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
 SIZES = {"block_size": 16, "vocab_size": 50304, "n_layer": 2, "n_head": 2, "n_embd": 16}
 
@@ -190,6 +193,59 @@ def test_a_zip_bomb_is_not_inflated(gpt, tmp_path):
                 "step": 1, "val_loss": 1.0}, tmp_path / "wide.pt")
     with pytest.raises(UserError, match="more weights than it holds"):
         checkpoint.load_model(tmp_path / "wide.pt")
+
+
+def test_entries_that_share_their_bytes_are_a_bomb_too(gpt, tmp_path):
+    """A directory of entries that all name the same place: each is as large as it says, together they are not."""
+    torch.save({"model": gpt.state_dict(), "config": SIZES}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt", "a", zipfile.ZIP_STORED) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for i in range(50):
+            again = copy.copy(largest)
+            again.filename = f"x/data/{1000 + i}"
+            archive.filelist.append(again)
+            archive.NameToInfo[again.filename] = again
+        archive._didModify = True
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.load_model(tmp_path / "x.pt")
+
+
+def test_a_config_of_a_billion_layers_builds_none(gpt, tmp_path):
+    save_huggingface(tmp_path / "x", gpt, load_tokenizer("gpt2"))
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config | {"n_layer": 10**9}))
+    with pytest.raises(UserError, match="do not fit"):
+        checkpoint.load_model(tmp_path / "x")
+
+
+def test_what_a_config_tells_of_its_training_is_believed_where_it_can_be_meant(gpt, tmp_path):
+    save_huggingface(tmp_path / "x", gpt, load_tokenizer("gpt2"), step="abc", val_loss=10**400, train_config="x")
+    info = checkpoint.load_model(tmp_path / "x")[2]
+    assert not {"step", "val_loss", "train_config"} & set(info)
+    save_huggingface(tmp_path / "x", gpt, load_tokenizer("gpt2"), step=True, val_loss=float("nan"), train_config={"corpus": 3})
+    info = checkpoint.load_model(tmp_path / "x")[2]
+    assert info["train_config"] == {"corpus": 3} and "step" not in info and "val_loss" not in info
+    publish.export(str(tmp_path / "x"), tmp_path / "y")
+
+
+def test_a_value_that_float16_cannot_hold_is_not_written(gpt, tmp_path):
+    with torch.no_grad():
+        gpt.transformer.ln_f.bias[0] = 1e5
+    for write in (lambda: save_huggingface(tmp_path / "x", gpt, load_tokenizer("gpt2")),):
+        with pytest.raises(UserError, match="cannot hold"):
+            write()
+    assert not (tmp_path / "x" / "model.safetensors").exists()
+
+
+def test_a_model_that_ends_its_texts_with_a_token_of_its_own_keeps_it(tmp_path):
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([PROSE], 300, special_tokens=["<s>", "</s>"], show_progress=False)
+    save_huggingface(tmp_path / "x", tiny_gpt(vocab_size=300), BPETokenizer(bpe._tokenizer.to_str(), 1), torch.float32)
+    for folder, name in (("x", "y"), ("y", "z")):
+        tokenizer = checkpoint.load_model(tmp_path / folder)[1]
+        assert tokenizer.eot == 1 and tokenizer.decode([1]) == "</s>"
+        publish.export(str(tmp_path / folder), tmp_path / name)
+    assert json.loads((tmp_path / "z" / "config.json").read_text())["eos_token_id"] == 1
 
 
 def test_damaged_folders_get_one_sentence(tmp_path):

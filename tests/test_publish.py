@@ -32,7 +32,7 @@ def save_run(run, tokenizer, **sizes):
         {"time": 0, "event": "start", "step": 0, "device": "NVIDIA H100 80GB HBM3", "processes": 2},
         {"time": 10, "step": 10, "train_loss": 3.0, "tokens_per_s": 500},
         {"time": 3600, "step": 20, "val_loss": 2.5, "hellaswag": 0.25})))
-    (run / "samples.jsonl").write_text(json.dumps({"step": 20, "prompt": "\n", "text": "\nthe fox"}) + "\n")
+    (run / "samples.jsonl").write_text(json.dumps({"time": 1, "step": 20, "prompt": "\n", "text": "\nthe fox"}) + "\n")
     return gpt
 
 
@@ -130,7 +130,14 @@ def sent(on_loopback):
             return self.answer({"warnings": [], "errors": []})  # of the card's metadata
 
         def do_GET(self):
-            self.answer({"id": "me/fox", "sha": "0" * 40, "siblings": [], "private": False})
+            card = files.get("card there", b"")
+            self.send_response(200 if card else 404)
+            for name, value in (("X-Error-Code", "" if card else "EntryNotFound"), ("X-Repo-Commit", "0" * 40), ("ETag", '"1"'),
+                                ("Content-Length", str(len(card)))):
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(card)
 
         do_HEAD = do_GET
 
@@ -162,6 +169,10 @@ def test_an_upload_is_a_rehearsal_until_it_is_pushed(command, sent, tmp_path):
     text = [Engine(*checkpoint.load_model(name)[:2]).generate("ROMEO:", temperature=0, max_new_tokens=30)
             for name in ("bundled:shakespeare", tmp_path / "there")]
     assert text[0] == text[1]
+    files["card there"] = b"# Mine\n"
+    del files["README.md"]
+    done = command("publish.py", "upload", "bundled:shakespeare", "me/fox", "--push", environment=environment)
+    assert "written by hand and stays" in done.stdout and "README.md" not in files
     for arguments, environment_, sentence in (
             (["me/fox", "--push"], {**environment, "HF_TOKEN": "hf_wrong"}, "Hub did not take me/fox"),
             (["fox"], environment, "named user/name")):

@@ -1,5 +1,8 @@
+import json
+
 import pytest
-from conftest import small_bpe
+import tokenizers
+from conftest import PROSE, small_bpe
 from transformers import AutoTokenizer
 
 from errors import UserError
@@ -8,6 +11,9 @@ from tokenizer import RANKS, BPETokenizer, CharTokenizer, GPT2Tokenizer, byte_le
 
 TEXTS = ["", "Hello, I'm a language model,", "Я вас любил: любовь ещё, быть может", "🦊👩‍👩‍👧 naïve\r\n\t  end ", "a\0b",
          "before <|endoftext|> after", "   \n\n\n   ", "中文とにほんご"]
+
+
+SMALL_BPE = small_bpe()
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +80,6 @@ def test_char_drops_what_it_lacks_where_there_is_no_space():
         assert tokenizer.decode(tokenizer.encode("[a-c]^ b\\\ud800")) == "a-c]^\\"
 
 
-SMALL_BPE = small_bpe()
-
-
 @pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), SMALL_BPE, CharTokenizer("\n \0\\\"]^-абвabc🦊")],
                          ids=["gpt2", "bpe", "char"])
 def test_a_tokenizer_comes_back_from_a_dict_and_from_a_folder(tokenizer, tmp_path):
@@ -101,10 +104,16 @@ def test_what_is_no_tokenizer_gets_one_sentence(source):
         load_tokenizer(source)
 
 
-def test_a_damaged_tokenizer_file_gets_one_sentence(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordLevel"')
+@pytest.mark.parametrize("content", [
+    '{"model": {"type": "WordLevel"', "[" * 100_000, "[]", "{}", '{"model": {"type": "WordLevel", "vocab": {"hi": 0, "yo": 1}}}',
+    '{"model": {"type": "WordLevel", "vocab": {"a": 5, "b": 9}}}',
+    SMALL_BPE.description.replace('"continuing_subword_prefix":null', '"continuing_subword_prefix":"##"')])
+def test_a_tokenizer_file_that_is_damaged_or_of_another_kind_gets_one_sentence(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="damaged"):
         load_tokenizer(tmp_path)
+    with pytest.raises(UserError):
+        load_tokenizer({"kind": "bpe", "description": content})
 
 
 def test_a_saved_gpt2_tokenizer_is_openais_and_transformers_reads_it_alike(gpt2, tmp_path):
@@ -134,19 +143,37 @@ def test_a_bpe_of_gpt2s_own_vocabulary_is_gpt2_in_either_form_of_its_files(gpt2,
     assert isinstance(load_tokenizer(tmp_path), GPT2Tokenizer)
 
 
-def test_another_vocabulary_of_gpt2s_size_is_not_gpt2(gpt2, tmp_path):
-    gpt2.save(tmp_path)
-    other = (tmp_path / "tokenizer.json").read_text().replace('"Ġthe"', '"Ġxyz"')
-    (tmp_path / "tokenizer.json").write_text(other)
-    with pytest.raises(UserError, match="damaged"):  # its merges make a token that it has not
+def write_gpt2(gpt2, folder, **changes):
+    gpt2.save(folder)
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(parts | changes))
+
+
+@pytest.mark.parametrize("changes", [
+    {"normalizer": {"type": "Lowercase"}},
+    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+    {"added_tokens": [{"id": 50256 + i, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+                       "normalized": False, "special": True} for i, content in enumerate(["<|endoftext|>", "<|pad|>"])]}])
+def test_what_is_nearly_gpt2s_tokenizer_keeps_its_own_ways(gpt2, tmp_path, changes):
+    write_gpt2(gpt2, tmp_path, **changes)
+    ours, theirs = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ours.kind == "bpe" and ours.vocab_size == theirs.get_vocab_size()
+    assert ours.encode("Hello the Fox") == theirs.encode("Hello the Fox").ids
+    assert ours.decode([50256]) == "<|endoftext|>" and ours.decode(range(50257, ours.vocab_size)) in ("", "<|pad|>")
+
+
+def test_the_older_files_of_a_bpe_are_read_as_they_are(tmp_path):
+    """vocab.json and merges.txt with special tokens of its own and none of ours, and added_tokens.json."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([PROSE], 300, special_tokens=["<s>", "<pad>", "</s>"], show_progress=False)
+    bpe.save_model(str(tmp_path))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": 300}))
+    ours = load_tokenizer(tmp_path)
+    assert (ours.kind, ours.vocab_size, ours.eot) == ("bpe", 301, None)
+    assert ours.encode("the fox") == bpe.encode("the fox").ids and ours.decode([300]) == "<|user|>"
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": 400}))
+    with pytest.raises(UserError, match="does not go on"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    vocab = (tmp_path / "vocab.json").read_text().replace('"hello": ', '"hullo": ')
-    (tmp_path / "vocab.json").write_text(vocab)
-    merges = [line for line in (tmp_path / "merges.txt").read_text().splitlines() if line.replace(" ", "") != "hello"]
-    (tmp_path / "merges.txt").write_text("\n".join(merges))
-    other = load_tokenizer(tmp_path)
-    assert other.kind == "bpe" and other.vocab_size == 50257 and other.decode(other.encode("hello hullo")) == "hello hullo"
 
 
 def test_transformers_reads_a_saved_bpe_alike(tmp_path):
