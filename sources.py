@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from errors import UserError
@@ -149,10 +150,15 @@ def download(name: str) -> Path:
 def fetch(url: str, expected: str, path: Path, option: str) -> Path:
     """The file at `url`, whose sha256 is `expected`, as `path`; a download that broke off goes on. Raises UserError, which names
     the command's `option` for a file from elsewhere, where it cannot be had."""
-    import requests  # noqa: PLC0415 (the processes that tokenize import this module too)
-    if path.exists() and sha256(path) == expected:
-        return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # of several processes one downloads
+        if not path.exists() or sha256(path) != expected:
+            fetch_alone(url, expected, path, option)
+    return path
+
+
+def fetch_alone(url: str, expected: str, path: Path, option: str):
+    import requests  # noqa: PLC0415 (the processes that tokenize import this module too)
     part = path.with_name(f"{path.name}.tmp")
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
@@ -173,4 +179,3 @@ def fetch(url: str, expected: str, path: Path, option: str) -> Path:
         part.unlink()
         raise UserError(f"{url} did not deliver the expected file (its sha256 differs): try again, or use {option} FILE.")
     os.replace(part, path)
-    return path

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoint
 import ddp
+import hellaswag
 import optim
 from dataloader import DataLoader
 from errors import UserError, one_sentence
@@ -87,6 +88,8 @@ class TrainConfig:
     eval_every: int = 250
     eval_tokens: int = 20 * 2**19
     """At most this many validation tokens are scored each time, the first of the split."""
+    hellaswag: str = "none"
+    """Score HellaSwag with each validation: a .jsonl or .jsonl.gz of its examples; auto downloads them; none does not."""
     sample_every: int = 250
     save_every: int = 1000
     log_every: int = 10
@@ -105,7 +108,7 @@ class TrainConfig:
 
 # GPT-3 paper, table 2.1 and appendix B: 0.5M tokens a batch, 6e-4, betas 0.9 and 0.95, clip 1.0, decay 0.1; its warm-up
 # of 375M tokens is 715 steps, and 19,073 steps are 10B tokens.
-GPT2_124M = TrainConfig(vocab_size=50_304)
+GPT2_124M = TrainConfig(vocab_size=50_304, hellaswag="auto")
 
 # nanoGPT's baby GPT (with biases), 5000 steps of 64 x 256 characters.
 SHAKESPEARE_CHAR = TrainConfig(
@@ -157,6 +160,7 @@ def train(config: TrainConfig, world: ddp.World):
         print(plan(config, model, train_loader, val_loader, world))
     if config.dry_run:
         return
+    examples = hellaswag_examples(config, world)
     model.to(world.device)
     optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
     if resume_step is not None:
@@ -176,8 +180,9 @@ def train(config: TrainConfig, world: ddp.World):
         if step != resume_step:  # a checkpoint's step was measured before it was saved
             if save_due or step % config.eval_every == 0:
                 val_loss = evaluate(model, val_loader, tokenizer.vocab_size, config, world)
+                accuracy = score_hellaswag(model, tokenizer, examples, config, world) if examples else {}
                 if log:
-                    log.metrics(step=step, val_loss=val_loss)
+                    log.metrics(step=step, val_loss=val_loss, **accuracy)
             if log and (is_last or step % config.sample_every == 0):
                 log.sample(step, config.sample_prompt, draw_sample(model, tokenizer, config))
             if log and save_due:
@@ -297,8 +302,8 @@ def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) ->
 
 
 # What may differ when a run goes on: where it runs and what is shown, not what is computed.
-INCIDENTAL = {"run", "resume", "data", "micro_batch", "eval_every", "eval_tokens", "sample_every", "save_every", "log_every",
-              "sample_prompt", "device", "compile", "dry_run"}
+INCIDENTAL = {"run", "resume", "data", "micro_batch", "eval_every", "eval_tokens", "hellaswag", "sample_every", "save_every",
+              "log_every", "sample_prompt", "device", "compile", "dry_run"}
 
 
 def identity(config: TrainConfig) -> dict:
@@ -311,6 +316,21 @@ def identity(config: TrainConfig) -> dict:
 def plain(config: TrainConfig) -> dict:
     """The configuration as JSON can hold it."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()}
+
+
+def hellaswag_examples(config: TrainConfig, world: ddp.World) -> list[dict] | None:
+    """HellaSwag's examples, or None: also where `auto` cannot download them on every rank, which then is said."""
+    if config.hellaswag == "none":
+        return None
+    try:
+        examples = hellaswag.read_examples(Path(config.hellaswag) if config.hellaswag != "auto" else hellaswag.download())
+    except UserError as error:
+        if config.hellaswag != "auto":
+            raise
+        examples = None
+        if world.is_main:
+            print(f"The run goes without HellaSwag: {error}", file=sys.stderr)
+    return examples if ddp.sum_over_ranks(world, examples is not None)[0] == world.size else None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -368,6 +388,12 @@ def evaluate(model: GPT, val_loader: DataLoader, vocab_size: int, config: TrainC
     return total / tokens
 
 
+def score_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[dict], config: TrainConfig, world: ddp.World) -> dict:
+    """{"hellaswag": acc_norm over all examples, each scored by one rank}, by build-nanogpt's protocol."""
+    with autocast(config, world):
+        return {"hellaswag": hellaswag.evaluate(model, tokenizer, examples, "nanogpt", world=world)["nanogpt"]["acc_norm"]}
+
+
 def draw_sample(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:
     """One continuation of the sample prompt by the model as it is now."""
     model.eval()
@@ -382,6 +408,7 @@ class Log:
 
     def __init__(self, run: Path, config: TrainConfig, resume_step: int | None, world: ddp.World):
         self.run = run
+        machine = {"device": ddp.device_name(world.device), "processes": world.size}
         run.mkdir(parents=True, exist_ok=True)
         if resume_step is None:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
@@ -389,17 +416,19 @@ class Log:
             manifest = read_manifest(config.data)
             corpus = {name: manifest[name] for name in ("source", "documents", "tokens") if name in manifest}
             write_json(run / "config.json", {**plain(config), "corpus": corpus})
+            self.append("metrics.jsonl", event="start", step=0, **machine)
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):
-            if resume_step is not None and not (run / name).read_bytes().endswith(b"\n"):  # the end of the run cut a line off
+            if not (run / name).read_bytes().endswith(b"\n"):  # the end of the run cut its last line off
                 with open(run / name, "a") as file:
                     file.write("\n")
-            self.append(name, event="start" if resume_step is None else "resume", step=resume_step or 0,
-                        device=ddp.device_name(world.device), processes=world.size)
+            self.append(name, event="resume", step=resume_step, **machine)
 
     def metrics(self, **values):
         self.append("metrics.jsonl", **values)
         if "val_loss" in values:
-            tqdm.write(f"step {values['step']}: validation loss {values['val_loss']:.4f}")
+            accuracy = f", HellaSwag {values['hellaswag']:.4f}" if values.get("hellaswag") is not None else ""
+            tqdm.write(f"step {values['step']}: validation loss {values['val_loss']:.4f}{accuracy}")
 
     def sample(self, step: int, prompt: str, text: str):
         self.append("samples.jsonl", step=step, prompt=prompt, text=text)

@@ -6,6 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from errors import UserError
 from formats import load_folder, our_names, save_huggingface, to_huggingface, transposed
+from kernels import packed
 from model import GPT, SIZES, GPTConfig, KVCache
 from tokenizer import CharTokenizer
 
@@ -140,3 +141,15 @@ def test_a_mapping_is_a_configuration_too():
 def test_an_impossible_configuration_gets_one_sentence(change):
     with pytest.raises(UserError):
         GPT({"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 1, "n_embd": 4, **change})
+
+
+def test_a_packed_model_computes_what_the_model_does_and_leaves_it_as_it_was():
+    model = tiny_gpt(vocab_size=100, n_embd=32)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    idx = torch.randint(100, (3, 16))
+    fast = packed(model)
+    torch.testing.assert_close(fast(idx)[0], model(idx)[0], atol=1e-4, rtol=0)
+    assert fast is not model and fast.transformer.wte.weight is model.transformer.wte.weight
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(w, before[name]) for name, w in after.items())
+    assert packed(model.bfloat16()) is model  # nothing to gain

@@ -12,6 +12,7 @@ from conftest import PROSE, ROOT, tiny_gpt
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import hellaswag
 import prepare
 import publish
 import train
@@ -97,6 +98,29 @@ def test_two_ranks_take_the_steps_one_rank_takes(command, data, tmp_path, optimi
     command("train.py", "shakespeare-char", *TINY, "--dropout", 0, "--optimizer", optimizer, "--run", "two",
             "--micro-batch", 2, launcher=TWO_RANKS)
     assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=2e-5)
+
+
+def test_hellaswag_is_scored_with_each_validation_the_same_on_one_rank_and_two(command, data, tmp_path):
+    lines = [json.dumps({"activity_label": "fox", "ctx": f"The fox {verb}", "endings": ["out.", "town-o", "he", "a mile to go"],
+                         "label": i % 4}) for i, verb in enumerate(PROSE.split()[:11])]
+    (tmp_path / "h.jsonl").write_text("\n".join(lines))
+    arguments = ["shakespeare-char", *TINY, "--dropout", 0, "--hellaswag", "h.jsonl"]
+    train_here(*arguments, "--run", "one")
+    command("train.py", *arguments, "--run", "two", "--micro-batch", 2, launcher=TWO_RANKS)
+    one, two = (metrics(tmp_path / "log" / run, "step", "hellaswag") for run in ("one", "two"))
+    assert one == two and len(one) == len(metrics(tmp_path / "log" / "one", "step", "val_loss"))
+    model, tokenizer, _ = checkpoint.load_model("log/one")
+    examples = hellaswag.read_examples(tmp_path / "h.jsonl")
+    assert one[-1][1] == hellaswag.evaluate(model, tokenizer, examples, "nanogpt")["nanogpt"]["acc_norm"]
+    with pytest.raises(UserError, match=r"Line 1 of .*config.json"):
+        train_here("shakespeare-char", *TINY, "--hellaswag", "log/one/config.json", "--run", "three")
+
+
+def test_a_run_goes_without_hellaswag_where_it_cannot_be_downloaded(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/h.jsonl")
+    train_here("shakespeare-char", *TINY, "--hellaswag", "auto")
+    assert "goes without HellaSwag" in capsys.readouterr().err
+    assert not metrics(tmp_path / "log" / "shakespeare-char", "step", "hellaswag")
 
 
 def test_micro_batches_only_divide_a_batch(data, tmp_path):
