@@ -17,6 +17,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
@@ -33,8 +34,35 @@ KEEP = 2  # newest checkpoints of a run that stay, besides the best model
 # ----------------------------------------------------------------------------------------------------------------
 # A run's checkpoints
 
-def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float):
-    """Writes the checkpoint of `step`, marks it when its validation loss is the run's best, and prunes older ones."""
+class NotSaved(UserError):
+    """A checkpoint could not be written, because the disk is full, say; the ones before it are as they were."""
+
+
+def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None):
+    """Writes the checkpoint of `step`, marks it when its validation loss, where it has one, is the run's best, and prunes older
+    ones. Raises NotSaved where the disk refuses it."""
+    try:
+        write(run, step, model, optimizer_state, tokenizer, config, val_loss)
+        best_step, best_loss = read_best(run)
+        if val_loss is not None and val_loss <= best_loss:
+            best_step = step
+            write_json(run / "best.json", {"step": step, "val_loss": val_loss})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        shutil.rmtree(run / "state.tmp", ignore_errors=True)
+        for path in run.glob("*.tmp"):
+            path.unlink()
+        raise NotSaved(f"The checkpoint of step {step} could not be written to {run} ({error})") from None
+    kept = [other for other in saved_steps(run) if other <= step][-KEEP:]  # the run went back behind any later one
+    for other in set(saved_steps(run)) - set(kept):
+        shutil.rmtree(state_path(run, other))
+    for other in set(model_steps(run)) - {best_step, *kept}:
+        model_path(run, other).unlink()
+
+
+def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None):
+    """The two halves of a checkpoint, the state last."""
     write_atomically(model_path(run, step), lambda file: torch.save({
         "format": 1, "model": model.state_dict(), "config": dataclasses.asdict(model.config),
         "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}, file))
@@ -47,15 +75,6 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
         "sha256": {"model": sha256(model_path(run, step)), "optimizer": sha256(temporary / "optimizer.safetensors")}})
     shutil.rmtree(state_path(run, step), ignore_errors=True)
     os.replace(temporary, state_path(run, step))
-    best_step, best_loss = read_best(run)
-    if val_loss <= best_loss:
-        best_step = step
-        write_json(run / "best.json", {"step": step, "val_loss": val_loss})
-    kept = [other for other in saved_steps(run) if other <= step][-KEEP:]  # the run went back behind any later one
-    for other in set(saved_steps(run)) - set(kept):
-        shutil.rmtree(state_path(run, other))
-    for other in set(model_steps(run)) - {best_step, *kept}:
-        model_path(run, other).unlink()
 
 
 def newest(run: Path) -> int | None:

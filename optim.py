@@ -32,14 +32,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        found_inf = getattr(self, "found_inf", None)  # 1 where the update is to be skipped, as torch's AdamW has it too
         for group in self.param_groups:
             for p in group["params"]:
+                if found_inf is not None:
+                    p.grad.masked_fill_(found_inf > 0, 0)
+                take = 1 if found_inf is None else 1 - found_inf
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                direction = orthogonalize(p.grad.lerp(average, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                average = state["momentum_buffer"].lerp_(p.grad, torch.as_tensor((1 - group["momentum"]) * take, device=p.device))
+                direction = orthogonalize(p.grad.lerp(average, group["momentum"])) * take
+                p.mul_(1 - group["lr"] * group["weight_decay"] * take)
                 p.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
@@ -55,11 +59,14 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, max_steps: int, min_ratio: float) -> float:
-    """The rate of update `step` (0 is the first): a linear warm-up, then "constant", or "cosine" down to min_ratio * peak."""
+    """The rate of update `step` (0 is the first): a linear warm-up, then "constant", "cosine" down to min_ratio * peak, or "wsd",
+    constant but for a straight line down to it over the last fifth (Hägele et al. 2024, arXiv 2405.18392)."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
+    if schedule == "wsd":
+        return peak * (min_ratio + (1 - min_ratio) * min(1.0, max(0, max_steps - step) / max(1, 0.2 * max_steps)))
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 

@@ -11,9 +11,9 @@ on where the run stopped.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,9 +28,9 @@ import checkpoint
 import ddp
 import hellaswag
 import optim
+import runs
 from dataloader import DataLoader
 from errors import UserError, one_sentence
-from files import write_json
 from generate import Engine
 from model import GPT, GPTConfig
 from shards import read_manifest, read_tokenizer
@@ -74,10 +74,10 @@ class TrainConfig:
     max_steps: int = 19_073
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 6e-4
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 715
     min_lr_ratio: float = 0.1
-    """The cosine's end, as a share of the learning rate."""
+    """The end of cosine and wsd, as a share of the learning rate."""
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -134,6 +134,13 @@ PRESETS = {
         learning_rate=3e-5, schedule="constant", warmup_steps=0, dropout=0.1, eval_every=20, sample_every=100,
         save_every=100),
 }
+PRESETS |= {  # two epochs, as nanoGPT's, and three
+    "finetune-shakespeare": dataclasses.replace(
+        PRESETS["finetune"], init_from="gpt2", data=Path("data/tiny_shakespeare_gpt2"), max_steps=20, eval_every=5),
+    "finetune-pushkin": dataclasses.replace(
+        PRESETS["finetune"], init_from="gpt2", data=Path("data/tiny_pushkin_gpt2"), max_steps=100, sample_prompt="Я вас любил"),
+}
+IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run stops
 
 
 def main(argv: list[str]):
@@ -161,55 +168,139 @@ def train(config: TrainConfig, world: ddp.World):
     if config.dry_run:
         return
     examples = hellaswag_examples(config, world)
-    model.to(world.device)
-    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
-    if resume_step is not None:
-        resume(run, resume_step, config, model, optimizers)
-    log = Log(run, config, resume_step, world) if world.is_main else None
-    if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
-        model.compile()  # in place: parameters keep their names, and model.hidden stays the plain one
-    ddp_model = ddp.wrap(model, world)
-
-    start = resume_step or 0
-    batches = train_loader.batches(start, config.max_steps, world.device)
-    bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=not world.is_main)
-    seconds, tokens = 0.0, 0  # of training alone, since the last line of the log
-    for step in range(start, config.max_steps + 1):  # `step` updates have been taken
-        is_last = step == config.max_steps
-        save_due = step > 0 and (step % config.save_every == 0 or is_last)
-        if step != resume_step:  # a checkpoint's step was measured before it was saved
-            if save_due or step % config.eval_every == 0:
-                val_loss = evaluate(model, val_loader, tokenizer.vocab_size, config, world)
-                accuracy = score_hellaswag(model, tokenizer, examples, config, world) if examples else {}
-                if log:
-                    log.metrics(step=step, val_loss=val_loss, **accuracy)
-            if log and (is_last or step % config.sample_every == 0):
-                log.sample(step, config.sample_prompt, draw_sample(model, tokenizer, config))
-            if log and save_due:
-                checkpoint.save(run, step, model, optim.named_state(model, optimizers), tokenizer, identity(config), val_loss)
-        if is_last:
-            break
-        began = time.perf_counter()
-        x, y = next(batches)
-        loss, grad_norm, lr = update(ddp_model, optimizers, x, y, step, config, world)
-        tokens += config.batch_tokens
-        if (step + 1) % config.log_every:
-            seconds += time.perf_counter() - began
-        else:
-            loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size  # only here does a step wait for its numbers
-            if not math.isfinite(loss):
-                raise UserError(f"The loss of step {step + 1} is {loss}: the run has diverged. Start another with a lower "
-                                "--learning-rate, or name this one's last good model.")
-            speed = tokens / (seconds + time.perf_counter() - began)
-            seconds, tokens = 0.0, 0
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
-            if log:
-                log.metrics(step=step + 1, train_loss=loss, grad_norm=grad_norm.item(), learning_rate=lr,
-                            tokens_per_s=round(speed))
-        bar.update()
-    bar.close()
+    with runs.locked(run) if world.is_main else contextlib.nullcontext(), runs.StopSignals() as signals:
+        model.to(world.device)
+        optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
+        measured = resume_step is not None and resume(run, resume_step, config, model, optimizers)
+        log = runs.Log(run, described(config), resume_step, device=ddp.device_name(world.device), processes=world.size) \
+            if world.is_main else None
+        if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
+            model.compile()  # in place: parameters keep their names, and model.hidden stays the plain one
+        trained = Trained(config, world, run, log, model, ddp.wrap(model, world), tokenizer, optimizers)
+        loop(trained, train_loader.batches(resume_step or 0, config.max_steps, world.device), val_loader, examples,
+             resume_step or 0, measured, signals)
     if world.is_main:
         print(f"{run} is complete at step {config.max_steps}: python app.py --model {run}")
+
+
+@dataclasses.dataclass
+class Trained:
+    """What a run works with from its first step to its last; the log is the main process's alone."""
+    config: TrainConfig
+    world: ddp.World
+    run: Path
+    log: runs.Log | None
+    model: GPT
+    ddp_model: torch.nn.Module
+    tokenizer: Tokenizer
+    optimizers: list[torch.optim.Optimizer]
+
+
+def loop(t: Trained, batches, val_loader: DataLoader, examples, start: int, measured: bool, signals: runs.StopSignals):
+    """Steps from `start` on; whether that step was `measured` before it was saved. At a signal all ranks stop at one step, which
+    is saved, and exit as the signal would have made them."""
+    meter, agreement = Meter(t), Agreement(t.world, signals)
+    with tqdm(total=t.config.max_steps, initial=start, unit="step", disable=not t.world.is_main) as bar:
+        for step in range(start, t.config.max_steps + 1):  # `step` updates have been taken
+            if number := agreement.stop(step):
+                if step > start:
+                    save(t, step, None)
+                ddp.sum_over_ranks(t.world, 0)  # a process that left earlier would bring the saving one down
+                sys.exit(128 + number)
+            if step > start or not measured:
+                measure_and_save(t, val_loader, examples, step)
+            if step == t.config.max_steps:
+                return
+            meter.start()
+            x, y = next(batches)
+            meter.add(step, *update(t, x, y, step), bar)
+            bar.update()
+
+
+def measure_and_save(t: Trained, val_loader: DataLoader, examples, step: int):
+    """What is due after `step` updates: validation, HellaSwag, a sample, a checkpoint."""
+    config, is_last = t.config, step == t.config.max_steps
+    save_due = step > 0 and (step % config.save_every == 0 or is_last)
+    if save_due or step % config.eval_every == 0:
+        val_loss = evaluate(t.model, val_loader, t.tokenizer.vocab_size, config, t.world)
+        accuracy = score_hellaswag(t.model, t.tokenizer, examples, config, t.world) if examples else {}
+        if t.log:
+            t.log.metrics(step=step, val_loss=val_loss, **accuracy)
+    if t.log and (is_last or step % config.sample_every == 0):
+        t.log.sample(step, config.sample_prompt, draw_sample(t.model, t.tokenizer, config))
+    if save_due:
+        save(t, step, val_loss)
+
+
+def save(t: Trained, step: int, val_loss: float | None):
+    """Writes a checkpoint; val_loss is None where the step was not measured. A full disk costs this checkpoint, not the run."""
+    if not t.log:
+        return
+    try:
+        checkpoint.save(t.run, step, t.model, optim.named_state(t.model, t.optimizers), t.tokenizer, identity(t.config), val_loss)
+    except checkpoint.NotSaved as error:
+        if val_loss is None or step == t.config.max_steps:  # nothing comes after
+            raise UserError(f"{error}: make room, and the same command goes on from the checkpoint before it.") from None
+        runs.warn(f"{error}; the run goes on, and the checkpoint before it is whole")
+
+
+class Meter:
+    """Reads loss, speed and skipped updates off the device every `log_every` steps, where alone a step waits for its numbers."""
+
+    def __init__(self, t: Trained):
+        self.t, self.seconds, self.tokens = t, 0.0, 0  # of training alone, since the last line of the log
+        self.in_a_row, self.longest, self.skipped = (torch.zeros((), dtype=torch.int64, device=t.world.device) for _ in range(3))
+
+    def start(self):
+        self.began = time.perf_counter()
+
+    def add(self, step: int, loss, grad_norm, lr: float, bar: tqdm):
+        """Takes in what update `step`, counted from 0, returned."""
+        bad = ~grad_norm.isfinite()
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+        config, world = self.t.config, self.t.world
+        self.tokens += config.batch_tokens
+        if (step + 1) % config.log_every:
+            self.seconds += time.perf_counter() - self.began
+            return
+        loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
+        speed = self.tokens / (self.seconds + time.perf_counter() - self.began)
+        skipped = {"skipped": self.skipped.item()} if self.skipped.item() else {}
+        if self.t.log:
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            self.t.log.metrics(step=step + 1, train_loss=loss if math.isfinite(loss) else None, grad_norm=grad_norm.item(),
+                               learning_rate=lr, tokens_per_s=round(speed), **skipped)
+            if skipped:
+                runs.warn(f"step {step + 1}: {skipped['skipped']} of the last updates had no finite gradient and were skipped")
+        if self.longest >= IN_A_ROW:
+            good = checkpoint.saved_steps(self.t.run)
+            kept = f"the last checkpoint is of step {good[-1]}" if good else "no checkpoint was saved"
+            raise UserError(f"The run has diverged: by step {step + 1}, {IN_A_ROW} gradients in a row were not finite; {kept}. "
+                            "Start another with a lower --learning-rate.")
+        self.seconds, self.tokens = 0.0, 0
+        self.skipped.zero_()
+
+
+class Agreement:
+    """Whether all ranks stop, asked about every two seconds: a signal may reach one alone, and they must stop at one step."""
+
+    def __init__(self, world: ddp.World, signals: runs.StopSignals):
+        self.world, self.signals, self.asked, self.next = world, signals, None, 0
+
+    def stop(self, step: int) -> int:
+        """The signal after which every rank stops at this step, or 0."""
+        if self.world.size == 1:
+            return self.signals.received
+        if step < self.next:
+            return 0
+        now, received = time.perf_counter(), self.signals.received
+        last_step, last = self.asked or (step, now)
+        seconds, terminated, interrupted = ddp.sum_over_ranks(
+            self.world, (now - last) / self.world.size, received == signal.SIGTERM, received == signal.SIGINT)
+        self.asked, self.next = (step, now), step + max(1, int(2 * (step - last_step) / seconds) if seconds else 1)
+        return signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -290,8 +381,9 @@ def plan(config: TrainConfig, model: GPT, train_loader: DataLoader, val_loader: 
             f"{len(val_loader.shards):,} for validation")
 
 
-def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) -> None:
-    """Puts model and optimizers where the checkpoint of `step` left them; refuses another configuration."""
+def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) -> bool:
+    """Puts model and optimizers where the checkpoint of `step` left them; refuses another configuration. Whether that step was
+    measured: one that a signal had saved was not."""
     saved, optimizer_state, saved_config = checkpoint.load_state(run, step)
     for name, value in identity(config).items():
         if saved_config.get(name) != value:
@@ -299,6 +391,7 @@ def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) ->
                             "go on as it was started, or give this run another name with --run.")
     model.load_state_dict(saved["model"])
     optim.load_named_state(model, optimizers, optimizer_state)
+    return saved["val_loss"] is not None
 
 
 # What may differ when a run goes on: where it runs and what is shown, not what is computed.
@@ -311,6 +404,12 @@ def identity(config: TrainConfig) -> dict:
     shards = "".join(shard["sha256"] for shard in read_manifest(config.data).get("shards", ()))
     data = hashlib.sha256(shards.encode()).hexdigest()[:16] if shards else str(config.data)
     return {**{name: value for name, value in plain(config).items() if name not in INCIDENTAL}, "data": data}
+
+
+def described(config: TrainConfig) -> dict:
+    """The run's config.json: its configuration, and what its data are."""
+    manifest = read_manifest(config.data)
+    return {**plain(config), "corpus": {name: manifest[name] for name in ("source", "documents", "tokens") if name in manifest}}
 
 
 def plain(config: TrainConfig) -> dict:
@@ -336,12 +435,13 @@ def hellaswag_examples(config: TrainConfig, world: ddp.World) -> list[dict] | No
 # ----------------------------------------------------------------------------------------------------------------
 # A step, and what is measured between steps
 
-def update(ddp_model, optimizers, x, y, step: int, config: TrainConfig, world: ddp.World):
-    """One update from this rank's sequences x, y (B / world, T).
+def update(t: Trained, x, y, step: int):
+    """One update from this rank's sequences x, y (B / world, T); none, alike on all ranks, where the gradient is not finite.
 
     Returns this rank's mean loss and the norm of the gradient before clipping, both still on the device, and the
     learning rate.
     """
+    config, world, ddp_model, optimizers = t.config, t.world, t.ddp_model, t.optimizers
     ddp_model.train()
     torch.manual_seed(ddp.seed_of(config.seed, step, world.rank))  # dropout
     loss = torch.zeros((), device=world.device)
@@ -359,6 +459,7 @@ def update(ddp_model, optimizers, x, y, step: int, config: TrainConfig, world: d
                              warmup_steps=config.warmup_steps, max_steps=config.max_steps)
     optim.set_learning_rate(optimizers, lr)
     for optimizer in optimizers:
+        optimizer.found_inf = (~grad_norm.isfinite()).float()  # the optimizer looks at it on the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm, lr
@@ -400,43 +501,6 @@ def draw_sample(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:
     engine = Engine(model, tokenizer, dtype="float32")
     return config.sample_prompt + engine.generate(engine.encode(config.sample_prompt)[0], max_new_tokens=200,
                                                   temperature=0.8, top_k=200, seed=config.seed)[0]
-
-
-class Log:
-    """A run's config.json, metrics.jsonl and samples.jsonl. Lines are only ever appended: resuming says so in a line
-    of its own, and readers drop what the earlier attempt wrote beyond that step."""
-
-    def __init__(self, run: Path, config: TrainConfig, resume_step: int | None, world: ddp.World):
-        self.run = run
-        machine = {"device": ddp.device_name(world.device), "processes": world.size}
-        run.mkdir(parents=True, exist_ok=True)
-        if resume_step is None:
-            for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
-                (run / name).unlink(missing_ok=True)  # of an attempt that saved no checkpoint
-            manifest = read_manifest(config.data)
-            corpus = {name: manifest[name] for name in ("source", "documents", "tokens") if name in manifest}
-            write_json(run / "config.json", {**plain(config), "corpus": corpus})
-            self.append("metrics.jsonl", event="start", step=0, **machine)
-            return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if not (run / name).read_bytes().endswith(b"\n"):  # the end of the run cut its last line off
-                with open(run / name, "a") as file:
-                    file.write("\n")
-            self.append(name, event="resume", step=resume_step, **machine)
-
-    def metrics(self, **values):
-        self.append("metrics.jsonl", **values)
-        if "val_loss" in values:
-            accuracy = f", HellaSwag {values['hellaswag']:.4f}" if values.get("hellaswag") is not None else ""
-            tqdm.write(f"step {values['step']}: validation loss {values['val_loss']:.4f}{accuracy}")
-
-    def sample(self, step: int, prompt: str, text: str):
-        self.append("samples.jsonl", step=step, prompt=prompt, text=text)
-        tqdm.write(f"step {step}: {text}\n")
-
-    def append(self, name: str, **line):
-        with open(self.run / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **line}, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

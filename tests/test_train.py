@@ -15,6 +15,7 @@ import checkpoint
 import hellaswag
 import prepare
 import publish
+import runs
 import train
 from dataloader import DataLoader
 from ddp import World
@@ -81,7 +82,7 @@ def test_a_run_learns_and_leaves_what_the_contract_names(data, tmp_path):
     assert val_losses[-1] < val_losses[0] - 1
     assert metrics(run, "step", "train_loss")[0][0] == 1
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.jsonl", "best.json", "model_00150.pt", "model_00200.pt",
+        "config.json", "metrics.jsonl", "samples.jsonl", "best.json", "run.lock", "model_00150.pt", "model_00200.pt",
         "state_00150", "state_00200"}
     saved = torch.load(run / "model_00200.pt", weights_only=True)
     assert set(saved) == {"format", "model", "config", "tokenizer", "step", "val_loss"}
@@ -144,6 +145,75 @@ def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(data, tmp_
         file.write('{"step": 99, "tra')  # torn while being written
     train_here(*arguments, "--run", "killed")
     assert_same_run(run, tmp_path / "log" / "whole", tolerance=0, last_step=400)
+
+
+@pytest.mark.parametrize(("number", "launcher"), [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, TWO_RANKS)])
+def test_a_signal_saves_the_step_and_the_run_goes_on_as_if_there_had_been_none(data, tmp_path, number, launcher):
+    arguments = [str(a) for a in ("shakespeare-char", *TINY, "--max-steps", 200, "--dropout", 0.2 * (not launcher),
+                                  "--save-every", 1000)]
+    train_here(*arguments, "--run", "whole")
+    run = tmp_path / "log" / "stopped"
+    process = subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", *arguments, "--run", "stopped"], cwd=tmp_path,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    while process.poll() is None and len((run / "metrics.jsonl").read_text().splitlines()) < 30:
+        time.sleep(0.01)
+    process.send_signal(number)
+    code = process.wait(timeout=60)
+    assert code == 128 + number or (launcher and code), "it was to be stopped on its way"
+    (step,) = checkpoint.saved_steps(run)
+    assert 0 < step < 200 and checkpoint.newest(run) == step
+    assert torch.load(run / f"model_{step:05d}.pt")["val_loss"] is None
+    train_here(*arguments, "--run", "stopped")
+    assert_same_run(run, tmp_path / "log" / "whole", tolerance=2e-3 if launcher else 0, last_step=200)
+
+
+def test_a_run_that_another_process_trains_is_left_alone(data, tmp_path, command):
+    with runs.locked(tmp_path / "log" / "shakespeare-char"):
+        done = command("train.py", "shakespeare-char", *TINY, check=False)
+    assert done.returncode == 2 and "Another process trains" in done.stderr
+    assert {path.name for path in (tmp_path / "log" / "shakespeare-char").iterdir()} == {"run.lock"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_five_in_a_row_end_the_run(data, tmp_path, monkeypatch, optimizer):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, limit):
+        parameters = list(parameters)
+        calls.append(None)
+        if len(calls) in bad:
+            parameters[0].grad[0, 0] = float("nan")
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    arguments = ["shakespeare-char", *TINY, "--optimizer", optimizer, "--save-every", 1]
+    bad = {2}
+    train_here(*arguments, "--max-steps", 2, "--run", "two")
+    for name, weight in weights(tmp_path / "log" / "two", 1).items():
+        assert torch.equal(weight, weights(tmp_path / "log" / "two", 2)[name]), name
+    state_one, state_two = (checkpoint.load_state(tmp_path / "log" / "two", step)[1] for step in (1, 2))
+    assert all(torch.equal(state_one[name], state_two[name]) for name in state_one)
+    assert metrics(tmp_path / "log" / "two", "step", "skipped") == [(2, 1)]
+    calls.clear()
+    bad = {2, 4, 5, 6, 7, 8}
+    with pytest.raises(UserError, match=r"diverged: by step 8.*checkpoint is of step 7"):
+        train_here(*arguments, "--max-steps", 20, "--run", "many")
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, command):
+    """A limit on the size of a file, which the model is over from its start, stands for it."""
+    limited = ("-c", "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv = sys.argv[1:]; "
+               "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')")
+    run = tmp_path / "log" / "shakespeare-char"
+    done = command("train.py", "shakespeare-char", *TINY, launcher=limited, check=False)
+    assert done.returncode == 2 and done.stderr.count("the run goes on") == 2  # of the steps 2 and 4
+    assert "step 6 could not be written" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not checkpoint.saved_steps(run) and not list(run.glob("*.tmp"))
+    train_here("shakespeare-char", *TINY)  # there is room again
+    assert checkpoint.newest(run) == 6
 
 
 def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
@@ -274,6 +344,12 @@ def test_only_matrices_decay_and_every_parameter_has_one_optimizer():
         groups = [group for optimizer in build_optimizers(model, name, 0.1, (0.9, 0.95)) for group in optimizer.param_groups]
         assert all((p.dim() == 2) == (group["weight_decay"] == 0.1) for group in groups for p in group["params"])
         assert sorted(map(id, model.parameters())) == sorted(id(p) for group in groups for p in group["params"])
+
+
+def test_wsd_stays_and_then_falls_in_a_straight_line():
+    rates = [learning_rate(step, peak=1.0, schedule="wsd", warmup_steps=10, max_steps=100, min_ratio=0.1) for step in range(101)]
+    assert rates[9] == 1 and set(rates[10:80]) == {1.0}
+    assert rates[90] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor():
