@@ -179,3 +179,7 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int) -> int:
+        """FLOPs of forward and backward for a token of a sequence of T: 6·N + 12·L·H·Q·T (PaLM, arXiv 2204.02311, appendix B)."""
+        return 6 * self.num_parameters() + 12 * self.config.n_layer * self.config.n_embd * T

@@ -30,6 +30,7 @@ import hellaswag
 import optim
 import runs
 from dataloader import DataLoader
+from devices import find_device
 from errors import UserError, one_sentence
 from generate import Engine
 from model import GPT, GPTConfig
@@ -249,6 +250,8 @@ class Meter:
 
     def __init__(self, t: Trained):
         self.t, self.seconds, self.tokens = t, 0.0, 0  # of training alone, since the last line of the log
+        self.device = find_device(ddp.device_name(t.world.device))
+        self.flops_per_token = t.model.flops_per_token(t.config.block_size)
         self.in_a_row, self.longest, self.skipped = (torch.zeros((), dtype=torch.int64, device=t.world.device) for _ in range(3))
 
     def start(self):
@@ -267,11 +270,13 @@ class Meter:
             return
         loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
         speed = self.tokens / (self.seconds + time.perf_counter() - self.began)
+        mfu = {"mfu": speed * self.flops_per_token / (world.size * self.device.flops)} if self.device else {}
         skipped = {"skipped": self.skipped.item()} if self.skipped.item() else {}
         if self.t.log:
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            shares = f"MFU {100 * mfu['mfu']:.0f}%" if mfu else "MFU n/a"
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, {shares}", refresh=False)
             self.t.log.metrics(step=step + 1, train_loss=loss if math.isfinite(loss) else None, grad_norm=grad_norm.item(),
-                               learning_rate=lr, tokens_per_s=round(speed), **skipped)
+                               learning_rate=lr, tokens_per_s=round(speed), **mfu, **skipped)
             if skipped:
                 runs.warn(f"step {step + 1}: {skipped['skipped']} of the last updates had no finite gradient and were skipped")
         if self.longest >= IN_A_ROW:

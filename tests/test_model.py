@@ -153,3 +153,8 @@ def test_a_packed_model_computes_what_the_model_does_and_leaves_it_as_it_was():
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(w, before[name]) for name, w in after.items())
     assert packed(model.bfloat16()) is model  # nothing to gain
+
+
+def test_the_flops_of_a_token_are_those_the_design_counts():
+    with torch.device("meta"):
+        assert GPT(GPTConfig()).flops_per_token(1024) == 6 * 124_439_808 + 12 * 12 * 12 * 64 * 1024

@@ -12,6 +12,7 @@ from conftest import PROSE, ROOT, tiny_gpt
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import ddp
 import hellaswag
 import prepare
 import publish
@@ -167,6 +168,14 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_as_if_there_had_been_none(d
     assert torch.load(run / f"model_{step:05d}.pt")["val_loss"] is None
     train_here(*arguments, "--run", "stopped")
     assert_same_run(run, tmp_path / "log" / "whole", tolerance=2e-3 if launcher else 0, last_step=200)
+
+
+def test_the_share_of_a_known_devices_peak_is_logged(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ddp, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    train_here("shakespeare-char", *TINY)
+    for tokens_per_s, mfu in metrics(tmp_path / "log" / "shakespeare-char", "tokens_per_s", "mfu"):
+        n = checkpoint.load_model("log/shakespeare-char")[2]["parameters"]
+        assert mfu == pytest.approx(tokens_per_s * (6 * n + 12 * 1 * 16 * 16) / 312e12, rel=1e-3)
 
 
 def test_a_run_that_another_process_trains_is_left_alone(data, tmp_path, command):
