@@ -164,11 +164,11 @@ def train(config: TrainConfig, world: ddp.World):
     train_loader = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
                               config.seed, world.rank, world.size, config.order)
     val_loader = DataLoader(config.data, "val", 1, config.block_size)
+    examples = None if config.dry_run and config.hellaswag == "auto" else hellaswag_examples(config, world)
     if world.is_main:
         print(plan(config, model, train_loader, val_loader, world))
     if config.dry_run:
         return
-    examples = hellaswag_examples(config, world)
     with runs.locked(run) if world.is_main else contextlib.nullcontext(), runs.StopSignals() as signals:
         model.to(world.device)
         optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
@@ -427,8 +427,9 @@ def hellaswag_examples(config: TrainConfig, world: ddp.World) -> list[dict] | No
     if config.hellaswag == "none":
         return None
     try:
-        examples = hellaswag.read_examples(Path(config.hellaswag) if config.hellaswag != "auto" else hellaswag.download())
-    except UserError as error:
+        examples = hellaswag.read_examples(
+            Path(config.hellaswag) if config.hellaswag != "auto" else hellaswag.download("--hellaswag"))
+    except (UserError, OSError) as error:
         if config.hellaswag != "auto":
             raise
         examples = None

@@ -13,7 +13,8 @@ from ddp import World
 from errors import UserError
 from files import sha256
 from formats import save_huggingface
-from hellaswag import evaluate, perplexity, read_examples
+from hellaswag import evaluate, read_examples
+from likelihood import perplexity
 from model import GPT, GPTConfig
 from tokenizer import CharTokenizer, load_tokenizer
 
@@ -154,6 +155,54 @@ def test_an_ending_without_tokens_is_never_chosen_and_an_empty_context_begins_wi
     assert choices["nanogpt"]["predictions"][0] != 0 and choices["harness"]["predictions"][0] != 0
 
 
+def test_equal_endings_are_equally_likely_and_the_first_is_chosen(gpt, gpt2):
+    e = {**EXAMPLES[0], "endings": ["waits for the wind.", "sings.", "waits for the wind.", "waits for the wind."]}
+    for protocol in "nanogpt", "harness":
+        result = evaluate(gpt, gpt2, [e], protocol)[protocol]
+        assert len({result["logprobs"][0][i] for i in (0, 2, 3)}) == 1 and result["predictions"][0] in (0, 1)
+
+
+def test_an_ending_longer_than_the_model_reads_is_scored_whole_in_windows(gpt2):
+    gpt, long = tiny_gpt(vocab_size=50304, block_size=16), " ".join(PROSE.split()[:60])
+    e = {**EXAMPLES[0], "endings": [long, "a", "b", "c"]}
+    total, ids = 0.0, gpt2.encode(e["ctx"]) + gpt2.encode(" " + long)
+    start = done = len(gpt2.encode(e["ctx"]))
+    while done < len(ids):
+        stop = min(max(done + 8, 17), len(ids))
+        window = torch.tensor([ids[max(0, stop - 17):stop]])
+        logprobs = gpt(window[:, :-1])[0][0, :, :50257].log_softmax(-1).gather(1, window[0, 1:, None])
+        total, done = total + logprobs[done - stop:].sum().item(), stop
+    assert start > 8 and evaluate(gpt, gpt2, [e], "nanogpt")["nanogpt"]["logprobs"][0][0] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("endings", [["", "", ""], ["a", "b", "c"], ["ж", "ж", "я"]])
+@pytest.mark.parametrize("context", ["", "ж", "a"])
+def test_examples_that_leave_nothing_to_score_are_scored_as_nothing(endings, context):
+    e = {**EXAMPLES[0], "ctx": context, "ctx_a": context, "ctx_b": "", "endings": endings, "activity_label": ""}
+    result = evaluate(tiny_gpt(vocab_size=26), CharTokenizer("abcdefghijklmnopqrstuvwxyz"), [e, EXAMPLES[0]])
+    assert all(len(result[protocol]["logprobs"][0]) == 3 for protocol in result)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_lower_precision_no_token_is_likelier_than_certain(gpt, gpt2, dtype):
+    exact = evaluate(gpt, gpt2, EXAMPLES, "nanogpt")["nanogpt"]["logprobs"]
+    sure = torch.tensor(evaluate(gpt.to(dtype), gpt2, EXAMPLES, "nanogpt")["nanogpt"]["logprobs"])
+    assert (sure < 0).all()
+    torch.testing.assert_close(sure, torch.tensor(exact), rtol=0.02, atol=0.5)
+
+
+def test_scoring_under_autocast_and_an_early_end_leave_the_model_as_it_was(gpt, gpt2):
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluate(gpt, gpt2, EXAMPLES[:2], "nanogpt")
+    gpt.train()
+    gpt.transformer.h[0].eval()
+    with torch.no_grad():
+        gpt.transformer.ln_f.bias[0] = float("nan")
+    with pytest.raises(UserError, match="not numbers"):
+        evaluate(gpt, gpt2, EXAMPLES)
+    assert gpt.training and not gpt.transformer.h[0].training and gpt.transformer.h[1].training
+
+
 def test_examples_without_labels_are_predicted_and_not_counted(gpt, gpt2):
     unlabelled = [{**e, "label": None} for e in EXAMPLES[:3]] + EXAMPLES[3:]
     with_labels, without = (evaluate(gpt, gpt2, them, "nanogpt")["nanogpt"] for them in (EXAMPLES, unlabelled))
@@ -171,13 +220,18 @@ def test_files_are_read_plain_and_gzipped_and_a_malformed_line_is_named(tmp_path
     whole = lines[2]
     for damaged in (whole[:40], "[]", "7", json.dumps({"ctx": "a"}), json.dumps({**EXAMPLES[2], "label": 4}),
                     json.dumps({**EXAMPLES[2], "endings": []}), json.dumps({**EXAMPLES[2], "ctx_b": None}),
-                    json.dumps({**EXAMPLES[2], "endings": ["a", 3]}), json.dumps({**EXAMPLES[2], "label": "x"})):
+                    json.dumps({**EXAMPLES[2], "endings": ["a", 3]}), json.dumps({**EXAMPLES[2], "label": "x"}),
+                    json.dumps({**EXAMPLES[2], "endings": "abcd"}), json.dumps({**EXAMPLES[2], "label": 1.7}), "[" * 100_000,
+                    json.dumps({**EXAMPLES[2], "label": float("inf")}), json.dumps({**EXAMPLES[2], "label": True})):
         (tmp_path / "b.jsonl").write_text("\n".join([*lines[:2], damaged, *lines[3:]]), encoding="utf-8")
         with pytest.raises(UserError, match=r"Line 3 of .*b.jsonl"):
             read_examples(tmp_path / "b.jsonl")
     (tmp_path / "c.jsonl.gz").write_bytes((tmp_path / "a.jsonl.gz").read_bytes()[:200])
     (tmp_path / "d.jsonl").write_bytes(b"")
-    for name, sentence in ("c.jsonl.gz", "damaged"), ("d.jsonl", "no examples"):
+    damaged = bytearray((tmp_path / "a.jsonl.gz").read_bytes())
+    damaged[300:330] = b"x" * 30
+    (tmp_path / "e.jsonl.gz").write_bytes(damaged)
+    for name, sentence in ("c.jsonl.gz", "damaged"), ("d.jsonl", "no examples"), ("e.jsonl.gz", "damaged"):
         with pytest.raises(UserError, match=sentence):
             read_examples(tmp_path / name)
 
@@ -214,15 +268,19 @@ def test_the_command_prints_the_figures_beside_the_published_ones(command, tmp_p
     (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
     done = command("hellaswag.py", "-m", "bundled", "-d", "cpu", "--data", "h.jsonl", "--limit", 5, "--show", 1,
                    "--json", "h.json")
-    for said in "0.2955", "0.5089", "0.337", "do not compare", "runs backwards while", "predicted", "seconds":
+    for said in "0.2955", "0.5089", "0.337", "do not compare", "runs backwards while", "predicted", "seconds", "alphabet lacks":
         assert said in done.stdout
     written = json.loads((tmp_path / "h.json").read_text())
     assert written["nanogpt"]["n"] == 5 and len(written["harness"]["predictions"]) == 5
     assert f"{written['nanogpt']['acc_norm']:.4f}" in done.stdout
     (tmp_path / "t.txt").write_text(PROSE)
+    (tmp_path / "h.bin").write_bytes(b"\xff\xfe\x00")
     assert "bits_per_byte" in command("hellaswag.py", "-m", "bundled", "--text", "t.txt").stdout
     for arguments, sentence in ((["--data", "none.jsonl"], "none.jsonl"), (["--data", "h.jsonl", "--limit", "0"], "at least 1"),
-                                (["--text", "none.txt"], "none.txt")):
+                                (["--text", "none.txt"], "none.txt"), (["--text", "h.bin"], "not UTF-8"),
+                                (["--data", "h.jsonl", "--json", "no/h.json"], "a folder that there is"),
+                                (["--data", "h.jsonl", "--stride", "3"], "belongs to --text"),
+                                (["--text", "t.txt", "--limit", "3"], "leave --data")):
         done = command("hellaswag.py", "-m", "bundled", *arguments, check=False)
         assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
 
