@@ -19,7 +19,7 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
-from devices import find_device
+from devices import KG_CO2E_PER_KWH, find_device
 from errors import UserError, one_sentence
 from files import read_json
 
@@ -30,8 +30,6 @@ CURVES = {"allenporter/nano-gpt": ("allenporter_nano-gpt.csv", 2**19), "samkeet/
 
 # Published models, as build-nanogpt's notebook and the GPT-3 paper (arXiv 2005.14165) state them.
 LINES = {"loss": {"OpenAI's GPT-2 124M": 3.2924}, "hellaswag": {"OpenAI's GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}}
-
-KG_CO2E_PER_KWH = 0.473  # of the world's electricity in 2024: Ember, Global Electricity Review 2025
 
 
 # ----------------------------------------------------------------------------------------------------------------

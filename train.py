@@ -10,14 +10,11 @@ on where the run stopped.
 """
 import contextlib
 import dataclasses
-import hashlib
 import math
-import re
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,119 +25,18 @@ import checkpoint
 import ddp
 import hellaswag
 import optim
+import plan
 import runs
 from dataloader import DataLoader
 from devices import find_device
 from errors import UserError, one_sentence
 from generate import Engine
 from model import GPT, GPTConfig
-from shards import read_manifest, read_tokenizer
+from presets import PRESETS, TrainConfig, check, described, identity
+from shards import read_tokenizer
 from sources import NAMED_TEXTS
 from tokenizer import Tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A run: its data, its model, its optimization, what is measured on the way."""
-
-    data: Path = Path("edu_fineweb10B")
-    """Folder of token shards, as prepare.py writes it."""
-    run: str = ""
-    """The run is the folder log/<run>; the preset's name when not given."""
-    resume: Literal["auto", "none"] = "auto"
-    """auto goes on from the run's newest checkpoint; none starts, and refuses a folder that holds a run."""
-    init_from: str | None = None
-    """A model to start from, under any of its names; its sizes are then the model's."""
-    order: Literal["shuffled", "sequential"] = "shuffled"
-    """Of the sequences: a new permutation each epoch, or as they stand in the text."""
-    seed: int = 1337
-
-    # The model
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    block_size: int = 1024
-    """Tokens of context, in the model and in a training sequence."""
-    vocab_size: int | None = None
-    """The tokenizer's when not given."""
-    dropout: float = 0.0
-
-    # The batch
-    batch_tokens: int = 2**19
-    """Tokens a step, over all processes and micro-batches."""
-    micro_batch: int = 64
-    """Sequences a process takes at a time; gradients accumulate until its share of the batch is done."""
-
-    # The optimization
-    max_steps: int = 19_073
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 6e-4
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 715
-    min_lr_ratio: float = 0.1
-    """The end of cosine and wsd, as a share of the learning rate."""
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 leaves it as it is."""
-
-    # What is measured, shown and kept, in steps
-    eval_every: int = 250
-    eval_tokens: int = 20 * 2**19
-    """At most this many validation tokens are scored each time, the first of the split."""
-    hellaswag: str = "none"
-    """Score HellaSwag with each validation: a .jsonl or .jsonl.gz of its examples; auto downloads them; none does not."""
-    sample_every: int = 250
-    save_every: int = 1000
-    log_every: int = 10
-    sample_prompt: str = "Hello, I'm a language model,"
-
-    # The machine
-    device: str = "auto"
-    """auto, cuda, mps or cpu."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the matrix products, under autocast; auto is bfloat16 on CUDA. The weights are float32."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the model with torch.compile; auto does on CUDA."""
-    dry_run: bool = False
-    """Print what the run would be, and stop."""
-
-
-# GPT-3 paper, table 2.1 and appendix B: 0.5M tokens a batch, 6e-4, betas 0.9 and 0.95, clip 1.0, decay 0.1; its warm-up
-# of 375M tokens is 715 steps, and 19,073 steps are 10B tokens.
-GPT2_124M = TrainConfig(vocab_size=50_304, hellaswag="auto")
-
-# nanoGPT's baby GPT (with biases), 5000 steps of 64 x 256 characters.
-SHAKESPEARE_CHAR = TrainConfig(
-    data=Path("data/tiny_shakespeare_char"), n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
-    batch_tokens=64 * 256, max_steps=5000, learning_rate=1e-3, warmup_steps=100, beta2=0.99,
-    eval_every=250, sample_every=500, save_every=500, sample_prompt="\n")
-
-# The same text for two CPU cores, where small batches and Muon bring the loss down soonest.
-SHAKESPEARE_CHAR_CPU = dataclasses.replace(
-    SHAKESPEARE_CHAR, n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_tokens=16 * 128, micro_batch=16,
-    max_steps=1000, optimizer="muon", learning_rate=4e-3, warmup_steps=40, min_lr_ratio=0.02)
-
-PRESETS = {
-    "gpt2-124m": GPT2_124M,
-    "shakespeare-char": SHAKESPEARE_CHAR,
-    "shakespeare-char-cpu": SHAKESPEARE_CHAR_CPU,
-    "shakespeare-bundled": dataclasses.replace(  # assets/bundled/shakespeare, under 4 MB in float16
-        SHAKESPEARE_CHAR_CPU, n_head=6, n_embd=192, block_size=256, batch_tokens=8 * 256, micro_batch=8,
-        dropout=0.1, max_steps=4500, learning_rate=3e-3, warmup_steps=100),
-    "pushkin-char": dataclasses.replace(SHAKESPEARE_CHAR, data=Path("data/tiny_pushkin_char")),
-    "finetune": TrainConfig(
-        data=Path("data/finetune"), init_from="bundled", batch_tokens=32 * 1024, micro_batch=8, max_steps=200,
-        learning_rate=3e-5, schedule="constant", warmup_steps=0, dropout=0.1, eval_every=20, sample_every=100,
-        save_every=100),
-}
-PRESETS |= {  # two epochs, as nanoGPT's, and three
-    "finetune-shakespeare": dataclasses.replace(
-        PRESETS["finetune"], init_from="gpt2", data=Path("data/tiny_shakespeare_gpt2"), max_steps=20, eval_every=5),
-    "finetune-pushkin": dataclasses.replace(
-        PRESETS["finetune"], init_from="gpt2", data=Path("data/tiny_pushkin_gpt2"), max_steps=100, sample_prompt="Я вас любил"),
-}
 IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run stops
 
 
@@ -152,6 +48,11 @@ def main(argv: list[str]):
     config = tyro.cli(TrainConfig, args=argv, default=default, prog=f"train.py {preset}",
                       description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. The defaults below are {preset}'s.")
     check(config)
+    if config.dry_run and not config.data.is_dir() and config.vocab_size and not config.init_from:
+        with torch.device("meta"):
+            model = GPT(sizes_of(config, config.vocab_size))
+        print(plan.describe(config, model, None, None, ddp.pick_device(config.device).type, 1))
+        return
     with ddp.join_world(config.device) as world:
         train(config, world)
 
@@ -166,7 +67,7 @@ def train(config: TrainConfig, world: ddp.World):
     val_loader = DataLoader(config.data, "val", 1, config.block_size)
     examples = None if config.dry_run and config.hellaswag == "auto" else hellaswag_examples(config, world)
     if world.is_main:
-        print(plan(config, model, train_loader, val_loader, world))
+        print(plan.describe(config, model, train_loader, val_loader, ddp.device_name(world.device), world.size))
     if config.dry_run:
         return
     with runs.locked(run) if world.is_main else contextlib.nullcontext(), runs.StopSignals() as signals:
@@ -311,19 +212,6 @@ class Agreement:
 # ----------------------------------------------------------------------------------------------------------------
 # Setting up
 
-def check(config: TrainConfig):
-    """Raises UserError for a value that no run can have."""
-    for name in ("batch_tokens", "micro_batch", "block_size", "eval_every", "eval_tokens", "sample_every", "save_every",
-                 "log_every", "max_steps"):
-        if getattr(config, name) < (name != "max_steps"):
-            raise UserError(f"--{name.replace('_', '-')} is at least {int(name != 'max_steps')}, not {getattr(config, name)}.")
-    for name in ("learning_rate", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip"):
-        if not 0 <= getattr(config, name) < (1 if name.startswith("beta") else math.inf):
-            raise UserError(f"--{name.replace('_', '-')} cannot be {getattr(config, name)}.")
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", config.run):
-        raise UserError(f"--run names a folder under {checkpoint.LOG}, with letters, digits, '.', '-' and '_': {config.run!r}.")
-
-
 def find_checkpoint(config: TrainConfig, run: Path) -> int | None:
     """The step to go on from, None to start. Refuses to start in a folder that holds a run, damaged or not."""
     step = checkpoint.newest(run) if config.resume == "auto" else None
@@ -347,8 +235,7 @@ def build(config: TrainConfig) -> tuple[GPT, Tokenizer, TrainConfig]:
                 raise UserError(f"{config.init_from} has {name} {getattr(source.config, name)}: leave the option out.")
         sizes = dataclasses.replace(source.config, dropout=config.dropout)
     else:
-        sizes = GPTConfig(config.block_size, config.vocab_size or tokenizer.vocab_size, config.n_layer, config.n_head,
-                          config.n_embd, config.dropout)
+        sizes = sizes_of(config, config.vocab_size or tokenizer.vocab_size)
     if sizes.vocab_size < tokenizer.vocab_size:
         raise UserError(f"A vocabulary of {sizes.vocab_size:,} does not hold the {tokenizer.vocab_size:,} ids of "
                         f"{config.data}: leave --vocab-size out.")
@@ -361,6 +248,10 @@ def build(config: TrainConfig) -> tuple[GPT, Tokenizer, TrainConfig]:
         raise UserError(f"--batch-tokens {config.batch_tokens:,} does not divide into sequences of {block_size} tokens.")
     return model, tokenizer, dataclasses.replace(config, block_size=block_size, vocab_size=sizes.vocab_size,
                                                  n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd)
+
+
+def sizes_of(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    return GPTConfig(config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
 
 
 def check_data(config: TrainConfig):
@@ -377,15 +268,6 @@ def check_data(config: TrainConfig):
         raise UserError(f"There is no data in {data}: make it with `python {command}`.")
 
 
-def plan(config: TrainConfig, model: GPT, train_loader: DataLoader, val_loader: DataLoader, world: ddp.World) -> str:
-    """What the run will be, in a few lines."""
-    epochs = config.max_steps * config.batch_tokens / (train_loader.sequences * config.block_size)
-    return (f"{config.run}: {model.num_parameters():,} parameters, on {world.size} x {world.device.type}\n"
-            f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {epochs:.1f} epochs of "
-            f"{len(train_loader.shards):,} tokens ({train_loader.tail} left out as a tail), "
-            f"{len(val_loader.shards):,} for validation")
-
-
 def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) -> bool:
     """Puts model and optimizers where the checkpoint of `step` left them; refuses another configuration. Whether that step was
     measured: one that a signal had saved was not."""
@@ -397,29 +279,6 @@ def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) ->
     model.load_state_dict(saved["model"])
     optim.load_named_state(model, optimizers, optimizer_state)
     return saved["val_loss"] is not None
-
-
-# What may differ when a run goes on: where it runs and what is shown, not what is computed.
-INCIDENTAL = {"run", "resume", "data", "micro_batch", "eval_every", "eval_tokens", "hellaswag", "sample_every", "save_every",
-              "log_every", "sample_prompt", "device", "compile", "dry_run"}
-
-
-def identity(config: TrainConfig) -> dict:
-    """The part of a configuration that makes two runs the same run; data are the same where their shards are."""
-    shards = "".join(shard["sha256"] for shard in read_manifest(config.data).get("shards", ()))
-    data = hashlib.sha256(shards.encode()).hexdigest()[:16] if shards else str(config.data)
-    return {**{name: value for name, value in plain(config).items() if name not in INCIDENTAL}, "data": data}
-
-
-def described(config: TrainConfig) -> dict:
-    """The run's config.json: its configuration, and what its data are."""
-    manifest = read_manifest(config.data)
-    return {**plain(config), "corpus": {name: manifest[name] for name in ("source", "documents", "tokens") if name in manifest}}
-
-
-def plain(config: TrainConfig) -> dict:
-    """The configuration as JSON can hold it."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()}
 
 
 def hellaswag_examples(config: TrainConfig, world: ddp.World) -> list[dict] | None:

@@ -15,7 +15,8 @@ import ddp
 from checkpoint import load_model
 from dataloader import DataLoader
 from errors import one_sentence
-from train import TrainConfig, evaluate
+from presets import TrainConfig
+from train import evaluate
 
 
 def main(model: tyro.conf.Positional[str], data: tyro.conf.Positional[Path], device: str = "auto"):

@@ -1,5 +1,7 @@
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import ddp
 import hellaswag
+import plan
 import prepare
 import publish
 import runs
@@ -293,6 +296,48 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(data, tmp_path,
     said = capsys.readouterr().out
     assert "6 steps of 128 tokens" in said and "parameters" in said
     assert not (tmp_path / "log").exists()
+
+
+def test_the_plan_of_gpt2_124m_needs_neither_gpu_nor_data(tmp_path, capsys):
+    train_here("gpt2-124m", "--dry-run", "--gpu", "a100", "--nproc", 8, "--price", 1.8)
+    said = capsys.readouterr().out
+    assert "124,475,904 parameters, on 8 x a100" in said and "9,999,745,024 tokens" in said and "no data in" in said
+    products, summing = (float(ms) for ms in re.search(r"(\d+) ms a step .* and (\d+) ms to sum", said).groups())
+    assert 300 <= products + summing <= 390  # llm.c's and allenporter's steps on 8 x A100, as they publish them
+    hours, price = (float(x) for x in re.search(r"([\d.]+) hours, ([\d.]+) at 1.8", said).groups())
+    assert hours == pytest.approx(19_073 * (products + summing) / 3.6e6, abs=0.06)
+    assert price == pytest.approx(hours * 8 * 1.8, rel=0.05)
+    kwh = float(re.search(r"([\d.]+) kWh", said)[1])
+    assert kwh == pytest.approx(8 * 0.4 * hours, rel=0.05) and "kg CO2e" in said
+    with pytest.raises(UserError, match="data sheet of 'abacus'"):
+        train_here("gpt2-124m", "--dry-run", "--gpu", "abacus")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("B", "sizes", "bfloat16"), [
+    (16, GPTConfig(128, 65, 4, 4, 128), False), (4, GPTConfig(256, 65, 4, 6, 192), False),
+    (2, GPTConfig(128, 8192, 4, 4, 256), False), (2, GPTConfig(128, 8192, 4, 4, 256), True)])
+def test_the_planned_memory_is_that_of_a_real_step(B, sizes, bfloat16, optimizer):
+    gpt = GPT(sizes)
+    x = torch.randint(sizes.vocab_size, (B, sizes.block_size))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = gpt(x, x)[1]
+        loss.backward()
+    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    peak = max(itertools.accumulate(e.nbytes() for e in events))
+    planned = plan.activation_bytes(gpt, B * sizes.block_size, bfloat16)
+    assert planned == pytest.approx(peak, rel=0.25)
+    optimizers = build_optimizers(gpt, optimizer, 0.1, (0.9, 0.95))
+    for one in optimizers:
+        one.step()
+    kept = sum(t.nbytes for one in optimizers for state in one.state.values() for name, t in state.items() if name != "step")
+    assert kept == plan.optimizer_bytes(train.TrainConfig(optimizer=optimizer), gpt)
+
+
+def test_the_plan_says_from_which_step_on_data_repeat(data, capsys):
+    train_here("shakespeare-char", *TINY, "--max-steps", 10_000, "--dry-run")
+    assert re.search(r"from step \d+ on seen before", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("arguments, sentence", [

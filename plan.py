@@ -1,0 +1,79 @@
+"""A run before it starts: what it learns, what memory it takes, how long it lasts, what it costs.
+
+    python train.py gpt2-124m --dry-run --gpu a100 --nproc 8 --price 1.80        # needs no GPU, and no data
+"""
+from dataloader import DataLoader
+from devices import DEVICES, KG_CO2E_PER_KWH, Device, find_device
+from errors import UserError
+from model import GPT
+from presets import TrainConfig
+
+
+def describe(config: TrainConfig, model: GPT, train_loader: DataLoader | None, val_loader: DataLoader | None,
+             device_name: str, processes: int) -> str:
+    """The plan in a few lines; the loaders are None where there are no data yet."""
+    device, processes = find_device(config.gpu or device_name), config.nproc or processes
+    if config.gpu and not device:
+        raise UserError(f"The data sheet of {config.gpu!r} is not known here; known are: {', '.join(DEVICES)}.")
+    name = config.gpu or device_name
+    lines = [f"{config.run}: {model.num_parameters():,} parameters, on {processes} x {name}",
+             learned(config, train_loader, val_loader), memory(config, model, processes, device)]
+    return "\n".join([*lines, *(duration(config, model, processes, device) if device else [])])
+
+
+def learned(config: TrainConfig, train_loader: DataLoader | None, val_loader: DataLoader | None) -> str:
+    tokens = config.max_steps * config.batch_tokens
+    text = f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {tokens:,} tokens"
+    if train_loader is None:
+        return f"{text}; there are no data in {config.data} yet"
+    epoch = train_loader.sequences * config.block_size
+    again = f", from step {epoch // config.batch_tokens + 1:,} on seen before" if tokens > epoch else ""
+    return (f"{text}: {tokens / epoch:.1f} epochs of {len(train_loader.shards):,} ({train_loader.tail} left out as a tail"
+            f"{again}); {len(val_loader.shards):,} for validation")
+
+
+def memory(config: TrainConfig, model: GPT, processes: int, device: Device | None) -> str:
+    weights, moments = 4 * model.num_parameters(), optimizer_bytes(config, model)
+    sequences = min(config.micro_batch, max(1, config.batch_tokens // config.block_size // processes))
+    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device is not None)
+    activations = activation_bytes(model, sequences * config.block_size, bfloat16)
+    whole = 2 * weights + moments + activations
+    there = f" of {gb(device.memory_bytes)}" if device else ""
+    warning = ", which is too little: lower --micro-batch" if device and whole > 0.95 * device.memory_bytes else ""
+    return (f"memory of each: weights {gb(weights)}, gradients {gb(weights)}, optimizer {gb(moments)}, activations about "
+            f"{gb(activations)} with {sequences} sequences at a time; {gb(whole)}{there}{warning}")
+
+
+def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
+    """AdamW keeps two float32 moments of a parameter, Muon one of a hidden matrix."""
+    hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    return 8 * model.num_parameters() - (4 * hidden if config.optimizer == "muon" else 0)
+
+
+def activation_bytes(model: GPT, tokens: int, bfloat16: bool) -> int:
+    """The most that a step holds for its backward pass, beyond weights, gradients and optimizer. As counted: autograd keeps
+    16 · C numbers a token of a block (under bfloat16 two of C in float32, and 14), and of the logits three times V in float32."""
+    c = model.config
+    token = c.n_layer * c.n_embd * (36 if bfloat16 else 64) + c.n_embd * (6 if bfloat16 else 8) + 12 * c.vocab_size
+    masks = (2 * c.n_layer + 1) * c.n_embd if c.dropout else 0
+    return tokens * (token + masks) + (2 * model.num_parameters() if bfloat16 else 0)
+
+
+def duration(config: TrainConfig, model: GPT, processes: int, device: Device) -> list[str]:
+    """Time, price, energy: the products at the stated share of the peak, and then the gradients' sum, not overlapped."""
+    flops = model.flops_per_token(config.block_size) * config.batch_tokens
+    products_s = flops / (processes * device.flops * config.mfu)
+    sum_s = 2 * (processes - 1) / processes * 4 * model.num_parameters() / device.link  # a ring all-reduce of float32
+    step_s = products_s + sum_s
+    hours = step_s * config.max_steps / 3600
+    kwh = processes * device.watts / 1000 * hours
+    price = f", {processes * hours * config.price:,.2f} at {config.price:g} an hour and device" if config.price else ""
+    return [f"time, evaluation aside: {1000 * products_s:,.0f} ms a step at {config.mfu:.0%} of {device.flops / 1e12:,.0f} "
+            f"TFLOP/s, and {1000 * sum_s:,.0f} ms to sum gradients at {device.link / 1e9:,.0f} GB/s; "
+            f"{config.batch_tokens / step_s:,.0f} tokens/s, {hours:,.1f} hours{price}",
+            f"energy: {kwh:,.1f} kWh at most, {kwh * KG_CO2E_PER_KWH:,.1f} kg CO2e at the world's mean of {KG_CO2E_PER_KWH} kg "
+            "a kWh"]
+
+
+def gb(number: float) -> str:
+    return f"{number / 1e9:,.2f} GB"
