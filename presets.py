@@ -66,6 +66,8 @@ class TrainConfig:
     save_every: int = 1000
     log_every: int = 10
     sample_prompt: str = "Hello, I'm a language model,"
+    samples: int = 1
+    """Continuations of the prompt at a time."""
 
     # The machine
     device: str = "auto"
@@ -90,7 +92,7 @@ class TrainConfig:
 
 # GPT-3 paper, table 2.1 and appendix B: 0.5M tokens a batch, 6e-4, betas 0.9 and 0.95, clip 1.0, decay 0.1; its warm-up
 # of 375M tokens is 715 steps, and 19,073 steps are 10B tokens.
-GPT2_124M = TrainConfig(vocab_size=50_304, hellaswag="auto")
+GPT2_124M = TrainConfig(vocab_size=50_304, hellaswag="auto", samples=4)
 
 # nanoGPT's baby GPT (with biases), 5000 steps of 64 x 256 characters.
 SHAKESPEARE_CHAR = TrainConfig(
@@ -127,7 +129,7 @@ PRESETS |= {  # two epochs, as nanoGPT's, and three
 def check(config: TrainConfig):
     """Raises UserError for a value that no run can have."""
     for name in ("batch_tokens", "micro_batch", "block_size", "eval_every", "eval_tokens", "sample_every", "save_every",
-                 "log_every", "max_steps"):
+                 "log_every", "samples", "max_steps"):
         if getattr(config, name) < (name != "max_steps"):
             raise UserError(f"--{name.replace('_', '-')} is at least {int(name != 'max_steps')}, not {getattr(config, name)}.")
     if not 0 < config.mfu <= 1 or (config.nproc is not None and config.nproc < 1):
@@ -141,7 +143,7 @@ def check(config: TrainConfig):
 
 # What may differ when a run goes on: where it runs and what is shown, not what is computed.
 INCIDENTAL = {"run", "resume", "data", "micro_batch", "eval_every", "eval_tokens", "hellaswag", "sample_every", "save_every",
-              "log_every", "sample_prompt", "device", "compile", "dry_run", "gpu", "nproc", "mfu", "price"}
+              "log_every", "sample_prompt", "samples", "device", "compile", "dry_run", "gpu", "nproc", "mfu", "price"}
 
 
 def identity(config: TrainConfig) -> dict:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
@@ -110,6 +111,18 @@ def beside_published(run: str | Path, own: pd.DataFrame) -> pd.DataFrame:
             published = pd.read_csv(REFERENCE / file).rename(columns={"val_loss": "loss"})
             frames.append(curve(published.assign(tokens=published["step"] * batch_tokens), value, value, name))
     return pd.concat([frame for frame in frames if len(frame)] or [own], ignore_index=True)
+
+
+def compared(tokens: int, val_loss: float) -> str:
+    """Where a validation loss on FineWeb-Edu stands among the published runs' after as many tokens."""
+    there = []
+    for file, batch_tokens in CURVES.values():
+        published = pd.read_csv(REFERENCE / file).dropna(subset="val_loss")
+        there.append(np.interp(tokens, published["step"] * batch_tokens, published["val_loss"]))
+    if min(there) <= val_loss <= max(there):
+        return f"between the published runs' {min(there):.2f} and {max(there):.2f}"
+    off, way = (val_loss - max(there), "above") if val_loss > max(there) else (min(there) - val_loss, "below")
+    return f"{off:.2f} {way} the published runs after {tokens:,} tokens"
 
 
 def learns_fineweb_edu(config: dict) -> bool:

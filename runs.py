@@ -1,6 +1,7 @@
 """A run's folder while it is trained: who may write in it, its log, and the signals that end a run early."""
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -79,7 +80,8 @@ class Log:
         tqdm.write(f"step {step}: {text}\n")
 
     def append(self, name: str, **line):
-        """Writes a line; a full disk costs the line and not the run."""
+        """Writes a line, null for a number that is none; a full disk costs the line and not the run."""
+        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
         text = json.dumps({"time": round(time.time(), 3), **line}, ensure_ascii=False) + "\n"
         try:
             with open(self.run / name, "a", encoding="utf-8") as file:

@@ -10,7 +10,6 @@ on where the run stopped.
 """
 import contextlib
 import dataclasses
-import math
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ import ddp
 import hellaswag
 import optim
 import plan
+import report
 import runs
 from dataloader import DataLoader
 from devices import find_device
@@ -128,8 +128,11 @@ def measure_and_save(t: Trained, val_loader: DataLoader, examples, step: int):
         accuracy = score_hellaswag(t.model, t.tokenizer, examples, config, t.world) if examples else {}
         if t.log:
             t.log.metrics(step=step, val_loss=val_loss, **accuracy)
+            if report.learns_fineweb_edu(described(config)):
+                tqdm.write(report.compared(step * config.batch_tokens, val_loss))
     if t.log and (is_last or step % config.sample_every == 0):
-        t.log.sample(step, config.sample_prompt, draw_sample(t.model, t.tokenizer, config))
+        for text in draw_samples(t.model, t.tokenizer, config):
+            t.log.sample(step, config.sample_prompt, text)
     if save_due:
         save(t, step, val_loss)
 
@@ -176,8 +179,8 @@ class Meter:
         if self.t.log:
             shares = f"MFU {100 * mfu['mfu']:.0f}%" if mfu else "MFU n/a"
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, {shares}", refresh=False)
-            self.t.log.metrics(step=step + 1, train_loss=loss if math.isfinite(loss) else None, grad_norm=grad_norm.item(),
-                               learning_rate=lr, tokens_per_s=round(speed), **mfu, **skipped)
+            self.t.log.metrics(step=step + 1, train_loss=loss, grad_norm=grad_norm.item(), learning_rate=lr,
+                               tokens_per_s=round(speed), **mfu, **skipped)
             if skipped:
                 runs.warn(f"step {step + 1}: {skipped['skipped']} of the last updates had no finite gradient and were skipped")
         if self.longest >= IN_A_ROW:
@@ -360,12 +363,12 @@ def score_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[dict], conf
         return {"hellaswag": hellaswag.evaluate(model, tokenizer, examples, "nanogpt", world=world)["nanogpt"]["acc_norm"]}
 
 
-def draw_sample(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:
-    """One continuation of the sample prompt by the model as it is now."""
+def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
+    """Continuations of the sample prompt by the model as it is now."""
     model.eval()
-    engine = Engine(model, tokenizer, dtype="float32")
-    return config.sample_prompt + engine.generate(engine.encode(config.sample_prompt)[0], max_new_tokens=200,
-                                                  temperature=0.8, top_k=200, seed=config.seed)[0]
+    engine, prompt = Engine(model, tokenizer, dtype="float32"), config.sample_prompt
+    return [prompt + text for text in engine.generate(engine.encode(prompt)[0], n=config.samples, max_new_tokens=200,
+                                                      temperature=0.8, top_k=200, seed=config.seed)]
 
 
 if __name__ == "__main__":

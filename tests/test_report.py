@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -36,6 +37,11 @@ def test_published_curves_stand_beside_a_run_on_fineweb_edu_and_no_other(fake_ru
     assert set(report.hellaswag(fake_run)["curve"]) == {"HellaSwag", "samkeet/GPT_124M"}
     (fake_run / "config.json").write_text(json.dumps({"batch_tokens": 100, "data": "data/tiny_shakespeare_char"}))
     assert set(report.loss(fake_run)["curve"]) == {"training", "validation"}
+
+
+def test_a_loss_is_compared_with_the_published_runs_after_as_many_tokens():
+    assert re.match(r"0\.0\d (above|below) the published runs after 9,999,220,736 tokens", report.compared(19_072 * 2**19, 3.13))
+    assert report.compared(0, 12.0).startswith("1.06 above") and report.compared(0, 10.93).startswith("between")
 
 
 def test_energy_is_the_devices_draw_over_the_hours_with_the_lost_ones(fake_run):

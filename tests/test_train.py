@@ -121,6 +121,14 @@ def test_hellaswag_is_scored_with_each_validation_the_same_on_one_rank_and_two(c
         train_here("shakespeare-char", *TINY, "--hellaswag", "log/one/config.json", "--run", "three")
 
 
+def test_a_run_on_fineweb_edu_is_compared_with_the_published_ones_and_writes_several_samples(prose, tmp_path, capsys):
+    prepare.main(prepare.PrepareConfig(str(prose), tokenizer="gpt2", out=tmp_path / "edu_fineweb_little"))
+    train_here("gpt2-124m", *TINY, "--data", "edu_fineweb_little", "--hellaswag", "none", "--max-steps", 2)
+    assert "the published runs" in capsys.readouterr().out
+    samples = [json.loads(line) for line in (tmp_path / "log" / "gpt2-124m" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0] * 4 + [2] * 4 and len({sample["text"] for sample in samples}) == 8
+
+
 def test_a_run_goes_without_hellaswag_where_it_cannot_be_downloaded(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/h.jsonl")
     train_here("shakespeare-char", *TINY, "--hellaswag", "auto")
