@@ -37,7 +37,6 @@ def build(models: list[str], engine, describe):
             gr.Markdown(WARNING)
         with gr.Column(scale=3, min_width=300):
             model = gr.Dropdown(models, value=models[0], label="Model", info=line, elem_id="model")
-            train_config = gr.JSON(recipe, label="train_config", visible=bool(recipe), open=False, max_height=300)
             temperature = gr.Slider(0.1, 2.0, value=0.8, step=0.05, label="Temperature", elem_id="temperature",
                                     info="Low: the likeliest words. High: surprises.")
             top_k = gr.Slider(0, 200, value=0, step=1, precision=0, label="Top-k", elem_id="top-k",
@@ -47,6 +46,8 @@ def build(models: list[str], engine, describe):
             seed = gr.Number(value=42, precision=0, minimum=0, maximum=2**53, label="Seed", elem_id="seed",
                              info="The same seed and settings give the same text again.")
             fresh = gr.Checkbox(value=True, label="A new seed each time", elem_id="fresh")
+            with gr.Accordion("How this model was trained", open=False, visible=bool(recipe)) as training:
+                train_config = gr.JSON(recipe, label="train_config", max_height=300)
 
     def next_seed(seed: int | None, fresh: bool) -> int:
         return secrets.randbits(32) if fresh or seed is None else seed
@@ -54,7 +55,7 @@ def build(models: list[str], engine, describe):
     def show_description(name: str):
         with sentences():
             line, recipe = describe(name)
-            return gr.update(info=line), gr.update(value=recipe, visible=bool(recipe))
+            return gr.update(info=line), gr.update(visible=bool(recipe)), recipe
 
     settings = [model, temperature, top_k, length, seed]
     events = []
@@ -65,7 +66,7 @@ def build(models: list[str], engine, describe):
                               concurrency_limit=2, concurrency_id="engine", **api)
         events += [picked, written]
     stop_button.click(None, cancels=events)
-    model.change(show_description, model, [model, train_config], api_visibility="private", show_progress="hidden")
+    model.change(show_description, model, [model, training, train_config], api_visibility="private", show_progress="hidden")
 
 
 def write(engine, prompt: str, model: str, temperature: float, top_k: int, length: int, seed: int | None):
