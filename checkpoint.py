@@ -3,8 +3,8 @@
     model, tokenizer, info = load_model("bundled")          # or a run folder, a .pt, a Hugging Face folder, a Hub id
 
 A run is a folder `log/<run>/`. A checkpoint in it is a pair: `model_00250.pt`, which anyone can load, and
-`state_00250/`, which resuming needs besides. Each is written under a temporary name and renamed, the state last and
-with the checksums of both, so that a pair is either whole or ignored. Nothing is unpickled freely.
+`state_00250/`, which resuming needs besides, with the checksums of both. Both are written under temporary names before the
+first is renamed, so that a pair is whole, or can be finished, or is ignored. Nothing is unpickled freely.
 """
 import dataclasses
 import errno
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
-from files import read_json, sha256, write_atomically, write_json
+from files import read_json, sha256, write_json
 from formats import load_folder, load_pt, unpickle
 from model import GPT
 from tokenizer import Tokenizer
@@ -35,25 +35,26 @@ KEEP = 2  # newest checkpoints of a run that stay, besides the best model
 # A run's checkpoints
 
 class NotSaved(UserError):
-    """A checkpoint could not be written, because the disk is full, say; the ones before it are as they were."""
+    """A checkpoint could not be written, because the disk is full, say; those before it are as they were."""
 
 
 def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None):
     """Writes the checkpoint of `step`, marks it when its validation loss, where it has one, is the run's best, and prunes older
-    ones. Raises NotSaved where the disk refuses it."""
+    ones. One that is there and whole, because a signal had it saved before it was measured, stays as it is. Raises NotSaved
+    where the disk refuses."""
     try:
-        write(run, step, model, optimizer_state, tokenizer, config, val_loss)
-        best_step, best_loss = read_best(run)
-        if val_loss is not None and val_loss <= best_loss:
-            best_step = step
-            write_json(run / "best.json", {"step": step, "val_loss": val_loss})
+        if not is_whole(run, step):
+            write(run, step, model, optimizer_state, tokenizer, config, val_loss)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         shutil.rmtree(run / "state.tmp", ignore_errors=True)
-        for path in run.glob("*.tmp"):
-            path.unlink()
+        unfinished(run, step).unlink(missing_ok=True)
         raise NotSaved(f"The checkpoint of step {step} could not be written to {run} ({error})") from None
+    best_step, best_loss = read_best(run)
+    if val_loss is not None and val_loss <= best_loss:
+        best_step = step
+        write_json(run / "best.json", {"step": step, "val_loss": val_loss})
     kept = [other for other in saved_steps(run) if other <= step][-KEEP:]  # the run went back behind any later one
     for other in set(saved_steps(run)) - set(kept):
         shutil.rmtree(state_path(run, other))
@@ -62,33 +63,44 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
 
 
 def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None):
-    """The two halves of a checkpoint, the state last."""
-    write_atomically(model_path(run, step), lambda file: torch.save({
-        "format": 1, "model": model.state_dict(), "config": dataclasses.asdict(model.config),
-        "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}, file))
+    """Both halves under temporary names, then the state's name, then the model's: `newest` finishes what was cut between."""
+    with open(unfinished(run, step), "wb") as file:
+        torch.save({"format": 1, "model": model.state_dict(), "config": dataclasses.asdict(model.config),
+                    "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}, file)
+        file.flush()
+        os.fsync(file.fileno())
     temporary = run / "state.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_file({name: t.contiguous() for name, t in optimizer_state.items()}, temporary / "optimizer.safetensors")
     write_json(temporary / "state.json", {
         "format": 1, "step": step, "config": config,
-        "sha256": {"model": sha256(model_path(run, step)), "optimizer": sha256(temporary / "optimizer.safetensors")}})
+        "sha256": {"model": sha256(unfinished(run, step)), "optimizer": sha256(temporary / "optimizer.safetensors")}})
     shutil.rmtree(state_path(run, step), ignore_errors=True)
     os.replace(temporary, state_path(run, step))
+    os.replace(unfinished(run, step), model_path(run, step))
 
 
 def newest(run: Path) -> int | None:
     """The step of the run's newest checkpoint whose two halves are whole, or None where there is none."""
     for step in reversed(saved_steps(run)):
-        folder = state_path(run, step)
-        try:
-            stated = read_json(folder / "state.json")["sha256"]
-            if stated == {"model": sha256(model_path(run, step)), "optimizer": sha256(folder / "optimizer.safetensors")}:
-                return step
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        if is_whole(run, step):
+            return step
         print(f"warning: the checkpoint of step {step} in {run} is damaged; looking for an older one", file=sys.stderr)
     return None
+
+
+def is_whole(run: Path, step: int) -> bool:
+    """Whether both halves of a checkpoint are as they were written; of one that was cut before its model had its name, the model
+    is given it."""
+    folder, temporary = state_path(run, step), unfinished(run, step)
+    try:
+        stated = read_json(folder / "state.json")["sha256"]
+        if temporary.exists() and sha256(temporary) == stated["model"]:
+            os.replace(temporary, model_path(run, step))
+        return stated == {"model": sha256(model_path(run, step)), "optimizer": sha256(folder / "optimizer.safetensors")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load_state(run: Path, step: int) -> tuple[dict, dict[str, torch.Tensor], dict]:
@@ -100,6 +112,10 @@ def load_state(run: Path, step: int) -> tuple[dict, dict[str, torch.Tensor], dic
 
 def model_path(run: Path, step: int) -> Path:
     return run / f"model_{step:05d}.pt"
+
+
+def unfinished(run: Path, step: int) -> Path:
+    return run / f"model_{step:05d}.pt.tmp"
 
 
 def state_path(run: Path, step: int) -> Path:

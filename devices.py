@@ -16,6 +16,7 @@ KG_CO2E_PER_KWH = 0.473  # of the world's electricity in 2024: Ember, Global Ele
 # GeForce RTX 3090 and 4090 (Ampere GA102 and Ada white papers, FP32 accumulate), V100 (float16: it has no bfloat16).
 DEVICES = {
     "A100-SXM4-80GB": Device(312e12, 2.039e12, 80e9, 400, 300e9),
+    "A100 80GB PCIe": Device(312e12, 1.935e12, 80e9, 300, 25e9),
     "A100": Device(312e12, 1.555e12, 40e9, 400, 300e9),
     "H100 PCIe": Device(756e12, 2.0e12, 80e9, 350, 50e9),
     "H100": Device(989e12, 3.35e12, 80e9, 700, 450e9),

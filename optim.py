@@ -66,7 +66,8 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, m
     if schedule == "constant":
         return peak
     if schedule == "wsd":
-        return peak * (min_ratio + (1 - min_ratio) * min(1.0, max(0, max_steps - step) / max(1, 0.2 * max_steps)))
+        falls_from = max(warmup_steps, 0.8 * max_steps)
+        return peak * (min_ratio + (1 - min_ratio) * min(1.0, (max_steps - step) / max(1e-9, max_steps - falls_from)))
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 

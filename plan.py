@@ -15,6 +15,9 @@ def describe(config: TrainConfig, model: GPT, train_loader: DataLoader | None, v
     device, processes = find_device(config.gpu or device_name), config.nproc or processes
     if config.gpu and not device:
         raise UserError(f"The data sheet of {config.gpu!r} is not known here; known are: {', '.join(DEVICES)}.")
+    if config.batch_tokens // config.block_size % processes:
+        raise UserError(f"The {config.batch_tokens // config.block_size:,} sequences of a batch do not divide among {processes} "
+                        "processes.")
     name = config.gpu or device_name
     lines = [f"{config.run}: {model.num_parameters():,} parameters, on {processes} x {name}",
              learned(config, train_loader, val_loader), memory(config, model, processes, device)]
@@ -61,6 +64,8 @@ def activation_bytes(model: GPT, tokens: int, bfloat16: bool) -> int:
 
 def duration(config: TrainConfig, model: GPT, processes: int, device: Device) -> list[str]:
     """Time, price, energy: the products at the stated share of the peak, and then the gradients' sum, not overlapped."""
+    if config.dtype == "float32":
+        return ["time: not stated, as the data sheets here are of bfloat16"]
     flops = model.flops_per_token(config.block_size) * config.batch_tokens
     products_s = flops / (processes * device.flops * config.mfu)
     sum_s = 2 * (processes - 1) / processes * 4 * model.num_parameters() / device.link  # a ring all-reduce of float32

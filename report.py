@@ -58,7 +58,9 @@ def that_count(lines: list[dict]) -> list[dict]:
     kept = []
     for line in lines:
         if line.get("event") == "resume":
-            kept = [earlier for earlier in kept if earlier["step"] <= line["step"]]
+            measured = line.get("measured", True)  # else what stands there of that step's validation comes again
+            kept = [earlier for earlier in kept if earlier["step"] < line["step"] or (
+                earlier["step"] == line["step"] and (measured or "train_loss" in earlier))]
         elif "event" not in line:
             kept.append(line)
     return kept
@@ -144,6 +146,8 @@ def summary(run: str | Path) -> dict[str, str]:
         found["HellaSwag, acc_norm"] = f"{scored['hellaswag'].iloc[-1]:.4f} (step {scored['step'].iloc[-1]:,.0f})"
     if measured["tokens_per_s"].any():
         found["throughput, median"] = f"{measured['tokens_per_s'].median():,.0f} tokens/s"
+    if "skipped" in frame:
+        found["updates skipped"] = f"{frame['skipped'].sum():,.0f}, whose gradients were not finite"
     return {**found, **effort(run)}
 
 

@@ -19,8 +19,8 @@ from files import write_json
 @contextlib.contextmanager
 def locked(run: Path):
     """Keeps other processes out of the run's folder. Raises UserError where one is in it."""
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / "run.lock")
+    run.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.parent / f".{run.name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -52,11 +52,12 @@ class StopSignals:
 
 
 class Log:
-    """A run's config.json, metrics.jsonl and samples.jsonl. Lines are only ever appended: resuming says so in a line
-    of its own, and readers drop what the earlier attempt wrote beyond that step."""
+    """A run's config.json, metrics.jsonl and samples.jsonl. Once it has a checkpoint, lines are only appended: resuming says so
+    in a line of its own, and readers drop what the earlier attempt wrote beyond that step, or at it where it was not measured."""
 
-    def __init__(self, run: Path, config: dict, resume_step: int | None, **machine):
+    def __init__(self, run: Path, config: dict, resume_step: int | None, measured: bool, **machine):
         self.run = run
+        run.mkdir(parents=True, exist_ok=True)
         if resume_step is None:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
                 (run / name).unlink(missing_ok=True)  # of an attempt that saved no checkpoint
@@ -67,7 +68,7 @@ class Log:
             if not (run / name).read_bytes().endswith(b"\n"):  # the end of the run cut its last line off
                 with open(run / name, "a") as file:
                     file.write("\n")
-            self.append(name, event="resume", step=resume_step, **machine)
+            self.append(name, event="resume", step=resume_step, measured=measured, **machine)
 
     def metrics(self, **values):
         self.append("metrics.jsonl", **values)

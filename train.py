@@ -51,7 +51,7 @@ def main(argv: list[str]):
     if config.dry_run and not config.data.is_dir() and config.vocab_size and not config.init_from:
         with torch.device("meta"):
             model = GPT(sizes_of(config, config.vocab_size))
-        print(plan.describe(config, model, None, None, ddp.pick_device(config.device).type, 1))
+        print(plan.describe(config, model, None, None, config.gpu or ddp.pick_device(config.device).type, 1))
         return
     with ddp.join_world(config.device) as world:
         train(config, world)
@@ -60,22 +60,22 @@ def main(argv: list[str]):
 def train(config: TrainConfig, world: ddp.World):
     """The run that `config` describes, from its start or its newest checkpoint to its last step."""
     run = checkpoint.LOG / config.run
-    resume_step = find_checkpoint(config, run)
-    model, tokenizer, config = build(config)
-    train_loader = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
-                              config.seed, world.rank, world.size, config.order)
-    val_loader = DataLoader(config.data, "val", 1, config.block_size)
-    examples = None if config.dry_run and config.hellaswag == "auto" else hellaswag_examples(config, world)
-    if world.is_main:
-        print(plan.describe(config, model, train_loader, val_loader, ddp.device_name(world.device), world.size))
-    if config.dry_run:
-        return
-    with runs.locked(run) if world.is_main else contextlib.nullcontext(), runs.StopSignals() as signals:
+    with runs.locked(run) if world.is_main and not config.dry_run else contextlib.nullcontext(), runs.StopSignals() as signals:
+        resume_step = find_checkpoint(config, run, world)
+        model, tokenizer, config = build(config)
+        train_loader = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
+                                  config.seed, world.rank, world.size, config.order)
+        val_loader = DataLoader(config.data, "val", 1, config.block_size)
+        examples = None if config.dry_run and config.hellaswag == "auto" else hellaswag_examples(config, world)
+        if world.is_main:
+            print(plan.describe(config, model, train_loader, val_loader, ddp.device_name(world.device), world.size))
+        if config.dry_run:
+            return
         model.to(world.device)
         optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
         measured = resume_step is not None and resume(run, resume_step, config, model, optimizers)
-        log = runs.Log(run, described(config), resume_step, device=ddp.device_name(world.device), processes=world.size) \
-            if world.is_main else None
+        log = runs.Log(run, described(config), resume_step, measured, device=ddp.device_name(world.device),
+                       processes=world.size) if world.is_main else None
         if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
             model.compile()  # in place: parameters keep their names, and model.hidden stays the plain one
         trained = Trained(config, world, run, log, model, ddp.wrap(model, world), tokenizer, optimizers)
@@ -115,26 +115,32 @@ def loop(t: Trained, batches, val_loader: DataLoader, examples, start: int, meas
                 return
             meter.start()
             x, y = next(batches)
-            meter.add(step, *update(t, x, y, step), bar)
+            meter.add(step, *update(t, x, y, step), bar, wait=any(due(t.config, step + 1)))
             bar.update()
 
 
 def measure_and_save(t: Trained, val_loader: DataLoader, examples, step: int):
     """What is due after `step` updates: validation, HellaSwag, a sample, a checkpoint."""
-    config, is_last = t.config, step == t.config.max_steps
-    save_due = step > 0 and (step % config.save_every == 0 or is_last)
-    if save_due or step % config.eval_every == 0:
+    config, (evaluation_due, sample_due, save_due) = t.config, due(t.config, step)
+    if evaluation_due:
         val_loss = evaluate(t.model, val_loader, t.tokenizer.vocab_size, config, t.world)
         accuracy = score_hellaswag(t.model, t.tokenizer, examples, config, t.world) if examples else {}
         if t.log:
             t.log.metrics(step=step, val_loss=val_loss, **accuracy)
             if report.learns_fineweb_edu(described(config)):
                 tqdm.write(report.compared(step * config.batch_tokens, val_loss))
-    if t.log and (is_last or step % config.sample_every == 0):
+    if t.log and sample_due:
         for text in draw_samples(t.model, t.tokenizer, config):
             t.log.sample(step, config.sample_prompt, text)
     if save_due:
         save(t, step, val_loss)
+
+
+def due(config: TrainConfig, step: int) -> tuple[bool, bool, bool]:
+    """Whether validation, samples and a checkpoint are due after `step` updates; what is saved is measured before."""
+    is_last = step == config.max_steps
+    save_due = step > 0 and (step % config.save_every == 0 or is_last)
+    return save_due or step % config.eval_every == 0, is_last or step % config.sample_every == 0, save_due
 
 
 def save(t: Trained, step: int, val_loss: float | None):
@@ -145,8 +151,8 @@ def save(t: Trained, step: int, val_loss: float | None):
         checkpoint.save(t.run, step, t.model, optim.named_state(t.model, t.optimizers), t.tokenizer, identity(t.config), val_loss)
     except checkpoint.NotSaved as error:
         if val_loss is None or step == t.config.max_steps:  # nothing comes after
-            raise UserError(f"{error}: make room, and the same command goes on from the checkpoint before it.") from None
-        runs.warn(f"{error}; the run goes on, and the checkpoint before it is whole")
+            raise UserError(f"{error}: make room, and the same command goes on from the last one that was.") from None
+        runs.warn(f"{error}; the run goes on")
 
 
 class Meter:
@@ -161,15 +167,18 @@ class Meter:
     def start(self):
         self.began = time.perf_counter()
 
-    def add(self, step: int, loss, grad_norm, lr: float, bar: tqdm):
-        """Takes in what update `step`, counted from 0, returned."""
+    def add(self, step: int, loss, grad_norm, lr: float, bar: tqdm, wait: bool):
+        """Takes in what update `step`, counted from 0, returned. `wait` for the device where something else than training
+        follows, which would else wait for it."""
         bad = ~grad_norm.isfinite()
         self.skipped += bad
         self.in_a_row = (self.in_a_row + 1) * bad
         self.longest = torch.maximum(self.longest, self.in_a_row)
         config, world = self.t.config, self.t.world
         self.tokens += config.batch_tokens
-        if (step + 1) % config.log_every:
+        if wait:
+            loss.item()
+        if (step + 1) % config.log_every and step + 1 < config.max_steps:
             self.seconds += time.perf_counter() - self.began
             return
         loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
@@ -215,12 +224,16 @@ class Agreement:
 # ----------------------------------------------------------------------------------------------------------------
 # Setting up
 
-def find_checkpoint(config: TrainConfig, run: Path) -> int | None:
-    """The step to go on from, None to start. Refuses to start in a folder that holds a run, damaged or not."""
+def find_checkpoint(config: TrainConfig, run: Path, world: ddp.World) -> int | None:
+    """The step to go on from, None to start, as the main process finds it. Refuses to start in a folder that holds a run, damaged
+    or not."""
+    if not world.is_main:
+        return None if (step := int(ddp.sum_over_ranks(world, 0)[0])) < 0 else step
     step = checkpoint.newest(run) if config.resume == "auto" else None
     if step is None and (checkpoint.saved_steps(run) or checkpoint.model_steps(run)):
         reason = "none of its checkpoints is whole" if config.resume == "auto" else "--resume auto goes on with it"
         raise UserError(f"{run} holds a run already ({reason}): give this one another name with --run.")
+    ddp.sum_over_ranks(world, -1 if step is None else step)
     return step
 
 

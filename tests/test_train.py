@@ -19,11 +19,13 @@ import hellaswag
 import plan
 import prepare
 import publish
+import report
 import runs
 import train
 from dataloader import DataLoader
 from ddp import World
 from errors import UserError
+from files import sha256
 from formats import save_huggingface
 from generate import Engine
 from model import GPT, GPTConfig
@@ -86,7 +88,7 @@ def test_a_run_learns_and_leaves_what_the_contract_names(data, tmp_path):
     assert val_losses[-1] < val_losses[0] - 1
     assert metrics(run, "step", "train_loss")[0][0] == 1
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.jsonl", "best.json", "run.lock", "model_00150.pt", "model_00200.pt",
+        "config.json", "metrics.jsonl", "samples.jsonl", "best.json", "model_00150.pt", "model_00200.pt",
         "state_00150", "state_00200"}
     saved = torch.load(run / "model_00200.pt", weights_only=True)
     assert set(saved) == {"format", "model", "config", "tokenizer", "step", "val_loss"}
@@ -193,7 +195,7 @@ def test_a_run_that_another_process_trains_is_left_alone(data, tmp_path, command
     with runs.locked(tmp_path / "log" / "shakespeare-char"):
         done = command("train.py", "shakespeare-char", *TINY, check=False)
     assert done.returncode == 2 and "Another process trains" in done.stderr
-    assert {path.name for path in (tmp_path / "log" / "shakespeare-char").iterdir()} == {"run.lock"}
+    assert not (tmp_path / "log" / "shakespeare-char").exists()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -222,18 +224,56 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_five_in_a_row_end
         train_here(*arguments, "--max-steps", 20, "--run", "many")
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, command):
-    """A limit on the size of a file, which the model is over from its start, stands for it."""
+@pytest.mark.parametrize("limit", [20_000, 30_000])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, command, limit):
+    """A limit on the size of a file stands for it: the model is over the first, the optimizer's state alone over the second."""
     limited = ("-c", "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv = sys.argv[1:]; "
+               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:]; "
                "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')")
     run = tmp_path / "log" / "shakespeare-char"
     done = command("train.py", "shakespeare-char", *TINY, launcher=limited, check=False)
     assert done.returncode == 2 and done.stderr.count("the run goes on") == 2  # of the steps 2 and 4
     assert "step 6 could not be written" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not checkpoint.saved_steps(run) and not list(run.glob("*.tmp"))
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
     train_here("shakespeare-char", *TINY)  # there is room again
     assert checkpoint.newest(run) == 6
+
+
+@pytest.mark.parametrize("cut", range(4))
+def test_a_checkpoint_cut_at_any_place_is_finished_or_made_again(data, tmp_path, monkeypatch, cut):
+    """The names that the first checkpoint gives its files: after `cut` of them the process is gone."""
+    run, given, real = tmp_path / "log" / "cut", [], os.replace
+
+    def dying(source, target):
+        if "00002" in str(target) or "state.json" in str(target):
+            if len(given) == cut:
+                raise KeyboardInterrupt
+            given.append(target)
+        real(source, target)
+
+    train_here("shakespeare-char", *TINY, "--run", "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", dying)
+        train_here("shakespeare-char", *TINY, "--run", "cut")
+    train_here("shakespeare-char", *TINY, "--run", "cut")
+    assert_same_run(run, tmp_path / "log" / "whole", tolerance=0)
+
+
+def test_a_step_that_a_signal_saved_is_measured_and_not_written_again(data, tmp_path):
+    train_here("shakespeare-char", *TINY, "--run", "r")
+    run = tmp_path / "log" / "r"
+    saved = torch.load(run / "model_00006.pt") | {"val_loss": None}
+    (run / "best.json").unlink()
+    torch.save(saved, run / "model_00006.pt")
+    state = json.loads((run / "state_00006" / "state.json").read_text())
+    state["sha256"]["model"] = sha256(run / "model_00006.pt")
+    (run / "state_00006" / "state.json").write_text(json.dumps(state))
+    before = (run / "model_00006.pt").stat().st_mtime_ns
+    for _ in range(2):
+        train_here("shakespeare-char", *TINY, "--run", "r")
+    assert (run / "model_00006.pt").stat().st_mtime_ns == before and checkpoint.read_best(run)[0] == 6
+    steps = report.loss(run).query("curve == 'validation'")["step"].tolist()
+    assert steps == [0, 2, 4, 6]
 
 
 def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
@@ -317,6 +357,8 @@ def test_the_plan_of_gpt2_124m_needs_neither_gpu_nor_data(tmp_path, capsys):
     assert price == pytest.approx(hours * 8 * 1.8, rel=0.05)
     kwh = float(re.search(r"([\d.]+) kWh", said)[1])
     assert kwh == pytest.approx(8 * 0.4 * hours, rel=0.05) and "kg CO2e" in said
+    with pytest.raises(UserError, match="do not divide among 7"):
+        train_here("gpt2-124m", "--dry-run", "--gpu", "a100", "--nproc", 7)
     with pytest.raises(UserError, match="data sheet of 'abacus'"):
         train_here("gpt2-124m", "--dry-run", "--gpu", "abacus")
 
