@@ -125,7 +125,7 @@ def write_folder(folder: Path, gpt: GPT, tokenizer: Tokenizer, info: dict, dtype
 def run_of(info: dict) -> Path | None:
     """The folder of the run that made a model, where it is at hand."""
     path = Path(info["path"])
-    return path.parent if path.suffix == ".pt" and (path.parent / "metrics.jsonl").is_file() else None
+    return path.parent if path.suffix == ".pt" and "step" in info and (path.parent / "metrics.jsonl").is_file() else None
 
 
 def card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, address: str) -> str:

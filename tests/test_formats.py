@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import publish
 from errors import UserError
+from files import write_atomically
 from formats import save_huggingface, to_huggingface
 from model import GPT
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
@@ -144,7 +145,7 @@ def test_nanogpts_characters_come_from_meta_pkl(tmp_path):
 
 def test_the_example_of_the_space_this_started_from(gpt, tmp_path):
     """Its four lines, on a checkpoint of ours."""
-    checkpoint.write_atomically(tmp_path / "model_19073.pt", lambda file: torch.save({
+    write_atomically(tmp_path / "model_19073.pt", lambda file: torch.save({
         "format": 1, "model": gpt.state_dict(), "config": dataclasses.asdict(gpt.config), "tokenizer": {"kind": "gpt2"},
         "step": 19_073, "val_loss": 3.1}, file))
     loaded = torch.load(tmp_path / "model_19073.pt", map_location="cpu")
