@@ -7,7 +7,6 @@ A run is a folder `log/<run>/`. A checkpoint in it is a pair: `model_00250.pt`, 
 first is renamed, so that a pair is whole, or can be finished, or is ignored. Nothing is unpickled freely.
 """
 import dataclasses
-import errno
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
-from files import read_json, sha256, write_json
+from files import DISK_FULL, read_json, sha256, write_json
 from formats import load_folder, load_pt, unpickle
 from model import GPT
 from tokenizer import Tokenizer
@@ -221,7 +220,7 @@ def download(name: str) -> Path:
     except LocalEntryNotFoundError:
         reason = "and neither is it in the Hugging Face Hub's cache, nor can the Hub be reached"
     except Exception as error:  # whatever its HTTP library of the day raises
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise UserError(f"The disk of {huggingface_hub.constants.HF_HUB_CACHE} became full while {name} was downloaded: make "
                             "room, and the same command downloads what is missing.") from None
         reason = f"and its download broke off ({type(error).__name__}): the same command downloads what is missing"

@@ -1,8 +1,11 @@
 """Files that are whole or not there, and their checksums."""
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of it
 
 
 def write_atomically(path: Path, write):

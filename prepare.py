@@ -13,7 +13,6 @@ stopped.
 """
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ import corpus
 import sources
 from encode import Encoded, copied, encode, start_workers, tokenized
 from errors import UserError, one_sentence
+from files import DISK_FULL
 from shard_writer import ShardWriter
 from shards import read_manifest
 from tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -130,7 +130,7 @@ def full_disk_explained(out: Path):
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(f"The disk of {out} is full: make room and give the same command again; it goes on where this one "
                         "stopped.") from None

@@ -107,20 +107,22 @@ def throughput(run: str | Path) -> pd.DataFrame:
 
 def beside_published(run: str | Path, own: pd.DataFrame) -> pd.DataFrame:
     """A run's own curves and, where it learns FineWeb-Edu in GPT-2's tokens, the published ones of the same measurement."""
-    frames, value = [own], own.columns[2]
-    if len(own) and learns_fineweb_edu(read_config(run)):
-        for name, (file, batch_tokens) in CURVES.items():
-            published = pd.read_csv(REFERENCE / file).rename(columns={"val_loss": "loss"})
-            frames.append(curve(published.assign(tokens=published["step"] * batch_tokens), value, value, name))
-    return pd.concat([frame for frame in frames if len(frame)] or [own], ignore_index=True)
+    comparable = len(own) and learns_fineweb_edu(read_config(run))
+    return pd.concat([own, *published(own.columns[2])] if comparable else [own], ignore_index=True)
+
+
+def published(value: str) -> list[pd.DataFrame]:
+    """The published runs' curves of "loss" or "hellaswag", those that there are."""
+    frames = []
+    for name, (file, batch_tokens) in CURVES.items():
+        frame = pd.read_csv(REFERENCE / file).rename(columns={"val_loss": "loss"})
+        frames.append(curve(frame.assign(tokens=frame["step"] * batch_tokens), value, value, name))
+    return [frame for frame in frames if len(frame)]
 
 
 def compared(tokens: int, val_loss: float) -> str:
     """Where a validation loss on FineWeb-Edu stands among the published runs' after as many tokens."""
-    there = []
-    for file, batch_tokens in CURVES.values():
-        published = pd.read_csv(REFERENCE / file).dropna(subset="val_loss")
-        there.append(np.interp(tokens, published["step"] * batch_tokens, published["val_loss"]))
+    there = [np.interp(tokens, frame["tokens"], frame["loss"]) for frame in published("loss")]
     if min(there) <= val_loss <= max(there):
         return f"between the published runs' {min(there):.2f} and {max(there):.2f}"
     off, way = (val_loss - max(there), "above") if val_loss > max(there) else (min(there) - val_loss, "below")
