@@ -21,7 +21,8 @@ from sources import codec_of, kind_of
 
 BLOCK = 2**20  # bytes that are read, characters that are tokenized at a time
 LONG = 4 * BLOCK  # bytes of a document from which on it is cut into passages of a block
-VAL_SHARE = 0.1  # of a single text's characters, its last
+VAL_SHARE = 0.1  # of a single text's characters, its last, where no other share is asked for
+SAMPLE_BYTES = 10**8  # of text, at most, that a tokenizer is trained on
 WAITS_S = (1, 2, 4, 8, 16, 32)  # before a source that failed is asked again
 
 Cursor = tuple[int, int, int]  # what comes next: file, document in it, passage of that
@@ -37,10 +38,10 @@ class Passage(NamedTuple):
     cursor: Cursor  # what comes after it
 
 
-def read(files: list[str], cursor: Cursor = (0, 0, 0), halve: bool = False) -> Iterator[Passage]:
+def read(files: list[str], cursor: Cursor = (0, 0, 0), halve: float = 0.0) -> Iterator[Passage]:
     """The passages of the files, one file after the other, from `cursor` on.
 
-    With `halve` the one file is a text whose last VAL_SHARE is for validation. A source that fails on the way is asked
+    With `halve` the one file is a text of which this share, its last, is for validation. A source that fails on the way is asked
     again after WAITS_S. Raises UserError for one that goes on failing, and for a file that is damaged.
     """
     while cursor[0] < len(files):
@@ -64,6 +65,46 @@ def read(files: list[str], cursor: Cursor = (0, 0, 0), halve: bool = False) -> I
                 print(f"{path}: {reason}; asking again in {wait} s", file=sys.stderr)
                 time.sleep(wait)
         cursor = (cursor[0] + 1, 0, 0)
+
+
+def with_split(passages: Iterator[Passage], val_from: Cursor) -> Iterator[Passage]:
+    """The same passages, for validation where they belong to documents from the place `val_from` on."""
+    for passage in passages:
+        yield passage._replace(split="train" if passage.cursor <= val_from else "val")
+
+
+def last_documents(files: list[str], share: float) -> Cursor:
+    """Where the last documents of the files begin that are this share of all, at least one and not all of them."""
+    counts = [count_documents(path) for path in files]
+    first = min(max(1, round(sum(counts) * (1 - share))), sum(counts) - 1)
+    for file, count in enumerate(counts):
+        if first < count:
+            return file, first, 0
+        first -= count
+    raise UserError("There is no text to divide.")
+
+
+def count_documents(path: str) -> int:
+    if kind_of(path) == ".txt":
+        return 1
+    if kind_of(path) == ".parquet":
+        with open_parquet(path) as file:
+            return file.metadata.num_rows
+    return sum(1 for _ in open_stream(path)[1])
+
+
+def sample(files: list[str], halve: float, val_from: Cursor | None) -> Iterator[str]:
+    """What a tokenizer is trained on: text that is not known to be for validation, the first SAMPLE_BYTES of it, of several files
+    evenly from each."""
+    for i in range(len(files)):
+        passages, size = read(files[:i + 1], (i, 0, 0), halve), 0
+        for passage in with_split(passages, val_from) if val_from else passages:
+            if size >= SAMPLE_BYTES / len(files):
+                break
+            if passage.split != "val":
+                text = text_of(passage)[0]
+                size += len(passage.content)
+                yield text
 
 
 def on_hub(path: str) -> bool:
@@ -117,11 +158,11 @@ def share_of_content(path: str, size: int) -> float:
 # ----------------------------------------------------------------------------------------------------------------
 # What is in them
 
-def passages(path: str, cursor: Cursor, halve: bool) -> Iterator[Passage]:
+def passages(path: str, cursor: Cursor, halve: float) -> Iterator[Passage]:
     """The passages of one file, from `cursor` on."""
     file, document, part = cursor
     if kind_of(path) == ".txt" or halve:
-        texts = halves(path) if halve else [(None, text_blocks(path))]
+        texts = halves(path, halve) if halve else [(None, text_blocks(path))]
         for number, (split, blocks) in islice(enumerate(texts), document, None):
             for i, block in islice(enumerate(blocks if split else without_blank(blocks)), part, None):
                 yield Passage(block.encode(), "text", i == 0, split, path, (file, number, i + 1))
@@ -155,12 +196,12 @@ def without_blank(blocks: Iterator[str]) -> Iterator[str]:
     yield ""
 
 
-def halves(path: str) -> Iterator[tuple[str, Iterator[str]]]:
-    """One text's two splits: the blocks of its last VAL_SHARE for validation, then of the rest for training."""
+def halves(path: str, val_share: float) -> Iterator[tuple[str, Iterator[str]]]:
+    """One text's two splits: the blocks of its last `val_share` for validation, then of the rest for training."""
     length = sum(map(len, text_blocks(path)))
     if length < 100:  # each split needs a token and the one that follows it
         raise UserError(f"{path} holds {length} characters, too few to learn from; at least 100 are needed.")
-    cut = int(length * (1 - VAL_SHARE))
+    cut = int(length * (1 - val_share))
     yield "val", excerpt(path, cut, length)
     yield "train", excerpt(path, 0, cut)
 

@@ -99,7 +99,7 @@ def encode(tokenizer: dict, batch: list[corpus.Passage]) -> Encoded:
     parts, starts, length, counts, unknown = [np.empty(0, np.uint32)], [], 0, Counter(bytes=0), {}
     for passage in batch:
         text, whole = corpus.text_of(passage)
-        if passage.split is None and passage.starts and not text.strip() and (passage.cursor[2] == 0 or not text):
+        if passage.starts and not text.strip() and (passage.cursor[2] == 0 or not text):
             counts["empty"] += 1
             continue
         if passage.starts:

@@ -3,13 +3,14 @@
     python prepare.py tiny_shakespeare                       # by character; --text FILE where there is no network
     python prepare.py my_novel.txt --tokenizer gpt2 --out data/novel
     python prepare.py my_corpus/                             # .parquet, .jsonl and .txt, alone or as .gz or .zst
+    python prepare.py my_corpus/ --tokenizer bpe:8192        # a vocabulary of its own, trained on it
     python prepare.py openwebtext                            # a corpus of the Hugging Face Hub
     torchrun --nproc_per_node=3 prepare.py my_corpus/        # or a Slurm array: each process takes a part of the files
     python prepare.py fineweb10B/ --pretokenized             # shards that others made
 
 Of one text the last 10% of the characters are validation, as in nanoGPT; of a corpus the first shard, or the first tenth
-where it fills none. The output is the same for any number of workers, and the same command goes on where a killed one
-stopped.
+where it fills none; with --val-share the last of either. The output is the same for any number of workers, and the same
+command goes on where a killed one stopped.
 """
 import contextlib
 import dataclasses
@@ -32,7 +33,7 @@ from errors import UserError, one_sentence
 from files import DISK_FULL
 from shard_writer import ShardWriter
 from shards import read_manifest
-from tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from tokenizer import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 COMMIT_S = 1.0  # so much work, and no more, is done again after a kill
 SMALL = 4 * corpus.BLOCK  # bytes in files that are tokenized before another process would have started
@@ -46,6 +47,8 @@ class Options:
     """Processes that tokenize; one a core when not given."""
     shard_tokens: int = 100_000_000
     """Tokens of a shard."""
+    val_share: float | None = None
+    """Share of the text for validation: one text's last characters, a corpus's last documents."""
     part: str | None = None
     """Do this part of the files alone, such as 3/8 for the fourth of eight, as torchrun or a Slurm array would say."""
 
@@ -57,8 +60,8 @@ class PrepareConfig(Options):
     source: tyro.conf.Positional[str]
     """tiny_shakespeare, tiny_pushkin, openwebtext, or a file or folder of .parquet, .jsonl or .txt, also as .gz or .zst."""
     tokenizer: str | None = None
-    """char (an id for each character of the text), gpt2, or a model, under any of its names, whose tokenizer is used.
-    When not given, char for one text and gpt2 for a corpus."""
+    """char (an id for each character of the text), gpt2, bpe:8192 (a byte-level BPE of that many ids, trained on the text), or a
+    model, under any of its names, whose tokenizer is used. When not given, char for one text and gpt2 for a corpus."""
     text: Path | None = None
     """The file or folder that holds a named text, where there is no network."""
     out: Path | None = None
@@ -84,20 +87,29 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, o
     call was killed."""
     if options.shard_tokens < 1 or (options.workers is not None and options.workers < 1):
         raise UserError("--shard-tokens and --workers are at least 1.")
+    if options.val_share is not None and (not 0 < options.val_share < 1 or source.kind == "tokens"):
+        raise UserError("--val-share is a share of text above 0 and below 1, such as 0.01.")
     part, parts = share_of_work(options.part)
     if parts > len(source.files):
         raise UserError(f"{source.name} has {len(source.files)} files, too few for {parts} processes: each takes whole files.")
-    files = source.files[len(source.files) * part // parts:len(source.files) * (part + 1) // parts]
-    tokenizer, sizes = choose_tokenizer(tokenizer_name, source), corpus.file_sizes(files)
+    first = len(source.files) * part // parts
+    files = source.files[first:len(source.files) * (part + 1) // parts]
+    halve = (options.val_share or corpus.VAL_SHARE) * (source.kind == "text")
+    val_from = corpus.last_documents(source.files, options.val_share) if options.val_share and not halve else None
+    tokenizer, sizes = choose_tokenizer(tokenizer_name, source, halve, val_from), corpus.file_sizes(files)
     workers = 0 if source.kind == "tokens" or sum(sizes) < SMALL else options.workers or cores()
     identity = {"name": source.name, "revision": source.revision}
+    if options.val_share is not None:
+        identity["val_share"] = options.val_share
     with start_workers(workers, tokenizer) as pool, full_disk_explained(out):
-        plan = make_plan(source, files, sizes, tokenizer, workers or 1)
+        plan = make_plan(source, files, sizes, tokenizer, halve, workers or 1)
         with ShardWriter(out, name, tokenizer, identity, options.shard_tokens, part, parts) as writer:
             if not writer.finished:
                 print(f"{source.name}: {plan.describe(out)}"
                       + f"; {writer.counts['tokens'] / 1e6:,.1f}M tokens are there already" * bool(writer.counts))
-                passages = corpus.read(files, writer.cursor, source.kind == "text")
+                passages = corpus.read(files, writer.cursor, halve)
+                if val_from:
+                    passages = corpus.with_split(passages, (val_from[0] - first, *val_from[1:]))
                 fill(writer, plan, tokenized(passages, tokenizer, pool) if source.kind != "tokens" else
                      copied(files, writer.cursor))
     report(out, parts)
@@ -155,11 +167,15 @@ def report(out: Path, parts: int):
         print(f"{manifest['repaired']:,} documents held bytes that are not UTF-8, which became U+FFFD")
 
 
-def choose_tokenizer(name: str, source: sources.Source) -> Tokenizer:
-    """The tokenizer that --tokenizer names; `char` takes its alphabet from the text."""
+def choose_tokenizer(name: str, source: sources.Source, halve: float, val_from: corpus.Cursor | None) -> Tokenizer:
+    """The tokenizer that --tokenizer names; `char` takes its alphabet from the text, `bpe:N` its merges from a sample of it."""
     if name == "char":
         return CharTokenizer("".join(sorted(set().union(*(
-            corpus.text_of(passage)[0] for passage in corpus.read(source.files, halve=source.kind == "text"))))))
+            corpus.text_of(passage)[0] for passage in corpus.read(source.files, halve=halve))))))
+    if name.startswith("bpe:"):
+        if not name[4:].isdecimal():
+            raise UserError(f"--tokenizer {name} names no size: bpe:8192 is a BPE of 8192 ids.")
+        return train_bpe(corpus.sample(source.files, halve, val_from), int(name[4:]))
     if name == "gpt2":
         return load_tokenizer("gpt2")
     from checkpoint import load_model  # noqa: PLC0415 (imports torch, which the tokenizing processes can do without)
@@ -186,12 +202,13 @@ class Plan(NamedTuple):
                 f"({free / 1e9:,.0f} GB are free{enough}), {minutes} and the download if there is one")
 
 
-def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, workers: int) -> Plan:
+def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, halve: float,
+              workers: int) -> Plan:
     """Measures the first of the text, and takes the rest for alike."""
     if source.kind == "tokens":
         return Plan(len(files), 0, sum(sizes) // 2, sum(sizes), sum(sizes) / 2e8)  # a disk that does 200 MB/s
     content, sample, size = corpus.content_bytes(files, sizes), [], 0
-    for passage in corpus.read(files, halve=source.kind == "text"):
+    for passage in corpus.read(files, halve=halve):
         sample.append(passage)
         size += len(passage.content)
         if size > corpus.BLOCK:

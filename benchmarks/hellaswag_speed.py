@@ -76,7 +76,7 @@ def main(config: Config):
 
 
 def load_script(path: Path):
-    tiktoken.get_encoding = lambda name: gpt2_tokenizer().bpe  # as it is, without a download
+    tiktoken.get_encoding = lambda name: gpt2_tokenizer().fast  # as it is, without a download
     spec = importlib.util.spec_from_file_location("build_nanogpt_hellaswag", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

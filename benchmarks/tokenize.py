@@ -32,7 +32,7 @@ CORES = prepare.cores()
 
 
 def encode_share(documents: list[str], barrier, times):
-    encode = load_tokenizer("gpt2").bpe.encode_ordinary
+    encode = load_tokenizer("gpt2").fast.encode_ordinary
     barrier.wait()
     began = time.perf_counter()
     for text in documents:
@@ -62,7 +62,7 @@ def whole(path: Path) -> float:
 
 def encode_array(text: str) -> np.ndarray:
     gpt2 = load_tokenizer("gpt2")
-    return np.array([gpt2.eot, *gpt2.bpe.encode_ordinary(text)]).astype(np.uint16)
+    return np.array([gpt2.eot, *gpt2.fast.encode_ordinary(text)]).astype(np.uint16)
 
 
 def half_a_pool(documents: list[str]) -> float:

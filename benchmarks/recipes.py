@@ -1,0 +1,134 @@
+"""Which recipe reaches the tuned AdamW's final validation loss with the fewest tokens, the architecture unchanged.
+
+    python prepare.py edu_corpus.jsonl.zst --tokenizer bpe:4096 --val-share 0.01
+    python benchmarks/recipes.py                  # trains every run that has no result yet, and reports
+    python benchmarks/recipes.py adamw muon-lr    # only runs whose names begin so; several processes may share the work
+    python benchmarks/recipes.py --only-report         # benchmarks/recipes/: runs.csv and curves.png out of curves/*.csv
+
+Each run is train.py's own loop in log/recipe-<name>/, goes on where it was stopped, and leaves its curve in
+benchmarks/recipes/curves/<name>.csv. benchmarks/recipes/README.md says what came of it.
+"""
+import sys
+
+sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
+
+import contextlib
+import csv
+import dataclasses
+import math
+from pathlib import Path
+from unittest import mock
+
+import torch
+import tyro
+
+import ddp
+import optim
+import report
+import train
+from checkpoint import LOG
+from errors import UserError, one_sentence
+from presets import TrainConfig
+
+FOLDER = Path(__file__).parent / "recipes"
+CURVES = FOLDER / "curves"
+TOKENS = 2**21  # of the baseline's run
+
+BASE = TrainConfig(
+    n_layer=4, n_head=4, n_embd=128, block_size=256, batch_tokens=2048, micro_batch=8, max_steps=TOKENS // 2048,
+    learning_rate=2e-3, warmup_steps=64, eval_every=64, eval_tokens=2**16, sample_every=10**6, save_every=128, log_every=32,
+    sample_prompt="The", dtype="float32")
+HALF = {"optimizer": "muon", "max_steps": BASE.max_steps // 2, "learning_rate": 4e-3, "warmup_steps": 32}  # half of the tokens
+
+
+def variant(base: dict, **changes) -> dict:
+    return {**base, **changes}
+
+
+# Name: what differs from BASE; `trick` is one of TRICKS, which train.py does not have.
+RUNS = {
+    **{f"adamw-lr{lr:g}": {"learning_rate": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
+    **{f"muon-lr{lr:g}": variant(HALF, learning_rate=lr) for lr in (2e-3, 4e-3, 8e-3, 16e-3)},
+    "muon-wsd": variant(HALF, schedule="wsd", min_lr_ratio=0.0),
+    "muon-cosine0": variant(HALF, min_lr_ratio=0.0),
+    "muon-zero": variant(HALF, trick="zero"),
+    "muon-qkv": variant(HALF, trick="qkv"),
+    "muon-wd0": variant(HALF, weight_decay=0.0),
+    "muon-wd0.3": variant(HALF, weight_decay=0.3),
+    "muon-embed2": variant(HALF, trick="embed2"),
+    "muon-embed4": variant(HALF, trick="embed4"),
+    "muon-batch4096": variant(HALF, batch_tokens=4096, max_steps=HALF["max_steps"] // 2, warmup_steps=16, eval_every=32),
+    "adamw-batch4096": {"batch_tokens": 4096, "max_steps": BASE.max_steps // 2, "warmup_steps": 32, "learning_rate": 4e-3,
+                        "eval_every": 32},
+}
+
+# Where a bundled model's size comes from: the same FLOPs for each size (6 N + attention a token), Muon.
+FLOPS = 1.5e13
+for L, C, heads in (4, 96, 3), (4, 128, 4), (4, 192, 6), (6, 192, 6), (6, 256, 4):
+    per_token = 6 * (4096 * C + 256 * C + 12 * L * C * C) + 12 * L * C * 256
+    RUNS[f"size-{L}x{C}"] = variant(HALF, n_layer=L, n_embd=C, n_head=heads, max_steps=math.ceil(FLOPS / per_token / 2048),
+                                    schedule="wsd", min_lr_ratio=0.0)
+
+
+def zero_residuals(model):
+    """The residual projections start at zero: each block begins as the identity."""
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            torch.nn.init.zeros_(p)
+    return model
+
+
+def orthogonalize_qkv(matrix: torch.Tensor, whole=optim.orthogonalize) -> torch.Tensor:
+    """Queries', keys' and values' matrices each on their own, in the update of c_attn (3C, C)."""
+    m, n = matrix.shape
+    return torch.cat([whole(part) for part in matrix.split(n)]) / 3**0.5 if m == 3 * n else whole(matrix)
+
+
+def embeddings_faster(factor: float, whole=optim.set_learning_rate):
+    """AdamW's matrices, which beside Muon are the embeddings, at `factor` times the rate."""
+    def set_learning_rate(optimizers, rate):
+        whole(optimizers, rate)
+        optimizers[0].param_groups[0]["lr"] = rate * factor
+    return set_learning_rate
+
+
+GPT = train.GPT
+TRICKS = {
+    None: contextlib.nullcontext,
+    "zero": lambda: mock.patch.object(train, "GPT", lambda sizes: zero_residuals(GPT(sizes))),
+    "qkv": lambda: mock.patch.object(optim, "orthogonalize", orthogonalize_qkv),
+    **{f"embed{factor}": lambda factor=factor: mock.patch.object(optim, "set_learning_rate", embeddings_faster(factor))
+       for factor in (2, 4, 8)},
+}
+
+
+def main(names: tyro.conf.Positional[tuple[str, ...]] = (), /, data: Path = Path("data/edu_corpus_bpe-4096"),
+         only_report: bool = False):
+    """Trains the runs whose names begin with one of `names`, or all; --only-report only reads what there is."""
+    CURVES.mkdir(parents=True, exist_ok=True)
+    for name, changes in RUNS.items():
+        if not only_report and name.startswith(names or ("",)) and not (CURVES / f"{name}.csv").exists():
+            with contextlib.suppress(UserError) if names == () else contextlib.nullcontext():  # another process has it
+                run(name, dict(changes), data)
+    write_report()
+
+
+def run(name: str, changes: dict, data: Path):
+    with TRICKS[changes.pop("trick", None)](), ddp.join_world("cpu") as world:
+        config = dataclasses.replace(BASE, data=data, run=f"recipe-{name}", **changes)
+        train.train(config, world)
+    measured = report.metrics(LOG / config.run).dropna(subset="val_loss")
+    points = zip(measured["step"] * config.batch_tokens, measured["val_loss"].round(5))
+    with open(CURVES / f"{name}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("tokens", "val_loss"), *points])
+
+
+def write_report():
+    for path in sorted(CURVES.glob("*.csv")):
+        rows = list(csv.reader(open(path)))
+        print(f"{path.stem:24} {int(rows[-1][0]):10,} tokens  {float(rows[-1][1]):.4f}")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        tyro.cli(main)
