@@ -32,13 +32,13 @@ from presets import TrainConfig
 
 FOLDER = Path(__file__).parent / "recipes"
 CURVES = FOLDER / "curves"
-TOKENS = 2**21  # of the baseline's run
+TOKENS = 2**20  # of the baseline's run
 
 BASE = TrainConfig(
     n_layer=4, n_head=4, n_embd=128, block_size=256, batch_tokens=2048, micro_batch=8, max_steps=TOKENS // 2048,
-    learning_rate=2e-3, warmup_steps=64, eval_every=64, eval_tokens=2**16, sample_every=10**6, save_every=128, log_every=32,
+    learning_rate=2e-3, warmup_steps=32, eval_every=64, eval_tokens=2**16, sample_every=10**6, save_every=128, log_every=32,
     sample_prompt="The", dtype="float32")
-HALF = {"optimizer": "muon", "max_steps": BASE.max_steps // 2, "learning_rate": 4e-3, "warmup_steps": 32}  # half of the tokens
+HALF = {"optimizer": "muon", "max_steps": BASE.max_steps // 2, "learning_rate": 4e-3, "warmup_steps": 16}  # half of the tokens
 
 
 def variant(base: dict, **changes) -> dict:
@@ -57,14 +57,14 @@ RUNS = {
     "muon-wd0.3": variant(HALF, weight_decay=0.3),
     "muon-embed2": variant(HALF, trick="embed2"),
     "muon-embed4": variant(HALF, trick="embed4"),
-    "muon-batch4096": variant(HALF, batch_tokens=4096, max_steps=HALF["max_steps"] // 2, warmup_steps=16, eval_every=32),
-    "adamw-batch4096": {"batch_tokens": 4096, "max_steps": BASE.max_steps // 2, "warmup_steps": 32, "learning_rate": 4e-3,
+    "muon-batch4096": variant(HALF, batch_tokens=4096, max_steps=HALF["max_steps"] // 2, warmup_steps=8, eval_every=32),
+    "adamw-batch4096": {"batch_tokens": 4096, "max_steps": BASE.max_steps // 2, "warmup_steps": 16, "learning_rate": 4e-3,
                         "eval_every": 32},
 }
 
 # Where a bundled model's size comes from: the same FLOPs for each size (6 N + attention a token), Muon.
-FLOPS = 1.5e13
-for L, C, heads in (4, 96, 3), (4, 128, 4), (4, 192, 6), (6, 192, 6), (6, 256, 4):
+FLOPS = 8e12
+for L, C, heads in (4, 96, 3), (4, 128, 4), (4, 192, 6), (6, 256, 4):
     per_token = 6 * (4096 * C + 256 * C + 12 * L * C * C) + 12 * L * C * 256
     RUNS[f"size-{L}x{C}"] = variant(HALF, n_layer=L, n_embd=C, n_head=heads, max_steps=math.ceil(FLOPS / per_token / 2048),
                                     schedule="wsd", min_lr_ratio=0.0)

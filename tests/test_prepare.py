@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import gzip
@@ -91,6 +92,70 @@ def test_every_document_is_in_once_whatever_the_files(tmp_path, form):
     listed = [(shard["split"], shard["tokens"]) for shard in manifest["shards"]]
     assert listed == [("val", 10_000), *[("train", 10_000)] * (tokens // 10_000 - 1), ("train", tokens % 10_000)]
     assert sum(shard["documents"] for shard in manifest["shards"]) == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("form", [".parquet", ".jsonl.gz", ".txt"])
+def test_the_last_documents_are_validation_where_a_share_is_asked_for(command, tmp_path, form):
+    source = write_texts(tmp_path / "in", DOCUMENTS) if form == ".txt" else write_corpus(tmp_path / "in", DOCUMENTS, form)
+    for out, launcher in ("one", ()), ("three", ("-m", "torch.distributed.run", "--nproc_per_node=3")):
+        command("prepare.py", source, "--val-share", "0.41", "--shard-tokens", "10000", "--out", out, launcher=launcher)
+        folder = tmp_path / out
+        assert sorted(stream(folder)) == sorted(expected_stream(DOCUMENTS))
+        assert np.array_equal(Shards(folder, "train").read(0, len(Shards(folder, "train"))), expected_stream(DOCUMENTS[:177]))
+        assert np.array_equal(Shards(folder, "val").read(0, len(Shards(folder, "val"))), expected_stream(DOCUMENTS[177:]))
+
+
+def test_the_share_belongs_to_the_preparation(tmp_path):
+    source = str(write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl"))
+    prepare.main(PrepareConfig(source, out=tmp_path / "out", val_share=0.01))
+    assert shards.read_manifest(tmp_path / "out")["source"]["val_share"] == 0.01
+    for other in None, 0.02:
+        with pytest.raises(UserError, match="another preparation"):
+            prepare.main(PrepareConfig(source, out=tmp_path / "out", val_share=other))
+    for share in 0.0, 1.0, -1.0:
+        with pytest.raises(UserError, match="above 0 and below 1"):
+            prepare.main(PrepareConfig(source, out=tmp_path / "x", val_share=share))
+
+
+def test_a_kill_changes_nothing_where_the_last_documents_are_validation(tmp_path, monkeypatch):
+    source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
+    config = PrepareConfig(str(source), "bpe:300", out=tmp_path / "whole", val_share=0.3, shard_tokens=20_000)
+    prepare.main(config)
+    monkeypatch.setattr(prepare, "COMMIT_S", 0)
+    monkeypatch.setattr(corpus, "BLOCK", 2000)
+    calls, append = [0], shard_writer.ShardWriter.append
+
+    def dies(self, *arguments):
+        calls[0] += 1
+        if calls[0] % 20 == 0:
+            raise KeyboardInterrupt
+        append(self, *arguments)
+    monkeypatch.setattr(shard_writer.ShardWriter, "append", dies)
+    for _ in range(100):
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare.main(dataclasses.replace(config, out=tmp_path / "killed"))
+            break
+    assert calls[0] > 40 and contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_bpe_is_trained_on_what_is_not_validation(tmp_path, monkeypatch):
+    """And on the beginning of every file, where all would be too much; a text of one file gives its first part."""
+    source = write_corpus(tmp_path / "in", ["common words " * 30] * 30 + ["zyzzyva " * 50] * 10, ".jsonl")
+    prepare.main(PrepareConfig(str(source), "bpe:300", out=tmp_path / "out", val_share=0.25))
+    bpe = shards.read_tokenizer(tmp_path / "out")
+    assert len(bpe.encode("words")) == 1 and len(bpe.encode("zyzzyva")) == 7
+    files = sources.local_source("x", source).files
+    monkeypatch.setattr(corpus, "SAMPLE_BYTES", 3000)
+    assert [text[:6] for text in corpus.sample(files, 0.0, None)] == ["common"] * 6 + ["zyzzyv"] * 3
+    (tmp_path / "text.txt").write_text("a common word " * 90 + "zyzzyva " * 18)
+    prepare.main(PrepareConfig(str(tmp_path / "text.txt"), "bpe:8192", out=tmp_path / "text"))
+    assert len(shards.read_tokenizer(tmp_path / "text").encode(" zyzzyva")) == 8
+
+
+@pytest.mark.parametrize("name, sentence", [("bpe:", "names no size"), ("bpe:8k", "names no size"), ("bpe:256", "at least 257")])
+def test_a_bpe_without_a_size_is_one_sentence(prose, tmp_path, name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        prepare.main(PrepareConfig(str(prose), name, out=tmp_path / "out"))
 
 
 def test_a_shard_is_what_numpy_would_have_saved(tmp_path):

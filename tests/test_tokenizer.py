@@ -1,4 +1,6 @@
+import contextlib
 import json
+import random
 
 import pytest
 import tokenizers
@@ -7,7 +9,7 @@ from transformers import AutoTokenizer
 
 from errors import UserError
 from files import sha256
-from tokenizer import RANKS, BPETokenizer, CharTokenizer, GPT2Tokenizer, byte_level_bpe, load_tokenizer
+from tokenizer import RANKS, BPETokenizer, CharTokenizer, GPT2Tokenizer, byte_level_bpe, load_tokenizer, train_bpe
 
 TEXTS = ["", "Hello, I'm a language model,", "Я вас любил: любовь ещё, быть может", "🦊👩‍👩‍👧 naïve\r\n\t  end ", "a\0b",
          "before <|endoftext|> after", "   \n\n\n   ", "中文とにほんご"]
@@ -182,3 +184,49 @@ def test_transformers_reads_a_saved_bpe_alike(tmp_path):
     assert theirs.eos_token_id == SMALL_BPE.eot
     for text in TEXTS:
         assert "<|endoftext|>" in text or theirs(text)["input_ids"] == SMALL_BPE.encode(text)
+
+
+def test_a_trained_bpe_gives_any_text_back_and_transformers_reads_it_alike(tmp_path):
+    bpe = train_bpe([PROSE, "Я вас любил: любовь ещё, быть может, \ud83e\udd8a"], 400)
+    assert (bpe.vocab_size, bpe.eot, bpe.decode([399])) == (400, 399, "<|endoftext|>")
+    assert bpe.decode(bpe.encode(" the moon")) == " the moon" and len(bpe.encode(" the moon")) < 4
+    bpe.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert bpe.decode(bpe.encode(text)) == text and 399 not in bpe.encode(text)
+        assert "<|endoftext|>" in text or theirs(text)["input_ids"] == bpe.encode(text)
+    assert load_tokenizer(tmp_path).to_dict() == bpe.to_dict() == load_tokenizer(bpe.to_dict()).to_dict()
+
+
+def test_training_a_bpe_twice_gives_the_same_one_and_it_may_stay_smaller_than_asked():
+    assert train_bpe([PROSE], 300).to_dict() == train_bpe(iter([PROSE]), 300).to_dict()
+    assert train_bpe([PROSE], 50_000).vocab_size == train_bpe([PROSE], 40_000).vocab_size < 1000
+    bytes_alone = train_bpe([], 300)
+    assert bytes_alone.vocab_size == 257 and len(bytes_alone.encode("Hi 🦊")) == 7
+    with pytest.raises(UserError, match="at least 257"):
+        train_bpe([PROSE], 256)
+
+
+@pytest.mark.parametrize("size", [258, 300, 600])
+def test_tiktoken_merges_as_the_tokenizers_library_does(size):
+    """Also where pairs overlap, and where a word is a token of itself."""
+    rng = random.Random(size)
+    pieces = ["a", "aa", "aaa", "ab", "ba", " ", "  ", "\n", "the ", " fox", "'s", "12", "é", "я", "🦊", "<|endoftext|>", "."]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 60))) for _ in range(400)]
+    bpe = train_bpe([PROSE, *texts[:200]], size)
+    assert bpe.fast
+    for text in texts:
+        assert bpe.encode(text) == bpe.bpe.encode(text, add_special_tokens=False).ids
+    for word in bpe.bytes.values():
+        with contextlib.suppress(UnicodeDecodeError):
+            assert bpe.encode(word.decode()) == bpe.bpe.encode(word.decode(), add_special_tokens=False).ids
+
+
+def test_a_bpe_whose_ids_are_not_in_the_order_of_its_merges_is_left_to_the_tokenizers_library():
+    parts = json.loads(train_bpe([PROSE], 300).to_dict()["description"])
+    vocab, by_id = parts["model"]["vocab"], sorted(parts["model"]["vocab"].items(), key=lambda item: item[1])
+    (a, i), (b, j) = by_id[256:258]
+    vocab[a], vocab[b] = j, i
+    swapped = BPETokenizer(json.dumps(parts))
+    assert not swapped.fast and swapped.encode("\ud800 the fox") == swapped.encode("\ufffd the fox")
+    assert swapped.decode(swapped.encode(PROSE)) == PROSE
