@@ -143,10 +143,10 @@ def test_a_bpe_is_trained_on_what_is_not_validation(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "in", ["common words " * 30] * 30 + ["zyzzyva " * 50] * 10, ".jsonl")
     prepare.main(PrepareConfig(str(source), "bpe:300", out=tmp_path / "out", val_share=0.25))
     bpe = shards.read_tokenizer(tmp_path / "out")
-    assert len(bpe.encode("words")) == 1 and len(bpe.encode("zyzzyva")) == 7
-    files = sources.local_source("x", source).files
-    monkeypatch.setattr(corpus, "SAMPLE_BYTES", 3000)
-    assert [text[:6] for text in corpus.sample(files, 0.0, None)] == ["common"] * 6 + ["zyzzyv"] * 3
+    assert len(bpe.encode(" words")) == 1 and len(bpe.encode("zyzzyva")) == 7
+    files = sources.local_source("x", write_corpus(tmp_path / "numbered", [f"{i} " * 300 for i in range(10, 50)], ".jsonl")).files
+    monkeypatch.setattr(corpus, "SAMPLE_BYTES", 6000)
+    assert [int(text[:2]) for text in corpus.sample(files, 0.0, None)] == [10, 11, 12, 23, 24, 25, 36, 37, 38]
     (tmp_path / "text.txt").write_text("a common word " * 90 + "zyzzyva " * 18)
     prepare.main(PrepareConfig(str(tmp_path / "text.txt"), "bpe:8192", out=tmp_path / "text"))
     assert len(shards.read_tokenizer(tmp_path / "text").encode(" zyzzyva")) == 8

@@ -187,13 +187,13 @@ def test_transformers_reads_a_saved_bpe_alike(tmp_path):
 
 
 def test_a_trained_bpe_gives_any_text_back_and_transformers_reads_it_alike(tmp_path):
-    bpe = train_bpe([PROSE, "Я вас любил: любовь ещё, быть может, \ud83e\udd8a"], 400)
-    assert (bpe.vocab_size, bpe.eot, bpe.decode([399])) == (400, 399, "<|endoftext|>")
+    bpe = train_bpe([PROSE, "Я вас любил: любовь ещё, быть может, \ud83e\udd8a"], 330)
+    assert (bpe.vocab_size, bpe.eot, bpe.decode([329])) == (330, 329, "<|endoftext|>")
     assert bpe.decode(bpe.encode(" the moon")) == " the moon" and len(bpe.encode(" the moon")) < 4
     bpe.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert bpe.decode(bpe.encode(text)) == text and 399 not in bpe.encode(text)
+        assert bpe.decode(bpe.encode(text)) == text and 329 not in bpe.encode(text)
         assert "<|endoftext|>" in text or theirs(text)["input_ids"] == bpe.encode(text)
     assert load_tokenizer(tmp_path).to_dict() == bpe.to_dict() == load_tokenizer(bpe.to_dict()).to_dict()
 
