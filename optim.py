@@ -66,10 +66,15 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, m
     if schedule == "constant":
         return peak
     if schedule == "wsd":
-        falls_from = max(warmup_steps, 0.8 * max_steps)
-        return peak * (min_ratio + (1 - min_ratio) * min(1.0, (max_steps - step) / max(1e-9, max_steps - falls_from)))
+        falling = max(1e-9, max_steps - falls_from(warmup_steps, max_steps))
+        return peak * (min_ratio + (1 - min_ratio) * min(1.0, (max_steps - step) / falling))
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def falls_from(warmup_steps: int, max_steps: int) -> float:
+    """The step up to which wsd's rate does not depend on max_steps."""
+    return max(warmup_steps, 0.8 * max_steps)
 
 
 def set_learning_rate(optimizers, rate: float):

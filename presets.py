@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+import optim
 from errors import UserError
 from shards import read_manifest
 
@@ -43,6 +44,8 @@ class TrainConfig:
     """Sequences a process takes at a time; gradients accumulate until its share of the batch is done."""
 
     # The optimization
+    recipe: Literal["preset", "fast"] = "preset"
+    """fast is the preset in fewer steps, with Muon and another schedule, as benchmarks/recipes found them."""
     max_steps: int = 19_073
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 6e-4
@@ -125,6 +128,25 @@ PRESETS |= {  # two epochs, as nanoGPT's, and three
         PRESETS["finetune"], init_from="gpt2", data=Path("data/tiny_pushkin_gpt2"), max_steps=100, sample_prompt="Я вас любил"),
 }
 
+# Models that lie in assets/bundled, trained on two cores.
+PRESETS |= {
+    "edu-bundled": TrainConfig(
+        data=Path("data/edu_corpus_bpe-4096"), n_layer=6, n_head=4, n_embd=256, block_size=256, batch_tokens=16 * 256,
+        micro_batch=8, max_steps=4500, optimizer="muon", learning_rate=4e-3, schedule="wsd", warmup_steps=50, min_lr_ratio=0.0,
+        eval_every=100, eval_tokens=2**16, sample_every=500, save_every=50, sample_prompt="The history of"),
+    "pushkin-bundled": dataclasses.replace(
+        PRESETS["shakespeare-bundled"], data=Path("data/tiny_pushkin_char"), save_every=50),
+}
+
+
+def fast(config: TrainConfig) -> TrainConfig:
+    """The recipe that won in benchmarks/recipes, for a configuration made for AdamW."""
+    return dataclasses.replace(config, optimizer="muon", schedule="wsd", min_lr_ratio=0.0, learning_rate=2 * config.learning_rate,
+                               max_steps=round(0.5 * config.max_steps), warmup_steps=round(0.5 * config.warmup_steps))
+
+
+RECIPES = {"fast": fast}
+
 
 def check(config: TrainConfig):
     """Raises UserError for a value that no run can have."""
@@ -142,15 +164,20 @@ def check(config: TrainConfig):
 
 
 # What may differ when a run goes on: where it runs and what is shown, not what is computed.
-INCIDENTAL = {"run", "resume", "data", "micro_batch", "eval_every", "eval_tokens", "hellaswag", "sample_every", "save_every",
-              "log_every", "sample_prompt", "samples", "device", "compile", "dry_run", "gpu", "nproc", "mfu", "price"}
+INCIDENTAL = {"run", "recipe", "resume", "data", "micro_batch", "eval_every", "eval_tokens", "hellaswag", "sample_every",
+              "save_every", "log_every", "sample_prompt", "samples", "device", "compile", "dry_run", "gpu", "nproc", "mfu",
+              "price"}
 
 
-def identity(config: TrainConfig) -> dict:
-    """The part of a configuration that makes two runs the same run; data are the same where their shards are."""
+def identity(config: TrainConfig, step: int) -> dict:
+    """The part of a configuration that makes two runs the same run up to `step`; data are the same where their shards are. How
+    long wsd will go on does not matter before its rate falls: such a run may be made longer, or be ended sooner."""
     shards = "".join(shard["sha256"] for shard in read_manifest(config.data).get("shards", ()))
     data = hashlib.sha256(shards.encode()).hexdigest()[:16] if shards else str(config.data)
-    return {**{name: value for name, value in plain(config).items() if name not in INCIDENTAL}, "data": data}
+    same = {name: value for name, value in plain(config).items() if name not in INCIDENTAL} | {"data": data}
+    if config.schedule == "wsd" and step <= optim.falls_from(config.warmup_steps, config.max_steps):
+        same["max_steps"] = "open"
+    return same
 
 
 def described(config: TrainConfig) -> dict:

@@ -32,7 +32,7 @@ from devices import find_device
 from errors import UserError, one_sentence
 from generate import Engine
 from model import GPT, GPTConfig
-from presets import PRESETS, TrainConfig, check, described, identity
+from presets import PRESETS, RECIPES, TrainConfig, check, described, identity
 from shards import read_tokenizer
 from sources import NAMED_TEXTS
 from tokenizer import Tokenizer
@@ -45,8 +45,9 @@ def main(argv: list[str]):
     if preset not in PRESETS:
         raise UserError(f"There is no preset {preset!r}; there are: {', '.join(PRESETS)}.")
     default = dataclasses.replace(PRESETS[preset], run=preset)
-    config = tyro.cli(TrainConfig, args=argv, default=default, prog=f"train.py {preset}",
-                      description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. The defaults below are {preset}'s.")
+    config = parse(preset, default, argv)
+    if config.recipe != default.recipe:  # which has other defaults
+        config = parse(preset, RECIPES[config.recipe](default), argv)
     check(config)
     if config.dry_run and not config.data.is_dir() and config.vocab_size and not config.init_from:
         with torch.device("meta"):
@@ -55,6 +56,11 @@ def main(argv: list[str]):
         return
     with ddp.join_world(config.device) as world:
         train(config, world)
+
+
+def parse(preset: str, default: TrainConfig, argv: list[str]) -> TrainConfig:
+    return tyro.cli(TrainConfig, args=argv, default=default, prog=f"train.py {preset}",
+                    description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. The defaults below are {preset}'s.")
 
 
 def train(config: TrainConfig, world: ddp.World):
@@ -148,7 +154,8 @@ def save(t: Trained, step: int, val_loss: float | None):
     if not t.log:
         return
     try:
-        checkpoint.save(t.run, step, t.model, optim.named_state(t.model, t.optimizers), t.tokenizer, identity(t.config), val_loss)
+        checkpoint.save(t.run, step, t.model, optim.named_state(t.model, t.optimizers), t.tokenizer, identity(t.config, step),
+                        val_loss)
     except checkpoint.NotSaved as error:
         if val_loss is None or step == t.config.max_steps:  # nothing comes after
             raise UserError(f"{error}: make room, and the same command goes on from the last one that was.") from None
@@ -288,7 +295,7 @@ def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) ->
     """Puts model and optimizers where the checkpoint of `step` left them; refuses another configuration. Whether that step was
     measured: one that a signal had saved was not."""
     saved, optimizer_state, saved_config = checkpoint.load_state(run, step)
-    for name, value in identity(config).items():
+    for name, value in identity(config, step).items():
         if saved_config.get(name) != value:
             raise UserError(f"{run} was started with {name} {saved_config.get(name)}, and this is {value}: "
                             "go on as it was started, or give this run another name with --run.")

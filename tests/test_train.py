@@ -456,6 +456,32 @@ def test_wsd_stays_and_then_falls_in_a_straight_line():
     assert rates[90] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
 
 
+def test_a_run_of_wsd_may_be_made_longer_or_ended_sooner_until_its_rate_falls(data, tmp_path, monkeypatch):
+    wsd = ["shakespeare-char", *TINY, "--schedule", "wsd", "--optimizer", "muon"]
+    train_here(*wsd, "--max-steps", 10, "--run", "whole")
+
+    def update(t, x, y, step, whole=train.update):
+        if step == 5 and t.config.max_steps == 1000:
+            raise KeyboardInterrupt
+        return whole(t, x, y, step)
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(*wsd, "--max-steps", 1000, "--run", "sooner")
+    train_here(*wsd, "--max-steps", 10, "--run", "sooner")
+    assert_same_run(tmp_path / "log" / "sooner", tmp_path / "log" / "whole", tolerance=0, last_step=10)
+    with pytest.raises(UserError, match="was started with max_steps 10, and this is"):
+        train_here(*wsd, "--max-steps", 1000, "--run", "sooner")
+
+
+def test_a_recipe_changes_a_presets_defaults_and_an_option_changes_the_recipes(data, tmp_path):
+    for run, options in ("fast", ()), ("slower", ("--learning-rate", 1e-4, "--optimizer", "adamw")):
+        train_here("shakespeare-char", *TINY, "--recipe=fast", "--run", run, *options)
+    fast, slower = (json.loads((tmp_path / "log" / run / "config.json").read_text()) for run in ("fast", "slower"))
+    assert (fast["optimizer"], fast["schedule"]) == ("muon", "wsd")
+    assert fast["learning_rate"] > 1e-3 and fast["max_steps"] == 6  # the option's
+    assert (slower["optimizer"], slower["learning_rate"], slower["schedule"]) == ("adamw", 1e-4, "wsd")
+
+
 def test_the_learning_rate_warms_up_and_falls_to_its_floor():
     options = {"peak": 1.0, "warmup_steps": 10, "max_steps": 100, "min_ratio": 0.1}
     rates = [learning_rate(step, schedule="cosine", **options) for step in range(101)]
