@@ -15,12 +15,17 @@ sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a
 import contextlib
 import csv
 import dataclasses
+import itertools
 import math
+import re
+import statistics
 from pathlib import Path
 from unittest import mock
 
+import pandas as pd
 import torch
 import tyro
+from matplotlib.figure import Figure
 
 import ddp
 import optim
@@ -123,10 +128,62 @@ def run(name: str, changes: dict, data: Path):
         csv.writer(file).writerows([("tokens", "val_loss"), *points])
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# What came of them
+
 def write_report():
+    """runs.csv and curves.png: each recipe over its seeds, and the tokens it took to the best AdamW's mean final loss."""
+    recipes = {}
     for path in sorted(CURVES.glob("*.csv")):
-        rows = list(csv.reader(open(path)))
-        print(f"{path.stem:24} {int(rows[-1][0]):10,} tokens  {float(rows[-1][1]):.4f}")
+        recipes.setdefault(re.sub(r"-s\d+$", "", path.stem), []).append(pd.read_csv(path))
+    recipes = {name: curves for name, curves in recipes.items() if not name.startswith("size-")}
+    final = {name: statistics.mean(curve["val_loss"].iloc[-1] for curve in curves) for name, curves in recipes.items()}
+    baselines = [name for name in recipes if name.startswith("adamw")]
+    if not baselines:
+        print("The report waits for a run of AdamW.")
+        return
+    baseline = min(baselines, key=final.get)
+    rows = []
+    for name in sorted(recipes, key=lambda name: (not name.startswith("adamw"), final[name])):
+        ends = [curve["val_loss"].iloc[-1] for curve in recipes[name]]
+        reached = [tokens_to(curve, final[baseline]) / TOKENS for curve in recipes[name]]
+        rows.append({"recipe": name, "seeds": len(ends), "tokens": int(recipes[name][0]["tokens"].iloc[-1]),
+                     "val_loss": round(final[name], 4), "sd": round(statistics.stdev(ends), 4) if len(ends) > 1 else "",
+                     "share_of_tokens": round(statistics.mean(reached), 3) if max(reached) < math.inf else "",
+                     "changes": " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+                                         for key, value in RUNS.get(name, {}).items())})
+    frame = pd.DataFrame(rows)
+    frame.to_csv(FOLDER / "runs.csv", index=False)
+    print(frame.drop(columns="changes").to_string(index=False))
+    draw(recipes, baseline, final[baseline]).savefig(FOLDER / "curves.png")
+
+
+def tokens_to(curve: pd.DataFrame, loss: float) -> float:
+    """Tokens until the curve, straight between its points, is that low; infinite where it never is."""
+    points = list(zip(curve["tokens"], curve["val_loss"]))
+    for (tokens, before), (later, after) in itertools.pairwise(points):
+        if after <= loss:
+            return tokens + (later - tokens) * (before - loss) / max(1e-9, before - after)
+    return math.inf
+
+
+def draw(recipes: dict[str, list[pd.DataFrame]], baseline: str, goal: float) -> Figure:
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes, colours = figure.subplots(), itertools.count()
+    for name, curves in recipes.items():
+        together = pd.concat(curves).groupby("tokens")["val_loss"].agg(["mean", "min", "max"])
+        several = len(curves) > 1
+        axes.plot(together.index, together["mean"], label=name if several or name == baseline else None, zorder=2 + several,
+                  **({"color": f"C{next(colours)}", "linewidth": 2} if several or name == baseline else
+                     {"color": "0.7", "linewidth": 0.8}))
+        axes.fill_between(together.index, together["min"], together["max"], color=axes.lines[-1].get_color(), alpha=0.3,
+                          linewidth=0)
+    axes.axhline(goal, color="0.2", linestyle="--", linewidth=1, label=f"{baseline}'s final loss")
+    axes.axvline(0.6 * TOKENS, color="0.2", linestyle=":", linewidth=1, label="60% of its tokens")
+    axes.set_ylim(min(curve["val_loss"].min() for curves in recipes.values() for curve in curves) - 0.05, goal + 1)
+    axes.set(xlabel="tokens seen", ylabel="validation loss, nats a token")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
 
 
 if __name__ == "__main__":
