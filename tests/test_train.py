@@ -29,7 +29,7 @@ from files import sha256
 from formats import save_huggingface
 from generate import Engine
 from model import GPT, GPTConfig
-from optim import Muon, build_optimizers, learning_rate
+from optim import Muon, build_optimizers, learning_rate, orthogonalize
 from shards import read_manifest
 from tokenizer import CharTokenizer, load_tokenizer
 
@@ -440,6 +440,17 @@ def test_our_muon_takes_the_steps_of_torchs():
             b.step()
         moved = (theirs - 1).norm()
         assert (ours - theirs).norm() < 0.02 * moved  # torch's works in bfloat16
+
+
+@pytest.mark.parametrize("shape", [(96, 24), (24, 96), (72, 24), (24, 24)])
+def test_orthogonalizing_by_small_matrices_is_five_newton_schulz_steps(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64) @ torch.diag(torch.logspace(0, -4, shape[1], dtype=torch.float64))
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    torch.testing.assert_close(orthogonalize(matrix), x)
+    torch.testing.assert_close(orthogonalize(matrix.float()), x.float(), atol=2e-3, rtol=2e-3)
 
 
 def test_only_matrices_decay_and_every_parameter_has_one_optimizer():
