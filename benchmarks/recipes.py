@@ -53,7 +53,7 @@ def variant(base: dict, **changes) -> dict:
 # Name: what differs from BASE; `trick` is one of TRICKS, which train.py does not have.
 RUNS = {
     **{f"adamw-lr{lr:g}": {"learning_rate": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
-    **{f"muon-lr{lr:g}": variant(HALF, learning_rate=lr) for lr in (2e-3, 4e-3, 8e-3, 16e-3)},
+    **{f"muon-lr{lr:g}": variant(HALF, learning_rate=lr) for lr in (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)},
     "muon-wsd": variant(HALF, schedule="wsd", min_lr_ratio=0.0),
     "muon-cosine0": variant(HALF, min_lr_ratio=0.0),
     "muon-zero": variant(HALF, trick="zero"),
@@ -65,6 +65,13 @@ RUNS = {
     "muon-batch4096": variant(HALF, batch_tokens=4096, max_steps=HALF["max_steps"] // 2, warmup_steps=8, eval_every=32),
     "adamw-batch4096": {"batch_tokens": 4096, "max_steps": BASE.max_steps // 2, "warmup_steps": 16, "learning_rate": 4e-3,
                         "eval_every": 32},
+}
+
+FAST = variant(HALF, schedule="wsd", min_lr_ratio=0.0, learning_rate=16e-3)
+RUNS |= {
+    "fast": FAST,
+    **{f"{name}-s{seed}": variant(changes, seed=1336 + seed) for seed in (2, 3) for name, changes in (
+        ("fast", FAST), ("adamw-lr0.004", RUNS["adamw-lr0.004"]))},
 }
 
 # Where a bundled model's size comes from: the same FLOPs for each size (6 N + attention a token), Muon.
