@@ -98,9 +98,8 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, o
     val_from = corpus.last_documents(source.files, options.val_share) if options.val_share and not halve else None
     tokenizer, sizes = choose_tokenizer(tokenizer_name, source, halve, val_from), corpus.file_sizes(files)
     workers = 0 if source.kind == "tokens" or sum(sizes) < SMALL else options.workers or cores()
-    identity = {"name": source.name, "revision": source.revision}
-    if options.val_share is not None:
-        identity["val_share"] = options.val_share
+    share = {"val_share": options.val_share} if options.val_share else {}
+    identity = {"name": source.name, "revision": source.revision, **share}
     with start_workers(workers, tokenizer) as pool, full_disk_explained(out):
         plan = make_plan(source, files, sizes, tokenizer, halve, workers or 1)
         with ShardWriter(out, name, tokenizer, identity, options.shard_tokens, part, parts) as writer:

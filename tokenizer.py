@@ -133,8 +133,7 @@ class BPETokenizer(Tokenizer):
         (folder / "tokenizer.json").write_text(self.description, encoding="utf-8")
         end = self.bpe.id_to_token(self.eot) if self.eot is not None else None
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end) if end else {}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_config(folder, special)
 
     def vocabulary(self) -> dict[str, int]:
         return self.bpe.get_vocab()
@@ -272,16 +271,17 @@ class CharTokenizer(Tokenizer):
         return {"kind": self.kind, "chars": self.chars}
 
     def save(self, folder: Path):
-        fast = {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None,
-            "normalizer": {"type": "Replace", "pattern": {"Regex": self.outside}, "content": self.replacement},
-            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
-                              "invert": False},
-            "decoder": {"type": "Fuse"},
-            "model": {"type": "WordLevel", "vocab": self.ids, "unk_token": self.chars[0]}}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (folder / "tokenizer.json").write_text(json.dumps(fast, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(self.ids, unk_token=self.chars[0]))
+        fast.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(self.outside), self.replacement)
+        fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        fast.decoder = tokenizers.decoders.Fuse()
+        fast.save(str(folder / "tokenizer.json"))
+        save_config(folder, {})
+
+
+def save_config(folder: Path, special: dict[str, str]):
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 gpt2_tokenizer = functools.cache(GPT2Tokenizer)
