@@ -3,7 +3,8 @@
     python prepare.py edu_corpus.jsonl.zst --tokenizer bpe:4096 --val-share 0.01
     python benchmarks/recipes.py                  # trains every run that has no result yet, and reports
     python benchmarks/recipes.py adamw muon-lr    # only runs whose names begin so; several processes may share the work
-    python benchmarks/recipes.py --only-report         # benchmarks/recipes/: runs.csv and curves.png out of curves/*.csv
+    python benchmarks/recipes.py --only-report    # benchmarks/recipes/: runs.csv and curves.png out of curves/*.csv
+    python benchmarks/recipes.py --times          # what a step of the baseline and of the winner takes
 
 Each run is train.py's own loop in log/recipe-<name>/, goes on where it was stopped, and leaves its curve in
 benchmarks/recipes/curves/<name>.csv. benchmarks/recipes/README.md says what came of it.
@@ -19,6 +20,7 @@ import itertools
 import math
 import re
 import statistics
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -115,8 +117,11 @@ TRICKS = {
 
 
 def main(names: tyro.conf.Positional[tuple[str, ...]] = (), /, data: Path = Path("data/edu_corpus_bpe-4096"),
-         only_report: bool = False):
+         only_report: bool = False, times: bool = False):
     """Trains the runs whose names begin with one of `names`, or all; --only-report only reads what there is."""
+    if times:
+        step_times()
+        return
     CURVES.mkdir(parents=True, exist_ok=True)
     for name, changes in RUNS.items():
         if not only_report and name.startswith(names or ("",)) and not (CURVES / f"{name}.csv").exists():
@@ -133,6 +138,26 @@ def run(name: str, changes: dict, data: Path):
     points = zip(measured["step"] * config.batch_tokens, measured["val_loss"].round(5))
     with open(CURVES / f"{name}.csv", "w", newline="") as file:
         csv.writer(file).writerows([("tokens", "val_loss"), *points])
+
+
+def step_times(rounds: int = 15):
+    """Median seconds of an update of AdamW and of Muon beside it, each once a round; also in the time of this thread alone, which
+    others that use the cores do not lengthen."""
+    model = train.GPT(train.sizes_of(BASE, 4096))
+    x = torch.randint(4096, (BASE.batch_tokens // BASE.block_size, BASE.block_size))
+    optimizers = {name: optim.build_optimizers(model, name, 0.1, (0.9, 0.95)) for name in ("adamw", "muon")}
+    taken = {name: [] for name in optimizers}
+    for _, (name, parts) in itertools.product(range(rounds), optimizers.items()):
+        began = time.perf_counter(), time.thread_time()
+        model(x, x)[1].backward()
+        optim.set_learning_rate(parts, 1e-6)
+        for part in parts:
+            part.step()
+        model.zero_grad(set_to_none=True)
+        taken[name].append((time.perf_counter() - began[0], time.thread_time() - began[1]))
+    for name, seconds in taken.items():
+        wall, own = (statistics.median(column) for column in zip(*seconds))
+        print(f"{name:6} {wall * 1000:6.0f} ms a step, {own * 1000:6.0f} ms of the main thread")
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 nanoGPT runs as it is, with the options its README gives for a laptop (4 layers, 128 wide, 2000 iterations of 768 characters),
 on the same split: the first 90% of the characters for training. The clock starts with each program and includes its
 imports and its own evaluations: nanoGPT's of 20 random batches, ours of the whole split. nanoGPT's last model is then
-scored on the whole split too, off the clock.
+scored on the whole split too, off the clock. With --longer N the preset also runs for N steps, to see how far it falls.
 """
 import sys
 
@@ -34,28 +34,26 @@ LOSSES = (2.5, 2.2, 2.0, 1.95, 1.9, 1.88, 1.85, 1.8, 1.75, 1.7, 1.65, 1.6)
 Curve = list[tuple[float, float]]  # seconds since the program's start, validation loss
 
 
-def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path], rounds: int = 1):
+def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path], rounds: int = 1, longer: int = 0):
     """Times both, one after the other, `rounds` times; the table has the medians."""
     for needed in checkout / "train.py", text:
         if not needed.exists():
             raise UserError(f"There is no {needed}: see the head of this file.")
-    theirs, ours = [], []
+    theirs, ours, long = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
             ours.append(our_preset(text.resolve(), Path(folder, f"ours{i}")))
             theirs.append(nanogpt(checkout.resolve(), text, Path(folder, f"theirs{i}")))
             print(f"nanoGPT {theirs[-1]}\nours {ours[-1]}", flush=True)
-    print("| loss | nanoGPT, s | shakespeare-char-cpu, s | share |\n| --- | --- | --- | --- |")
+        if longer:
+            long.append(our_preset(text.resolve(), Path(folder, "long"), "--max-steps", str(longer)))
+    print("minutes | nanoGPT | shakespeare-char-cpu |" + f" with --max-steps {longer} |" * bool(longer))
     for loss in LOSSES:
-        a, b = (np.median([reached(curve, loss) for curve in curves]) for curves in (theirs, ours))
-        print(f"| {loss} | {shown(a)} | {shown(b)} | {b / a:.2f} |" if a < np.inf else f"| {loss} | {shown(a)} | {shown(b)} | |")
+        times = [np.median([reached(curve, loss) for curve in curves]) for curves in (theirs, ours, long) if curves]
+        print(f"{loss} | " + " | ".join(f"{seconds / 60:.2f}" if seconds < np.inf else "not reached" for seconds in times) + " |")
     last = np.median([curve[-1][0] for curve in theirs])
     at_188 = np.median([reached(curve, 1.88) for curve in ours])
     print(f"nanoGPT's whole run takes {last:.0f} s; 1.88 is reached here after {at_188:.0f} s, {at_188 / last:.2f} of that")
-
-
-def shown(seconds: float) -> str:
-    return f"{seconds:.0f}" if seconds < np.inf else "not reached"
 
 
 def reached(curve: Curve, loss: float) -> float:
@@ -92,12 +90,12 @@ def nanogpt(checkout: Path, text: Path, folder: Path) -> Curve:
     return curve
 
 
-def our_preset(text: Path, folder: Path) -> Curve:
+def our_preset(text: Path, folder: Path, *options: str) -> Curve:
     folder.mkdir()
     subprocess.run([sys.executable, ROOT / "prepare.py", "tiny_shakespeare", "--text", text], cwd=folder, check=True,
                    capture_output=True)
     began = time.time()
-    subprocess.run([sys.executable, ROOT / "train.py", "shakespeare-char-cpu"], cwd=folder, check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / "train.py", "shakespeare-char-cpu", *options], cwd=folder, check=True, capture_output=True)
     measured = metrics(folder / "log" / "shakespeare-char-cpu").dropna(subset="val_loss")
     return list(zip((measured["time"] - began).round(1), measured["val_loss"].round(4)))
 
