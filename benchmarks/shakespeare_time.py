@@ -95,7 +95,8 @@ def our_preset(text: Path, folder: Path, *options: str) -> Curve:
     subprocess.run([sys.executable, ROOT / "prepare.py", "tiny_shakespeare", "--text", text], cwd=folder, check=True,
                    capture_output=True)
     began = time.time()
-    subprocess.run([sys.executable, ROOT / "train.py", "shakespeare-char-cpu", *options], cwd=folder, check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / "train.py", "shakespeare-char-cpu", *options], cwd=folder, check=True,
+                   capture_output=True)
     measured = metrics(folder / "log" / "shakespeare-char-cpu").dropna(subset="val_loss")
     return list(zip((measured["time"] - began).round(1), measured["val_loss"].round(4)))
 
