@@ -103,18 +103,19 @@ SHAKESPEARE_CHAR = TrainConfig(
     batch_tokens=64 * 256, max_steps=5000, learning_rate=1e-3, warmup_steps=100, beta2=0.99,
     eval_every=250, sample_every=500, save_every=500, sample_prompt="\n")
 
-# The same text for two CPU cores, where small batches and Muon bring the loss down soonest.
+# The same text for two CPU cores, where few layers, small batches and Muon bring the loss down soonest.
 SHAKESPEARE_CHAR_CPU = dataclasses.replace(
-    SHAKESPEARE_CHAR, n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_tokens=16 * 128, micro_batch=16,
-    max_steps=1000, optimizer="muon", learning_rate=4e-3, warmup_steps=40, min_lr_ratio=0.02)
+    SHAKESPEARE_CHAR, n_layer=2, n_head=4, n_embd=128, block_size=64, dropout=0.0, batch_tokens=12 * 64, micro_batch=12,
+    max_steps=1500, optimizer="muon", learning_rate=8e-3, warmup_steps=20, min_lr_ratio=0.0, eval_every=100,
+    eval_tokens=20 * 12 * 64)
 
 PRESETS = {
     "gpt2-124m": GPT2_124M,
     "shakespeare-char": SHAKESPEARE_CHAR,
     "shakespeare-char-cpu": SHAKESPEARE_CHAR_CPU,
     "shakespeare-bundled": dataclasses.replace(  # assets/bundled/shakespeare, under 4 MB in float16
-        SHAKESPEARE_CHAR_CPU, n_head=6, n_embd=192, block_size=256, batch_tokens=8 * 256, micro_batch=8,
-        dropout=0.1, max_steps=4500, learning_rate=3e-3, warmup_steps=100),
+        SHAKESPEARE_CHAR, n_layer=4, n_head=6, n_embd=192, batch_tokens=8 * 256, micro_batch=8, dropout=0.1, max_steps=4500,
+        optimizer="muon", learning_rate=3e-3, min_lr_ratio=0.02),
     "pushkin-char": dataclasses.replace(SHAKESPEARE_CHAR, data=Path("data/tiny_pushkin_char")),
     "finetune": TrainConfig(
         data=Path("data/finetune"), init_from="bundled", batch_tokens=32 * 1024, micro_batch=8, max_steps=200,
@@ -132,7 +133,7 @@ PRESETS |= {  # two epochs, as nanoGPT's, and three
 PRESETS |= {
     "edu-bundled": TrainConfig(
         data=Path("data/edu_corpus_bpe-4096"), n_layer=6, n_head=4, n_embd=256, block_size=256, batch_tokens=16 * 256,
-        micro_batch=8, max_steps=4500, optimizer="muon", learning_rate=4e-3, schedule="wsd", warmup_steps=50, min_lr_ratio=0.0,
+        micro_batch=8, max_steps=4500, optimizer="muon", learning_rate=8e-3, schedule="wsd", warmup_steps=50, min_lr_ratio=0.0,
         eval_every=100, eval_tokens=2**16, sample_every=500, save_every=50, sample_prompt="The history of"),
     "pushkin-bundled": dataclasses.replace(
         PRESETS["shakespeare-bundled"], data=Path("data/tiny_pushkin_char"), save_every=50),
@@ -141,7 +142,7 @@ PRESETS |= {
 
 def fast(config: TrainConfig) -> TrainConfig:
     """The recipe that won in benchmarks/recipes, for a configuration made for AdamW."""
-    return dataclasses.replace(config, optimizer="muon", schedule="wsd", min_lr_ratio=0.0, learning_rate=2 * config.learning_rate,
+    return dataclasses.replace(config, optimizer="muon", schedule="wsd", min_lr_ratio=0.0, learning_rate=4 * config.learning_rate,
                                max_steps=round(0.5 * config.max_steps), warmup_steps=round(0.5 * config.warmup_steps))
 
 
