@@ -287,7 +287,8 @@ def check_data(config: TrainConfig):
         elif name in NAMED_TEXTS:
             command = f"prepare.py {name} --tokenizer {kind}" + ("" if NAMED_TEXTS[name][0] else " --text FILE")
         else:
-            command = f"prepare.py FILE_OR_FOLDER --tokenizer {config.init_from or 'gpt2'} --out {data}"
+            own = kind.replace("-", ":") if kind.startswith("bpe-") else "gpt2"
+            command = f"prepare.py FILE_OR_FOLDER --tokenizer {config.init_from or own} --out {data}"
         raise UserError(f"There is no data in {data}: make it with `python {command}`.")
 
 

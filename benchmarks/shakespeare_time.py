@@ -6,7 +6,8 @@
 nanoGPT runs as it is, with the options its README gives for a laptop (4 layers, 128 wide, 2000 iterations of 768 characters),
 on the same split: the first 90% of the characters for training. The clock starts with each program and includes its
 imports and its own evaluations, each of 20 batches. Off the clock nanoGPT's last model is scored on the whole split, and our
-run is repeated, which on a CPU gives the same weights, to score it there every 50 steps. With --longer N the preset also runs for N steps, to see how far it falls.
+run is repeated, which on a CPU gives the same weights, to score it there every 50 steps. With --longer N the preset also runs
+for N steps, to see how far it falls.
 """
 import sys
 

@@ -484,6 +484,11 @@ def test_a_run_of_wsd_may_be_made_longer_or_ended_sooner_until_its_rate_falls(da
         train_here(*wsd, "--max-steps", 1000, "--run", "sooner")
 
 
+def test_data_that_are_not_there_come_with_the_command_that_makes_them():
+    with pytest.raises(UserError, match="prepare.py FILE_OR_FOLDER --tokenizer bpe:4096 --out data/edu_corpus_bpe-4096"):
+        train_here("edu-bundled", "--device", "cpu")
+
+
 def test_a_recipe_changes_a_presets_defaults_and_an_option_changes_the_recipes(data, tmp_path):
     for run, options in ("fast", ()), ("slower", ("--learning-rate", 1e-4, "--optimizer", "adamw")):
         train_here("shakespeare-char", *TINY, "--recipe=fast", "--run", run, *options)
