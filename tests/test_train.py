@@ -395,6 +395,7 @@ def test_the_plan_says_from_which_step_on_data_repeat(data, capsys):
     ([], "fineweb.py"),
     (["shakespeare-char"], "python prepare.py tiny_shakespeare --tokenizer char"),
     (["pushkin-char"], "python prepare.py tiny_pushkin --tokenizer char --text FILE"),
+    (["edu-bundled"], "prepare.py FILE_OR_FOLDER --tokenizer bpe:4096 --out data/edu_corpus_bpe-4096"),
     (["shakespeare-char", *TINY, "--batch-tokens", "100"], "does not divide"),
     (["shakespeare-char", *TINY, "--vocab-size", "5"], "does not hold"),
     (["shakespeare-char", *TINY, "--n-head", "3"], "heads"),
@@ -482,11 +483,6 @@ def test_a_run_of_wsd_may_be_made_longer_or_ended_sooner_until_its_rate_falls(da
     assert_same_run(tmp_path / "log" / "sooner", tmp_path / "log" / "whole", tolerance=0, last_step=10)
     with pytest.raises(UserError, match="was started with max_steps 10, and this is"):
         train_here(*wsd, "--max-steps", 1000, "--run", "sooner")
-
-
-def test_data_that_are_not_there_come_with_the_command_that_makes_them():
-    with pytest.raises(UserError, match="prepare.py FILE_OR_FOLDER --tokenizer bpe:4096 --out data/edu_corpus_bpe-4096"):
-        train_here("edu-bundled", "--device", "cpu")
 
 
 def test_a_recipe_changes_a_presets_defaults_and_an_option_changes_the_recipes(data, tmp_path):
