@@ -22,10 +22,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import tyro
 
 from errors import UserError, one_sentence
 from report import metrics
+from shards import Shards, read_manifest
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 LAPTOP = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
@@ -40,14 +43,22 @@ def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path],
     for needed in checkout / "train.py", text:
         if not needed.exists():
             raise UserError(f"There is no {needed}: see the head of this file.")
-    theirs, ours, long = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(text, folder)
+        theirs, timed = [], []
         for i in range(rounds):
-            ours.append(our_preset(text.resolve(), Path(folder, f"ours{i}")))
-            theirs.append(nanogpt(checkout.resolve(), text, Path(folder, f"theirs{i}")))
-            print(f"nanoGPT {theirs[-1]}\nours {ours[-1]}", flush=True)
-        if longer:
-            long.append(our_preset(text.resolve(), Path(folder, "long"), "--max-steps", str(longer)))
+            timed.append(train(folder, f"timed{i}"))
+            theirs.append(nanogpt(checkout.resolve(), folder))
+        long = [train(folder, "long", "--max-steps", str(longer))] if longer else []
+        # Off the clock
+        checkpoint = folder / "out-shakespeare-char" / "ckpt.pt"
+        shutil.copy(folder / "data" / "shakespeare_char" / "meta.pkl", checkpoint.parent)
+        print("nanoGPT's last model on the whole split:", subprocess.run(
+            [sys.executable, ROOT / "benchmarks" / "validation_loss.py", checkpoint, "data/tiny_shakespeare_char"], cwd=folder,
+            check=True, capture_output=True, text=True).stdout.strip())
+        ours = [scored(folder, seconds) for seconds in timed]
+        long = [scored(folder, seconds, "--max-steps", str(longer)) for seconds in long]
     print("minutes | nanoGPT | shakespeare-char-cpu |" + f" with --max-steps {longer} |" * bool(longer))
     for loss in LOSSES:
         times = [np.median([reached(curve, loss) for curve in curves]) for curves in (theirs, ours, long) if curves]
@@ -62,48 +73,53 @@ def reached(curve: Curve, loss: float) -> float:
     return next((seconds for seconds, measured in curve if measured <= loss), np.inf)
 
 
-def nanogpt(checkout: Path, text: Path, folder: Path) -> Curve:
-    """nanoGPT's run, with its data as its own prepare.py writes them; its last point is measured on the whole split."""
+def prepare(text: Path, folder: Path):
+    """The data of both: ours, and nanoGPT's as its own prepare.py writes them, of the same characters with the same ids."""
+    subprocess.run([sys.executable, ROOT / "prepare.py", "tiny_shakespeare", "--text", text.resolve()], cwd=folder, check=True,
+                   capture_output=True)
     data = folder / "data" / "shakespeare_char"
-    data.mkdir(parents=True)
+    data.mkdir()
+    chars = load_tokenizer(read_manifest(folder / "data" / "tiny_shakespeare_char")["tokenizer"]).chars
+    for split in "train", "val":
+        shards = Shards(folder / "data" / "tiny_shakespeare_char", split)
+        shards.read(0, len(shards)).astype(np.uint16).tofile(data / f"{split}.bin")
+    (data / "meta.pkl").write_bytes(pickle.dumps({
+        "vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}))
+
+
+def nanogpt(checkout: Path, folder: Path) -> Curve:
+    """nanoGPT's run, by its own estimates."""
     for name in ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(checkout / name, folder / name)
-    content = text.read_text(encoding="utf-8")
-    chars = sorted(set(content))
-    ids = np.array([chars.index(c) for c in content], dtype=np.uint16)
-    cut = int(len(ids) * 0.9)
-    ids[:cut].tofile(data / "train.bin")
-    ids[cut:].tofile(data / "val.bin")
-    (data / "meta.pkl").write_bytes(pickle.dumps({
-        "vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}))
     began, curve = time.time(), []
     with subprocess.Popen([sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *LAPTOP], cwd=folder,
                           stdout=subprocess.PIPE, text=True) as program:
         for line in program.stdout:
             if found := re.match(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
                 curve.append((time.time() - began, float(found[1])))
-    checkpoint = folder / "out-shakespeare-char" / "ckpt.pt"
-    shutil.copy(data / "meta.pkl", checkpoint.parent)
-    scored = subprocess.run([sys.executable, ROOT / "benchmarks" / "validation_loss.py", checkpoint, data], check=True,
-                            capture_output=True, text=True).stdout
-    print(f"nanoGPT's last model on the whole split: {scored.strip()}")
+    print("nanoGPT, seconds and its own estimates:", [(round(seconds), loss) for seconds, loss in curve], flush=True)
     return curve
 
 
-def our_preset(text: Path, folder: Path, *options: str) -> Curve:
-    folder.mkdir()
-    subprocess.run([sys.executable, ROOT / "prepare.py", "tiny_shakespeare", "--text", text], cwd=folder, check=True,
-                   capture_output=True)
-    train = [sys.executable, ROOT / "train.py", "shakespeare-char-cpu", *options]
+def train(folder: Path, run: str, *options: str) -> pd.Series:
+    """The preset's run: seconds since the program's start by step, as its log has them."""
     began = time.time()
-    subprocess.run(train, cwd=folder, check=True, capture_output=True)
-    subprocess.run([*train, "--run", "scored", "--eval-every", "50", "--eval-tokens", str(10**9)], cwd=folder, check=True,
+    subprocess.run([sys.executable, ROOT / "train.py", "shakespeare-char-cpu", "--run", run, *options], cwd=folder, check=True,
                    capture_output=True)
-    timed, scored = (metrics(folder / "log" / run) for run in ("shakespeare-char-cpu", "scored"))
-    seconds = timed.groupby("step")["time"].max() - began
-    scored = scored.dropna(subset="val_loss").set_index("step")["val_loss"]
-    return [(round(seconds[step], 1), round(loss, 4)) for step, loss in scored.items() if step in seconds]
+    frame = metrics(folder / "log" / run)
+    print(f"{run}: {frame['time'].max() - began:.0f} s; its own estimates:",
+          [(int(row.step), round(row.val_loss, 3)) for row in frame.dropna(subset="val_loss").itertuples()], flush=True)
+    return frame.groupby("step")["time"].max() - began
+
+
+def scored(folder: Path, seconds: pd.Series, *options: str) -> Curve:
+    """The losses on the whole split every 50 steps of the same run, at the seconds of those steps."""
+    run = "-".join(["scored", *options]).replace("--", "")
+    if not (folder / "log" / run).exists():
+        train(folder, run, "--eval-every", "50", "--eval-tokens", str(10**9), *options)
+    losses = metrics(folder / "log" / run).dropna(subset="val_loss").set_index("step")["val_loss"]
+    return [(seconds[step], loss) for step, loss in losses.items() if step in seconds]
 
 
 if __name__ == "__main__":
