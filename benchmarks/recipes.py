@@ -72,6 +72,10 @@ RUNS = {
 FAST = variant(HALF, schedule="wsd", min_lr_ratio=0.0, learning_rate=16e-3)
 RUNS |= {
     "fast": FAST,
+    "fast40": variant(FAST, max_steps=round(0.4 * BASE.max_steps), warmup_steps=13),  # a whole schedule in 40% of the tokens
+    "adamw-wsd": {"learning_rate": 4e-3, "schedule": "wsd", "min_lr_ratio": 0.0},
+    "adamw-batch1024": {"batch_tokens": 1024, "max_steps": 2 * BASE.max_steps, "warmup_steps": 64, "learning_rate": 4e-3,
+                        "eval_every": 128},
     **{f"{name}-s{seed}": variant(changes, seed=1336 + seed) for seed in (2, 3) for name, changes in (
         ("fast", FAST), ("adamw-lr0.004", RUNS["adamw-lr0.004"]))},
 }
