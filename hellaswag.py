@@ -144,7 +144,7 @@ def verdicts(model, tokenizer, examples, protocol: str, batch_tokens, world: ddp
     predictions, logprobs = [None] * len(examples), [None] * len(examples)
     n = right = right_norm = 0
     with tqdm(total=len(items), desc=protocol, unit="example", disable=not show_progress) as bar:
-        for item, sums in log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens):
+        for item, sums in log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens, world):
             i, (_, endings, lengths) = mine[item], questions[item]
             found = dict(zip(distinct[item], sums))
             logprobs[i] = [found.get(tuple(ids), 0.0) for ids in endings]  # without tokens there is none

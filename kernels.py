@@ -4,6 +4,7 @@ import copy
 import torch
 from torch import nn
 
+import ddp
 from model import GPT
 
 
@@ -20,10 +21,10 @@ class PackedLinear(nn.Module):
 
 def packed(model: GPT) -> GPT:
     """The model with its matrices packed, and the rest shared with it, for inference alone; the model itself where that is
-    not float32 on a CPU, under autocast, or torch comes without oneDNN."""
+    not float32 on a CPU, sharded, under autocast, or torch comes without oneDNN."""
     weight = model.transformer.wte.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or (
-            not hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+            ddp.is_sharded(model) or not hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return model
     model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     for parent in list(model.modules()):

@@ -9,11 +9,12 @@ Parameters carry the names of OpenAI's release and of Hugging Face (`transformer
 """
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 
@@ -137,20 +138,26 @@ class GPT(nn.Module):
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd)})
+        self.recompute = False  # whether the backward pass computes each block's activations again, instead of keeping them
+        for p, values in self.initial():
+            p.data.copy_(values)
+
+    def initial(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Each parameter with its first values, drawn one after another from torch's random stream."""
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() == 2:
+            if p.dim() == 1:
+                yield p, torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
+            else:
                 # 2 * n_layer residual projections add up in the stream: each is scaled to keep its variance.
-                scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
-                nn.init.normal_(p, std=0.02 * scale)
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                yield p, torch.empty(p.shape).normal_(std=0.02 * scale)
 
     def forward(self, idx, targets=None):
         """idx (B, T) -> (logits (B, T, vocab_size), None), or with targets (B, T) -> (None, loss in nats per token)."""
-        logits = self.logits(self.hidden(idx))
+        x = self.hidden(idx)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+            return self.logits(x), None
+        return None, cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
 
     def hidden(self, idx, cache: KVCache | None = None, positions=None, mask=None):
         """Final hidden states (B, T, n_embd) of idx (B, T).
@@ -168,6 +175,9 @@ class GPT(nn.Module):
         x = gpt.wte(idx) + (gpt.wpe.weight[start:start + T] if positions is None else gpt.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(gpt.h):
+            if self.recompute and x.requires_grad:
+                x = checkpoint(block, x, use_reentrant=False)
+                continue
             x = block(x, cache.kv[i] if cache else None, start, mask)
         if cache:
             cache.length += T
@@ -183,3 +193,48 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """FLOPs of forward and backward for a token of a sequence of T: 6·N + 12·L·H·Q·T (PaLM, arXiv 2204.02311, appendix B)."""
         return 6 * self.num_parameters() + 12 * self.config.n_layer * self.config.n_embd * T
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The loss
+
+ROWS = {"cpu": 512, "cuda": 8192}  # of logits that exist at a time
+
+
+def cross_entropy(x, weight, targets):
+    """Mean cross-entropy, nats, of the logits `F.linear(x, weight)` of x (N, C) and weight (V, C) for targets (N,)."""
+    rows = ROWS.get(x.device.type, 2048)
+    if len(x) <= rows:
+        return F.cross_entropy(F.linear(x, weight).float(), targets)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    return ChunkedCrossEntropy.apply(x, weight, targets, rows, torch.is_grad_enabled())
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The same a few rows at a time: N · V logits would be the largest tensor of a step by far. The gradient is computed in the
+    forward pass, while the logits are there, so that no product is done twice."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows: int, needs_gradient: bool):
+        w, total = weight.to(x.dtype), torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        grad_x, grad_weight = (torch.empty_like(x), torch.zeros_like(weight)) if needs_gradient else (None, None)
+        for first in range(0, len(x), rows):
+            part, target = x[first:first + rows], targets[first:first + rows, None]
+            logprobs = F.log_softmax(F.linear(part, w), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))  # (rows, V)
+            total -= logprobs.gather(1, target).sum()
+            if needs_gradient:
+                grad = logprobs.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logprobs.dtype)).to(x.dtype)
+                grad_x[first:first + rows] = grad @ w
+                if x.dtype == weight.dtype:
+                    grad_weight.addmm_(grad.T, part)
+                else:
+                    grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        scale = grad / len(ctx.saved_tensors[0])
+        return *(part * scale for part in ctx.saved_tensors), None, None, None

@@ -1,0 +1,11 @@
+#!/bin/sh
+# Two machines, or more, without a scheduler. On each of them, in a checkout whose data/ and log/ they share:
+#
+#     HEAD=10.0.0.1:29500 NODES=2 sh examples/two_nodes.sh gpt2-124m
+#
+# HEAD is the first machine's address, with a free port. A machine that is lost may come back and give the same command: the
+# others wait for it, and all go on from the last checkpoint. A stop, SIGTERM to each torchrun, has the step saved first.
+set -eu
+exec torchrun --nnodes="${NODES:-2}" --nproc_per_node="${GPUS:-8}" --max-restarts=10 \
+    --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id=gpt2 --shutdown-timeout=60 -- \
+    train.py "$@"
