@@ -231,6 +231,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, part)
                 else:
                     grad_weight += grad.T @ part
+                del grad
+            del logprobs  # before the next rows' come
         ctx.save_for_backward(grad_x, grad_weight)
         return total / len(x)
 

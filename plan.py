@@ -55,7 +55,7 @@ def memory(config: TrainConfig, model: GPT, processes: int, device: Device | Non
 def bytes_held(config: TrainConfig, model: GPT, processes: int, bfloat16: bool) -> dict[str, float]:
     """What a process holds of each kind, at the most, with config.micro_batch sequences at a time."""
     tokens, share = config.micro_batch * config.block_size, processes if config.shard else 1
-    activations = activation_bytes(model, tokens, bfloat16, recomputes(config))
+    activations = activation_bytes(model, tokens, bfloat16, recomputes(config), "cuda" if bfloat16 else "cpu")
     if config.shard:  # the embeddings, and two blocks, are gathered; so are a block's gradients
         block = sum(p.numel() for p in model.transformer.h[0].parameters())
         activations += (2 if bfloat16 else 4) * (2 * model.transformer.wte.weight.numel() + 3 * block)
@@ -72,16 +72,18 @@ def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
 
 def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool = False, device: str = "cpu") -> int:
     """The most that a step holds for its backward pass, beyond weights, gradients and optimizer. As counted: autograd keeps
-    16 · C numbers a token of a block (under bfloat16 two of C in float32, and 14), where they are recomputed its input and one
-    block's; of the logits three times V in float32, or, a few rows at a time, twice V and the embedding's gradient."""
-    c = model.config
-    block = c.n_embd * (36 if bfloat16 else 64) + (2 * c.n_embd if c.dropout else 0)
-    token = 4 * c.n_layer * c.n_embd + block if recomputed else c.n_layer * block
-    token += c.n_embd * (7 if bfloat16 else 8)
-    rows = ROWS[device]
-    logits = 12 * tokens * c.vocab_size if tokens <= rows else (
-        8 * rows * c.vocab_size + tokens * c.n_embd * (2 if bfloat16 else 4) + 4 * c.vocab_size * c.n_embd)
-    return tokens * token + logits + (2 * model.num_parameters() if bfloat16 else 0)
+    16 · C numbers a token of a block (under bfloat16 two of C in float32, and 14); of the logits three times V in float32, or of
+    a few rows twice V, and the embedding's gradient. Recomputed, a block's input is kept, and one block is there at a time."""
+    c, rows = model.config, ROWS[device]
+    blocks = tokens * (c.n_embd * (36 if bfloat16 else 64) + (2 * c.n_embd if c.dropout else 0))
+    logits = 12 * tokens * c.vocab_size
+    if tokens > rows:
+        logits = ((10 if bfloat16 else 8) * rows * c.vocab_size + tokens * c.n_embd * (2 if bfloat16 else 4)
+                  + 4 * c.vocab_size * c.n_embd)
+    most = max(blocks, logits) if recomputed else c.n_layer * blocks + logits
+    kept = tokens * c.n_embd * ((6 if bfloat16 else 8) + (4 * c.n_layer if recomputed else 0))
+    in_bfloat16 = 2 * model.num_parameters() // (c.n_layer if recomputed else 1) if bfloat16 else 0  # copies of the weights
+    return most + kept + in_bfloat16
 
 
 def duration(config: TrainConfig, model: GPT, processes: int, device: Device) -> list[str]:

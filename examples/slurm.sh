@@ -17,6 +17,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=log/slurm-%j.out
 set -u
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a machine that comes back is not told where the others meet
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-8}" --max-restarts=10 \
     --rdzv-backend=c10d --rdzv-endpoint="$head:29500" --rdzv-id="$SLURM_JOB_ID" --shutdown-timeout=60 -- \

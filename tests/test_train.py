@@ -1,3 +1,4 @@
+import importlib.util
 import itertools
 import json
 import os
@@ -104,6 +105,62 @@ def test_micro_batches_only_divide_a_batch(data, tmp_path):
     for run, micro_batch in ("one", 8), ("two", 3):  # 3 + 3 + 2 sequences
         train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", run, "--micro-batch", micro_batch)
     assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=2e-5)
+
+
+def test_the_largest_micro_batch_that_fits_is_found_once_and_kept(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ddp, "memory_bytes", lambda device: asked.append(device) or 150_000)
+    arguments = ["shakespeare-char", *TINY, "--dropout", 0, "--micro-batch", "auto"]
+    train_here(*arguments, "--run", "auto")
+    run = tmp_path / "log" / "auto"
+    found = report.read_config(run)["micro_batch"]
+    assert found in (2, 4) and len(asked) == {4: 2, 2: 3}[found]
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "one")
+    assert_same_run(run, tmp_path / "log" / "one", tolerance=2e-5)
+    for path in run.glob("*_00006*"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    train_here(*arguments, "--run", "auto")  # on a machine that has become another, say
+    assert len(asked) == {4: 2, 2: 3}[found] and checkpoint.newest(run) == 6
+
+
+def test_the_ways_of_the_machine_change_no_step(data, tmp_path):
+    runs = {"plain": [], "exact": ["--deterministic", "--dtype", "tf32"], "again": ["--recompute", "on"]}
+    for run, arguments in runs.items():
+        train_here("shakespeare-char", *TINY, "--run", run, *arguments)
+        torch.use_deterministic_algorithms(False)
+    plain, exact = (weights(tmp_path / "log" / run) for run in ("plain", "exact"))
+    assert all(torch.equal(plain[name], exact[name]) for name in plain)
+    assert_same_run(tmp_path / "log" / "plain", tmp_path / "log" / "again", tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_a_log_goes_where_it_is_tracked_too(data, tmp_path, monkeypatch, name):
+    """A module of that name stands for the package: its three calls are written down."""
+    (tmp_path / f"{name}.py").write_text("""
+import json
+def init(**about):
+    print(json.dumps(about), file=open("tracked", "a")); return Run()
+class Run:
+    def log(self, values, step): print(json.dumps([step, values]), file=open("tracked", "a"))
+    def finish(self): print('"finished"', file=open("tracked", "a"))
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("atexit.register", lambda finish: finish())
+        train_here("shakespeare-char", *TINY, "--track", name)
+    started, finished, *lines = [json.loads(line) for line in (tmp_path / "tracked").read_text().splitlines()]
+    assert (started["name"], started["config"]["n_layer"], started["resume"], finished) == (
+        "shakespeare-char", 1, "allow", "finished")
+    run = tmp_path / "log" / "shakespeare-char"
+    assert [(step, values["val_loss"]) for step, values in lines if "val_loss" in values] == metrics(run, "step", "val_loss")
+    losses = [(step, values["train_loss"]) for step, values in lines if "train_loss" in values]
+    assert losses == metrics(run, "step", "train_loss")
+
+
+def test_a_tracker_that_is_not_installed_gets_one_sentence(data):
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(UserError, match="pip install wandb"):
+            train_here("shakespeare-char", *TINY, "--track", "wandb")
 
 
 def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(data, tmp_path):
@@ -326,12 +383,18 @@ def test_the_plan_of_gpt2_124m_needs_neither_gpu_nor_data(tmp_path, capsys):
         train_here("gpt2-124m", "--dry-run", "--gpu", "abacus")
 
 
+ONE_BATCH, MANY_ROWS = (16, GPTConfig(128, 65, 4, 4, 128)), (4, GPTConfig(256, 4096, 2, 4, 64))
+FEW_ROWS = 2, GPTConfig(128, 8192, 4, 4, 256)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("B", "sizes", "bfloat16"), [
-    (16, GPTConfig(128, 65, 4, 4, 128), False), (4, GPTConfig(256, 65, 4, 6, 192), False),
-    (2, GPTConfig(128, 8192, 4, 4, 256), False), (2, GPTConfig(128, 8192, 4, 4, 256), True)])
-def test_the_planned_memory_is_that_of_a_real_step(B, sizes, bfloat16, optimizer):
+@pytest.mark.parametrize(("B", "sizes", "bfloat16", "recompute"), [
+    (*ONE_BATCH, False, False), (4, GPTConfig(256, 65, 4, 6, 192), False, False), (*FEW_ROWS, False, False),
+    (*FEW_ROWS, True, False), (*MANY_ROWS, False, False), (*MANY_ROWS, True, False), (*ONE_BATCH, False, True),
+    (*ONE_BATCH, True, True), (*MANY_ROWS, False, True), (*MANY_ROWS, True, True)])
+def test_the_planned_memory_is_that_of_a_real_step(B, sizes, bfloat16, recompute, optimizer):
     gpt = GPT(sizes)
+    gpt.recompute = recompute
     x = torch.randint(sizes.vocab_size, (B, sizes.block_size))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -339,7 +402,7 @@ def test_the_planned_memory_is_that_of_a_real_step(B, sizes, bfloat16, optimizer
         loss.backward()
     events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     peak = max(itertools.accumulate(e.nbytes() for e in events))
-    planned = plan.activation_bytes(gpt, B * sizes.block_size, bfloat16)
+    planned = plan.activation_bytes(gpt, B * sizes.block_size, bfloat16, recompute)
     assert planned == pytest.approx(peak, rel=0.25)
     optimizers = build_optimizers(gpt, optimizer, 0.1, (0.9, 0.95))
     for one in optimizers:
