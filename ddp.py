@@ -6,6 +6,7 @@ Without torchrun the same calls describe a world of one process and cost nothing
 rank holds a part of every parameter (FSDP2, `shard`).
 """
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import hashlib
@@ -131,6 +132,14 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def keep_freed_memory():
+    """Has glibc keep what a step frees: the next step asks for as much, and the system would zero every page of it again."""
+    with contextlib.suppress(OSError, AttributeError):
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(-4, 0)  # M_MMAP_MAX: no block is the system's own
+        malloc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: none is given back
 
 
 def wrap(model, world: World):

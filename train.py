@@ -3,6 +3,7 @@
     python train.py shakespeare-char-cpu                     # after: python prepare.py tiny_shakespeare
     torchrun --standalone --nproc_per_node=8 train.py        # gpt2-124m, after: python fineweb.py
     torchrun --standalone --nproc_per_node=8 -- train.py --run second    # -- because torchrun has options like --run
+    torchrun --standalone --nproc_per_node=8 train.py --shard            # for models that one device does not hold
     python train.py finetune --init-from bundled --data data/my_text_char
 
 A preset is a set of defaults: any option overrides it. The run is the folder log/<run>/, and the same command goes
@@ -254,6 +255,8 @@ def build(config: TrainConfig) -> tuple[GPT, dict | None, Tokenizer, TrainConfig
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(config, name) not in (getattr(TrainConfig, name), getattr(source.config, name)):
                 raise UserError(f"{config.init_from} has {name} {getattr(source.config, name)}: leave the option out.")
+        if source.config.block_size < config.block_size != TrainConfig.block_size:
+            raise UserError(f"{config.init_from} reads at most {source.config.block_size} tokens: lower --block-size.")
         sizes = dataclasses.replace(source.config, dropout=config.dropout)
     else:
         sizes = sizes_of(config, config.vocab_size or tokenizer.vocab_size)
@@ -275,6 +278,8 @@ def place(model: GPT, first_weights: dict | None, config: TrainConfig, world: dd
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, before it is first used
         torch.use_deterministic_algorithms(True)
+    if world.device.type == "cpu":
+        ddp.keep_freed_memory()
     torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
     compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
     model.recompute = recomputes(config)
