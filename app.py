@@ -58,7 +58,7 @@ def model_names(config: AppConfig) -> list[str]:
 def describe(engine: Engine, info: dict) -> tuple[str, dict | None]:
     """(a line on the model, the configuration that it was trained with where that is known)."""
     return (f"{checkpoint.describe(info)}, reads {engine.block_size:,} tokens at a time; "
-            f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}", info.get("train_config"))
+            f"{engine.dtype} on {engine.device}", info.get("train_config"))
 
 
 def build(config: AppConfig) -> gr.Blocks:

@@ -5,12 +5,26 @@ import pytest
 import torch
 import tyro
 from conftest import tiny_gpt
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import generate
 from errors import UserError
-from generate import Engine, sample
+from generate import Engine
+from sampling import penalize, sample, weigh
+from scheduler import Token
 from tokenizer import CharTokenizer
+
+PRECISIONS = ["float32", "bfloat16", "float16", "int8"]
+
+
+def ids_of(engine, prompt, **sampling):
+    """The tokens of one continuation."""
+    return [event.id for _, event in engine.submit(prompt, **sampling) if isinstance(event, Token)]
 
 
 def continue_plainly(engine, ids, new_tokens):
@@ -29,17 +43,17 @@ def continue_plainly(engine, ids, new_tokens):
 @pytest.mark.parametrize("length", [1, 5, 15, 16])
 def test_the_cached_engine_writes_what_plain_sampling_writes_also_past_the_context(char_engine, length):
     prompt = list(range(length))
-    ids = [step[0] for step in char_engine.tokens(prompt, temperature=0, max_new_tokens=60)]
-    assert ids == continue_plainly(char_engine, prompt, 60)
+    assert ids_of(char_engine, prompt, temperature=0, max_new_tokens=60) == continue_plainly(char_engine, prompt, 60)
 
 
-def test_cached_logits_are_the_uncached_ones(char_engine, monkeypatch):
-    seen, plain = [], Engine.logits
-    monkeypatch.setattr(Engine, "logits", lambda self, x: seen.append(plain(self, x)) or seen[-1])
-    ids = [3, *(step[0] for step in char_engine.tokens([3], max_new_tokens=15, seed=1))]
+def test_cached_logits_are_the_uncached_ones(char_engine):
+    tokens = [event for _, event in char_engine.submit([3], max_new_tokens=15, seed=1, logprobs=99) if isinstance(event, Token)]
+    ids = [3, *(token.id for token in tokens)]
     with torch.no_grad():
-        full = char_engine.model(torch.tensor([ids[:-1]]))[0][0, :, :char_engine.tokenizer.vocab_size]
-    torch.testing.assert_close(torch.cat(seen), full, atol=1e-4, rtol=0)
+        full = char_engine.model(torch.tensor([ids[:-1]]))[0][0, :, :char_engine.tokenizer.vocab_size].log_softmax(-1)
+    for token, logprobs in zip(tokens, full):
+        assert [logprob for _, logprob in sorted(token.top)] == pytest.approx(logprobs.tolist(), abs=1e-4)
+        assert token.logprob == pytest.approx(logprobs[token.id].item(), abs=1e-4)
 
 
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(char_engine):
@@ -69,8 +83,10 @@ def test_generation_stops_at_end_of_text_and_leaves_it_out(gpt2_engine):
 def test_padding_ids_are_never_sampled(gpt2_engine):
     with torch.no_grad():
         gpt2_engine.model.transformer.wte.weight[50257:] = 1e3 * gpt2_engine.model.transformer.ln_f.bias
-    steps = list(gpt2_engine.tokens([15496], n=8, max_new_tokens=20, temperature=2.0, seed=0))
-    assert max(i for step in steps for i in step if i is not None) < 50257
+    events = [event for _, event in gpt2_engine.submit([15496], n=8, max_new_tokens=20, temperature=2.0, seed=0, logprobs=50257)]
+    tokens = [event for event in events if isinstance(event, Token)]
+    assert len(tokens) > 100 and max(token.id for token in tokens) < 50257
+    assert all(i < 50257 for token in tokens for i, _ in token.top)
 
 
 def test_a_long_prompt_keeps_its_end_and_says_so(char_engine):
@@ -104,11 +120,12 @@ def test_predictions_that_are_no_numbers_are_not_sampled(char_engine):
         char_engine.generate("abc")
 
 
-@pytest.mark.parametrize("option", [{"ids": []}, {"temperature": -0.1}, {"temperature": math.nan}, {"max_new_tokens": -1},
-                                    {"n": 0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("option", [{"prompt": []}, {"temperature": -0.1}, {"temperature": math.nan}, {"max_new_tokens": -1},
+                                    {"n": 0}, {"n": 33}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5},
+                                    {"repetition_penalty": 0}, {"logprobs": -1}, {"stop": [""]}])
 def test_values_out_of_range_get_one_sentence(char_engine, option):
     with pytest.raises(UserError):
-        list(char_engine.tokens(**{"ids": [5], **option}))
+        char_engine.submit(**{"prompt": [5], **option})
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -116,32 +133,64 @@ def test_values_out_of_range_get_one_sentence(char_engine, option):
 
 def drawn(logits, draws=20_000, **options):
     """Shares of each id among many evenly spread draws."""
-    uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    ids = sample(logits.expand(draws, -1), uniform, **options)
-    return torch.bincount(ids, minlength=logits.size(-1)) / draws
+    ids = [sample(logits, (i + 0.5) / draws, **options) for i in range(draws)]
+    return torch.bincount(torch.tensor(ids), minlength=logits.size(-1)) / draws
 
 
-def test_draws_follow_the_softmax_at_any_temperature():
-    logits = torch.randn(20, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("size", [20, 64, 500])
+def test_draws_follow_the_softmax_at_any_temperature(size):
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(0))
     for temperature in (0.3, 1.0, 2.0):
         torch.testing.assert_close(drawn(logits, temperature=temperature), (logits / temperature).softmax(-1), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 5}, {"top_k": 500}, {"top_p": 0.01}, {"top_p": 0.6},
-                                     {"top_k": 8, "top_p": 0.7}])
-def test_top_k_and_top_p_keep_what_those_of_transformers_keep(options):
-    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
-    kept = logits
+OPTIONS = [{"top_k": 1}, {"top_k": 5}, {"top_k": 5000}, {"top_p": 0.01}, {"top_p": 0.6}, {"top_p": 0.97}, {"top_p": 0.9999},
+           {"top_k": 8, "top_p": 0.7}, {"top_k": 700, "top_p": 0.9}, {"temperature": 0.6, "top_k": 40, "top_p": 0.95}]
+
+
+@pytest.mark.parametrize("size", [50, 3000])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_is_kept_and_how_likely_is_what_transformers_keeps(options, size):
+    logits = torch.randn(1, size, generator=torch.Generator().manual_seed(1))
+    kept = TemperatureLogitsWarper(options.get("temperature", 1.0))(None, logits)
     if "top_k" in options:
-        kept = TopKLogitsWarper(options["top_k"])(None, kept)
+        kept = TopKLogitsWarper(min(options["top_k"], size))(None, kept)
     if "top_p" in options:
         kept = TopPLogitsWarper(options["top_p"])(None, kept)
-    torch.testing.assert_close(drawn(logits, **options), kept.softmax(-1)[0], atol=1e-3, rtol=0)
+    weights, ids = weigh(logits[0], **{"temperature": 1.0, **options})
+    ours = torch.zeros(size).index_copy(0, torch.arange(size) if ids is None else ids[:len(weights)], weights)
+    torch.testing.assert_close(ours / ours.sum(), kept.softmax(-1)[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS[1::3])
+def test_draws_follow_what_is_kept(options):
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    weights, ids = weigh(logits, **{"temperature": 1.0, **options})
+    expected = torch.zeros(50).index_copy(0, ids[:len(weights)], weights / weights.sum())
+    torch.testing.assert_close(drawn(logits, **options), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
+def test_the_repetition_penalty_is_that_of_transformers(penalty):
+    logits, ids = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)), [3, 7, 7, 3, 49]
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits.clone())[0]
+    assert torch.equal(penalize(logits[0], torch.tensor(sorted(set(ids))), penalty), theirs)
+
+
+def test_the_penalty_counts_prompt_and_sampled_tokens(char_engine):
+    text = ids_of(char_engine, [1, 2, 3], temperature=0, repetition_penalty=1e6, max_new_tokens=13)
+    assert len({1, 2, 3, *text}) == 16, "no token twice while there are others"
 
 
 def test_temperature_0_takes_the_likeliest():
-    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(sample(logits, torch.rand(6), temperature=0), logits.argmax(-1))
+    for logits in torch.randn(6, 50, generator=torch.Generator().manual_seed(2)):
+        assert sample(logits, 0.99, temperature=0) == logits.argmax()
+
+
+def test_a_draw_at_the_edges_is_of_a_token_that_can_be_drawn():
+    logits = torch.full((130,), -math.inf)
+    logits[[5, 77]] = 0.0
+    assert [sample(logits, uniform) for uniform in (0.0, 0.49, 0.51, 1 - 2**-53)] == [5, 5, 77, 77]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -180,12 +229,18 @@ def test_inspect_shows_the_likeliest_alternatives(char_engine):
         assert len(best) == 3 and best == sorted(best, reverse=True) and token["logprob"] <= best[0] + 1e-6
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", PRECISIONS)
 def test_every_precision_writes(dtype):
     model = tiny_gpt()
     engine = Engine(model, CharTokenizer("\n abc"), dtype)
-    assert engine.dtype == getattr(torch, dtype) and len(engine.generate("abc", max_new_tokens=30)[0]) == 30
+    assert engine.dtype == dtype and len(engine.generate("abc", max_new_tokens=30)[0]) == 30
     assert next(model.parameters()).dtype == torch.float32
+
+
+def test_auto_is_a_rule_of_the_models_size(monkeypatch):
+    assert Engine(tiny_gpt(), CharTokenizer("abc")).dtype == "float32"
+    monkeypatch.setattr(generate, "LARGE", 1000)
+    assert Engine(tiny_gpt(), CharTokenizer("abc")).dtype == "int8"
 
 
 # ----------------------------------------------------------------------------------------------------------------
