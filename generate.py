@@ -43,12 +43,39 @@ LARGE = 20_000_000  # parameters: weights of more do not stay in a CPU's cache, 
 class Piece(NamedTuple):
     """What one token adds to the text of sample `index`: nothing, while a character or a stop string may be unfinished.
 
-    At the end of a text there is no token, but what was held back and the reason: "stop", "length" or "deadline".
+    The last of a text has a reason, "stop", "length" or "deadline", and may have no token but what was held back.
     """
     index: int
     text: str
     token: Token | None = None
     reason: str | None = None
+
+
+class Reader:
+    """Makes text of a request's events, and ends each text before its first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request):
+        self.request, self.decoders = request, [tokenizer.stream_decoder() for _ in range(request.n)]
+        self.held = [""] * request.n  # text that may be the beginning of a stop string
+        self.over = set()
+
+    def read(self, event: tuple[int, Token | str]) -> list[Piece]:
+        """What an event adds: one piece, or none where the text is over."""
+        i, token = event
+        if i in self.over:
+            return []
+        reason = token if isinstance(token, str) else None
+        text = self.held[i] + (self.decoders[i]([], final=True) if reason else self.decoders[i]([token.id]))
+        stop = self.request.sampling.stop
+        found = min((place for place in map(text.find, stop) if place >= 0), default=None)
+        if found is not None:
+            text, reason = text[:found], "stop"
+            self.request.cancel(i)
+        held = 0 if reason else max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self.held[i] = text[len(text) - held:]
+        if reason:
+            self.over.add(i)
+        return [Piece(i, text[:len(text) - held], None if isinstance(token, str) else token, reason)]
 
 
 class Engine:
@@ -115,21 +142,10 @@ class Engine:
         return self.scheduler.submit(self.prompt_ids(prompt), n, Sampling(**sampling))
 
     def pieces(self, request: Request) -> Iterator[Piece]:
-        """The texts of a request, piece by piece, ended before their first stop string."""
-        stop = request.sampling.stop
-        decoders = [self.tokenizer.stream_decoder() for _ in range(request.n)]
-        held = [""] * request.n  # text that may be the beginning of a stop string
-        for i, event in request:
-            reason = event if isinstance(event, str) else None
-            text = held[i] + (decoders[i]([], final=True) if reason else decoders[i]([event.id]))
-            found = min((place for place in map(text.find, stop) if place >= 0), default=None)
-            if found is not None:
-                text, held[i], reason = text[:found], "", "stop"
-                request.cancel(i)
-            elif not reason:
-                keep = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-                text, held[i] = text[:len(text) - keep], text[len(text) - keep:]
-            yield Piece(i, text, None if isinstance(event, str) else event, reason)
+        """The texts of a request, piece by piece, as a `Reader` reads them."""
+        reader = Reader(self.tokenizer, request)
+        for event in request:
+            yield from reader.read(event)
 
     def stream(self, prompt: str | list[int], **sampling) -> Iterator[str]:
         """The continuation of a prompt (text, or ids from `encode`), piece by piece: one a token, and what was held back at the
@@ -157,11 +173,12 @@ class Engine:
         return [token["logprob"] for token in self.inspect(text, top=0)]
 
     @torch.inference_mode()
-    def inspect(self, text: str, top: int = 10) -> list[dict]:
-        """Token by token what the model made of a text: `id`, `text`, `logprob`, and `top`, its likeliest choices
-        there as (text, logprob) pairs. A text past the context is read in windows that overlap by half."""
-        before = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
-        ids, decode = before + self.tokenizer.encode(text), self.tokenizer.decode
+    def inspect(self, text: str | list[int], top: int = 10) -> list[dict]:
+        """Token by token what the model made of a text, or of ids: `id`, `text`, `logprob`, and `top`, its likeliest choices
+        there as (text, logprob) pairs. A text follows `<|endoftext|>` where there is one, ids nothing: the first of them has no
+        log-probability. What is past the context is read in windows that overlap by half."""
+        before = [self.tokenizer.eot] if isinstance(text, str) and self.tokenizer.eot is not None else []
+        ids, decode = before + (self.tokenizer.encode(text) if isinstance(text, str) else text), self.tokenizer.decode
         tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
         done = 1  # ids[done:] are still to be scored
         while done < len(ids):

@@ -19,6 +19,7 @@ from torch import nn
 
 from model import GPT
 
+CGROUP = Path("/sys/fs/cgroup")
 ROWS = 4  # rows come in multiples of this many
 
 
@@ -122,13 +123,11 @@ def allowed_cores() -> int:
     """Cores that this process may use: those it may run on, and no more than the quota of its cgroup, which is not the host's
     number of cores."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    quotas = [("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")]  # of cgroup v2, of v1
-    for quota, period in quotas:
+    for files in ["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]:  # of cgroup v2, of v1
         try:
-            values = [*Path("/sys/fs/cgroup", quota).read_text().split(),
-                      *(Path("/sys/fs/cgroup", period).read_text().split() if period else [])]
-            if values[0] not in ("max", "-1"):
-                cores = min(cores, int(values[0]) / int(values[1]))
+            quota, period = " ".join((CGROUP / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                cores = min(cores, int(quota) / int(period))
         except OSError:
             continue
     return max(1, round(cores))

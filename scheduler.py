@@ -6,6 +6,7 @@ text becomes depends on its own prompt, settings and seed alone. That takes thre
 depend on each other (kernels.py), attention computed for each text by itself, in chunks cut at fixed places, and a random
 stream for each.
 """
+import atexit
 import bisect
 import collections
 import functools
@@ -193,6 +194,7 @@ class Request:
         self.scheduler, self.ids, self.n, self.sampling = scheduler, ids[-scheduler.block_size:], n, sampling
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self.events, self.left = queue.SimpleQueue(), set(range(n))  # left: those that still have a reader
+        self.wake = None  # a function that is called when there is an event
         self.deadline = time.monotonic() + scheduler.deadline_s
 
     def __iter__(self) -> Iterator[tuple[int, Token | str]]:
@@ -206,6 +208,11 @@ class Request:
                 yield event
         finally:
             self.cancel()
+
+    def put(self, event: tuple[int, Token | str] | Exception):
+        self.events.put(event)
+        if self.wake:
+            self.wake()
 
     def cancel(self, index: int | None = None):
         """Nobody reads text `index`, or any, on: it leaves before the next step."""
@@ -233,7 +240,7 @@ class Scheduler:
         self.no_cache = weight.new_zeros(config.n_layer, 2, config.n_head, 0, config.n_embd // config.n_head, dtype=cache_dtype)
         self.prefixes = PrefixStore(prefix_bytes)
         self.waiting, self.running, self.turn = collections.deque(), [], 0
-        self.lock, self.thread = threading.Condition(), None
+        self.lock, self.thread, self.closed = threading.Condition(), None, False
 
     def submit(self, ids: list[int], n: int = 1, sampling: Sampling | None = None) -> Request:
         """Asks for n texts that go on from ids. Raises UserError for what cannot be, and Busy."""
@@ -244,22 +251,32 @@ class Scheduler:
         request = Request(self, ids, n, sampling or Sampling())
         if request.sampling.max_new_tokens == 0:
             for i in range(n):
-                request.events.put((i, "length"))
+                request.put((i, "length"))
             return request
         with self.lock:
-            if len(self.waiting) >= self.max_waiting:
-                raise Busy(f"Busy: {len(self.running)} texts are being written, and this would be number {len(self.waiting) + 1} "
-                           f"in the queue, which takes {self.max_waiting}; try again in a while.")
+            place = len(self.waiting) + 1 - (self.max_running - len(self.running))  # of those that will not be let in at once
+            if place > self.max_waiting:
+                raise Busy(f"Busy: {len(self.running)} texts are being written, and this would be number {place} in the queue, "
+                           f"which takes {self.max_waiting}; try again in a while.")
             self.waiting.append(request)
             if self.thread is None:
                 self.thread = threading.Thread(target=self.run, daemon=True, name="scheduler")
                 self.thread.start()
+                atexit.register(self.close)
             self.lock.notify()
         return request
 
+    def close(self):
+        """Ends the thread, and with it whatever it was writing; Python cannot end while it computes."""
+        with self.lock:
+            self.closed, thread = True, self.thread
+            self.lock.notify()
+        if thread:
+            thread.join()
+
     def run(self):
         """Steps until nobody has wanted anything for a while."""
-        while True:
+        while not self.closed:
             try:
                 self.come_and_go()
                 if self.running:
@@ -267,11 +284,12 @@ class Scheduler:
                     continue
             except Exception as error:  # whatever it is, the readers are told, and the next request finds a scheduler
                 for request in {text.request for text in self.running}:
-                    request.events.put(error)
+                    request.put(error)
                 self.running = []
             with self.lock:
-                if not self.waiting and not self.lock.wait_for(lambda: self.waiting, timeout=LINGER_S):
+                if not self.lock.wait_for(lambda: self.waiting or self.closed, timeout=LINGER_S):
                     self.thread = None
+                    atexit.unregister(self.close)
                     return
 
     def come_and_go(self):
@@ -288,7 +306,7 @@ class Scheduler:
                     self.waiting.remove(request)
                 elif now > request.deadline:
                     self.waiting.remove(request)
-                    request.events.put(Busy(f"Busy: after {self.deadline_s:g} s this was still number {place} in the queue; try "
+                    request.put(Busy(f"Busy: after {self.deadline_s:g} s this was still number {place} in the queue; try "
                                             "again in a while."))
             while self.waiting and len(self.running) + self.reserved() + self.waiting[0].n <= self.max_running:
                 self.running.append(Text(self.waiting.popleft(), 0))
@@ -347,7 +365,7 @@ class Scheduler:
         token, options = text.choose(logits), text.request.sampling
         if token.id == self.eot:
             return self.end(text, "stop")
-        text.request.events.put((text.index, token))
+        text.request.put((text.index, token))
         if text.made == options.max_new_tokens:
             return self.end(text, "length")
         text.window.append(token.id)
@@ -360,4 +378,4 @@ class Scheduler:
         if text.cache is not None:
             self.prefixes.add(text.window, text.cache)
         if reason:
-            text.request.events.put((text.index, reason))
+            text.request.put((text.index, reason))

@@ -1,5 +1,8 @@
+import concurrent.futures
+import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -13,10 +16,13 @@ from transformers import (
 )
 
 import generate
+import kernels
+import scheduler
 from errors import UserError
 from generate import Engine
+from kernels import packed
 from sampling import penalize, sample, weigh
-from scheduler import Token
+from scheduler import Busy, Token
 from tokenizer import CharTokenizer
 
 PRECISIONS = ["float32", "bfloat16", "float16", "int8"]
@@ -126,6 +132,176 @@ def test_predictions_that_are_no_numbers_are_not_sampled(char_engine):
 def test_values_out_of_range_get_one_sentence(char_engine, option):
     with pytest.raises(UserError):
         char_engine.submit(**{"prompt": [5], **option})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Many people
+
+CHARS = CharTokenizer("\n ,.abcdefghijklmnopqrstuvwxyz")
+
+
+def wide_engine(dtype="float32", block_size=160, **limits):
+    """Wide enough for the kernels' inner loops, with a context of more than two chunks."""
+    return Engine(tiny_gpt(vocab_size=32, block_size=block_size, n_head=4, n_embd=64), CHARS, dtype, **limits)
+
+
+def crowd(count=32):
+    """(prompt, settings) of texts as different as people's: lengths across chunks, ends across the context, all settings."""
+    random = torch.Generator().manual_seed(4)
+    for i in range(count):
+        length = [1, 3, 63, 64, 65, 100, 128, 150][i % 8]
+        yield torch.randint(0, 30, (length,), generator=random).tolist(), {
+            "seed": i, "max_new_tokens": 20 + 5 * (i % 9), "temperature": [0, 0.7, 1.3][i % 3], "top_k": [None, 5][i % 2],
+            "top_p": [1.0, 0.9][i // 2 % 2], "repetition_penalty": [1.0, 1.2][i // 4 % 2]}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_a_text_is_the_same_alone_and_in_a_crowd(dtype, threads):
+    torch.set_num_threads(threads)
+    alone, together = (wide_engine(dtype, prefix_bytes=size) for size in (0, 2**28))
+    expected = [ids_of(alone, prompt, **settings) for prompt, settings in crowd()]
+    requests = [together.submit(prompt, **settings) for prompt, settings in crowd()]
+    assert [[event.id for _, event in request if isinstance(event, Token)] for request in requests] == expected
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:  # again, in any order, from the cache and with some who leave
+        def one(number, prompt, settings):
+            if number % 5 == 0:
+                next(iter(together.stream(prompt, **settings)))
+            return ids_of(together, prompt, **settings)
+        assert [future.result() for future in
+                [pool.submit(one, i, *text) for i, text in enumerate(crowd())]] == expected
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_rows_of_a_product_do_not_depend_on_each_other(dtype):
+    torch.manual_seed(0)
+    for model in tiny_gpt(vocab_size=99, n_layer=1, n_head=4, n_embd=64), tiny_gpt(vocab_size=1000, n_layer=1, n_embd=192):
+        model, width = packed(model, dtype), model.config.n_embd
+        x = torch.randn(300, 4 * width) * torch.logspace(-3, 3, 300)[:, None]
+        for layer, x in ((model.logits, x[:, :width]), (model.transformer.h[0].mlp.c_proj, x),
+                         (model.transformer.h[0].mlp.act, x)):
+            rows = layer(x)
+            for some in (1, 2, 3, 4, 5, 7, 8, 24, 31, 32, 33, 44, 64, 100, 128, 299):
+                if layer is not model.transformer.h[0].mlp.act or some % kernels.ROWS == 0:  # the scheduler pads to these
+                    assert torch.equal(layer(x[-some:].contiguous()), rows[-some:]), (layer, some)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_a_cached_beginning_changes_nothing(dtype):
+    engine, fresh = wide_engine(dtype), wide_engine(dtype, prefix_bytes=0)
+    prompt = (torch.arange(140) * 7 % 30).tolist()
+    follow_up = prompt[:100] + ids_of(engine, prompt[:100], max_new_tokens=30, seed=1)
+    for beginning in (prompt[:100], prompt[:100], prompt, prompt[:77], [*prompt[:70], 5, 5, 5], follow_up, prompt[:1]):
+        logprobs = [[event for _, event in e.submit(beginning, max_new_tokens=9, seed=3, logprobs=30)] for e in (engine, fresh)]
+        assert logprobs[0] == logprobs[1], "bit for bit"
+
+
+def test_a_prompt_seen_before_costs_one_short_step():
+    engine = wide_engine()
+    rows, plain = [], scheduler.forward
+
+    def counted(model, segments, device):
+        rows.append(sum(len(segment.ids) for segment in segments))
+        return plain(model, segments, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "forward", counted)
+        prompt = list(range(30)) * 4
+        for beginning, computed in ((prompt, 120), (prompt, 1), (prompt[:90], 1), ([*prompt[:90], 7, 7], 2)):
+            rows.clear()
+            ids_of(engine, beginning, max_new_tokens=1)
+            assert sum(rows) == computed
+
+
+def test_the_store_forgets_the_oldest_and_keeps_to_its_bytes():
+    engine = wide_engine(prefix_bytes=3 * 64 * 2 * 2 * 64 * 4)  # three chunks of two layers of keys and values
+    for i in range(6):
+        ids_of(engine, [i] * 40, max_new_tokens=1)
+    assert [entry[0] for entry, _ in engine.scheduler.prefixes.entries] == [3, 4, 5]
+
+
+def test_a_long_prompt_does_not_stall_who_is_writing():
+    engine = wide_engine(block_size=1024)
+    order, writer = [], engine.submit([1, 2], max_new_tokens=400)
+    events = iter(writer)
+    next(events)
+    late = engine.submit((torch.arange(1000) % 30).tolist(), max_new_tokens=1)
+    late.wake = lambda: order.append(writer.events.qsize())
+    before = writer.events.qsize()
+    next(iter(late))
+    assert order and order[0] - before >= 1000 // scheduler.CHUNK - 1, "a token of the other for each chunk of the prompt"
+    writer.cancel()
+
+
+def test_who_leaves_leaves_at_once_and_who_waits_comes_in():
+    engine = wide_engine(max_running=2)
+    requests = [engine.submit([i], max_new_tokens=100_000) for i in range(4)]
+    for request in requests[:2]:
+        next(iter(request))  # and its iterator's end is the reader's leaving
+    for request in requests[2:]:
+        assert isinstance(next(iter(request))[1], Token)
+    engine.scheduler.thread.join(30)
+    assert not engine.scheduler.running and not engine.scheduler.waiting
+
+
+def test_past_the_bounds_it_is_busy_with_the_place_in_the_queue():
+    engine = wide_engine(max_running=1, max_waiting=2, deadline_s=1.0)
+    requests = [engine.submit([i], max_new_tokens=10**9) for i in range(3)]
+    with pytest.raises(Busy, match="number 3 in the queue"):
+        engine.submit([9])
+    while not engine.scheduler.running:
+        time.sleep(0.01)
+    assert [request.place() for request in requests] == [0, 1, 2]
+    assert list(requests[0])[-1] == (0, "deadline")
+    with pytest.raises(Busy, match="after 1 s this was still number"):
+        list(requests[2])
+    requests[1].cancel()
+
+
+def test_all_who_write_get_on_alike():
+    engine = wide_engine(max_running=8)
+    requests = [engine.submit([i], max_new_tokens=10**9) for i in range(8)]
+    while min(request.events.qsize() for request in requests) < 50:
+        time.sleep(0.01)
+    made = [text.made for text in engine.scheduler.running]
+    for request in requests:
+        request.cancel()
+    assert max(made) - min(made) <= 8, "they came in one after another, and step together"
+
+
+def test_an_engine_in_many_threads_and_its_thread_ends(char_engine, monkeypatch):
+    monkeypatch.setattr(scheduler, "LINGER_S", 0.05)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: char_engine.generate("the ", seed=i % 2, max_new_tokens=20)[0], range(16)))
+    assert texts == texts[:2] * 8
+    thread = char_engine.scheduler.thread
+    assert thread is None or (not thread.join(5) and not thread.is_alive())
+    assert char_engine.generate("the ", seed=0, max_new_tokens=20)[0] == texts[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stop strings
+
+def test_a_stop_string_ends_the_text_and_is_never_shown(char_engine):
+    free = char_engine.generate("the ", max_new_tokens=60, seed=4)[0]
+    for stop in (free[0], free[7:9], free[20:25], "never ", ("#", free[30:33])):
+        pieces = list(char_engine.stream("the ", max_new_tokens=60, seed=4, stop=stop))
+        places = [free.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in free]
+        assert "".join(pieces) == free[:min(places, default=60)], stop
+
+
+def test_a_quota_and_not_the_host_says_how_many_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert kernels.allowed_cores() == 64
+    for content, cores in (("max 100000\n", 64), ("200000 100000\n", 2), ("150000 100000\n", 2), ("50000 100000\n", 1)):
+        (tmp_path / "cpu.max").write_text(content)
+        assert kernels.allowed_cores() == cores
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("300000\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert kernels.allowed_cores() == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -257,6 +433,19 @@ def test_without_a_prompt_it_asks_for_prompts(command):
     done = command("generate.py", "-m", "bundled", "--seed", 1, "--max-new-tokens", 20, typed="ROMEO:\nЯ\n")
     assert re.fullmatch(r"\n> ROMEO:[^Я]{20}\n\n> Я[^Я]{20}\n\n> \n", done.stdout), done.stdout
     assert "alphabet lacks" in done.stderr and done.stderr.count("seed 1") == 2
+
+
+def test_a_file_or_the_standard_input_is_a_prompt_and_json_says_all(command, tmp_path):
+    (tmp_path / "beginning.txt").write_text("ROMEO:\nWhat")
+    options = ["-m", "bundled", "--seed", 3, "--max-new-tokens", 40]
+    plain = command("generate.py", *options, "--file", "beginning.txt").stdout
+    assert plain == command("generate.py", *options, "--file", "-", typed="ROMEO:\nWhat").stdout
+    lines = command("generate.py", *options, "--file", "beginning.txt", "-n", 2, "--json", "--stop", "\\n").stdout.splitlines()
+    samples = [json.loads(line) for line in lines]
+    first = plain.removeprefix("ROMEO:\nWhat").removesuffix("\n")
+    assert samples[0]["text"] == first.partition("\n")[0] and samples[0]["prompt"] == "ROMEO:\nWhat"
+    assert [sample["index"] for sample in samples] == [0, 1] and samples[0]["seed"] == 3
+    assert samples[0]["finish_reason"] == ("stop" if "\n" in first else "length")
 
 
 @pytest.mark.parametrize("arguments, sentence", [
