@@ -20,7 +20,7 @@ from torch import nn
 from model import GPT
 
 CGROUP = Path("/sys/fs/cgroup")
-ROWS = 4  # rows come in multiples of this many
+ROWS = 4  # of fbgemm's product in float16
 
 
 class PackedLinear(nn.Module):
@@ -80,7 +80,8 @@ class SmallBlocks(nn.Module):
         self.function = function
 
     def forward(self, x):
-        rows = max(ROWS, 32_000 // x.size(-1) // ROWS * ROWS)  # torch shares 32,768 numbers or more among threads
+        # Torch shares 32,768 numbers or more among threads, and takes 16 at a time, the rest one by one in another way.
+        rows = 1 if x.size(-1) % 16 else max(1, 32_767 // x.size(-1))
         if x.size(-2) <= rows:
             return self.function(x)
         return torch.cat([self.function(part) for part in x.split(rows, dim=-2)], dim=-2)

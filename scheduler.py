@@ -23,7 +23,6 @@ import torch.nn.functional as F
 
 from ddp import seed_of
 from errors import UserError
-from kernels import ROWS
 from model import GPT
 from sampling import Sampling, penalize, sample
 
@@ -119,8 +118,7 @@ def forward(model: GPT, segments: list[Segment], device):
         cache.make_room(start + len(ids))
     ids = [i for segment in segments for i in segment.ids]
     positions = [start + i for _, start, ids, _ in segments for i in range(len(ids))]
-    padding = [0] * (-len(ids) % ROWS)
-    idx, positions = (torch.tensor([row + padding], device=device) for row in (ids, positions))
+    idx, positions = (torch.tensor([row], device=device) for row in (ids, positions))
     hidden = model.hidden(idx, positions, attend=functools.partial(attend, segments))[0]
     for segment in segments:
         cache = segment.cache
@@ -340,9 +338,8 @@ class Scheduler:
         if not ready:
             return
         ends = list(itertools.accumulate(len(segment.ids) for segment in segments))
-        rows = [ends[count - 1] - 1 for _, count in ready]
-        rows = hidden[rows + rows[:1] * (-len(rows) % ROWS)]  # (R, n_embd)
-        logits = self.model.logits(rows)[:len(ready), :self.vocab_size].float().cpu()  # padding ids are never sampled
+        last = hidden[[ends[count - 1] - 1 for _, count in ready]]  # (R, n_embd)
+        logits = self.model.logits(last)[:, :self.vocab_size].float().cpu()  # padding ids are never sampled
         for (text, _), row in zip(ready, logits):
             for each in self.begin(text):
                 self.write(each, row)
