@@ -81,7 +81,7 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     api = serve.routes(model_names(config), lambda name: load(name, config.device, config.dtype)[0])
     page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
                 run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False,
-                app_kwargs={"routes": api.routes}, **launch_options)
+                max_threads=100, app_kwargs={"routes": api.routes}, **launch_options)
     return page
 
 

@@ -1,4 +1,5 @@
-"""Tokens a second of the engine, of `transformers` and of llama.cpp, turn and turn about; and what each precision costs in quality.
+"""Tokens a second of the engine, of `transformers` and of llama.cpp, turn and turn about; and what each precision
+costs in quality.
 
     python benchmarks/decode.py                                       # everything; needs requirements-interop.txt
     python benchmarks/decode.py --rounds 5 --new-tokens 256
@@ -32,6 +33,7 @@ from model import GPT, SIZES
 from tokenizer import gpt2_tokenizer
 
 PRECISIONS = ["float32", "float16", "int8"]
+PEER_PRECISIONS = ["float32"] + ["bfloat16"] * torch.ops.mkldnn._is_mkldnn_bf16_supported()  # others emulate it
 LLAMA = {"float32": "llama.cpp f32", "float16": "llama.cpp f16", "q8_0": "llama.cpp q8_0"}
 
 
@@ -51,6 +53,10 @@ class Config:
     """The text that its perplexity is of."""
 
 
+def count(streams: int) -> str:
+    return "1 stream" if streams == 1 else f"{streams} streams"
+
+
 def clear(engine: Engine):
     engine.scheduler.prefixes.entries.clear()
 
@@ -59,8 +65,8 @@ def decode(engine: Engine, ids: list[int], streams: int, new_tokens: int) -> tup
     """(tokens a second of all streams after the first of each, seconds to the first) of prompts that differ."""
     clear(engine)
     began = time.perf_counter()
-    requests = [engine.submit([i, *ids[1:]], max_new_tokens=new_tokens, temperature=0.8, top_k=50, seed=i) for i in range(streams)]
-    times = []
+    times, options = [], {"max_new_tokens": new_tokens, "temperature": 0.8, "top_k": 50}
+    requests = [engine.submit([i, *ids[1:]], seed=i, **options) for i in range(streams)]
     for request in requests:
         request.wake = lambda: times.append(time.perf_counter())
     for request in requests:
@@ -136,17 +142,17 @@ def speeds(config: Config):
         ways[f"ours {dtype}, prompt of 512"] = lambda e=engine: prompt(e, ids)
     for dtype in "float32", "int8":
         for streams in 8, 32:
-            ways[f"ours {dtype}, {streams} streams"] = (
+            ways[f"ours {dtype}, {count(streams)}"] = (
                 lambda e=engines[dtype], n=streams: decode(e, start, n, config.crowd_tokens)[0])
     with tempfile.TemporaryDirectory() as folder:
         if config.peers:
             import transformers  # noqa: PLC0415
             save_huggingface(folder, gpt, tokenizer, torch.float32)
-            for dtype in torch.float32, torch.bfloat16:
-                theirs, name = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), str(dtype)[6:]
-                count = config.crowd_tokens if dtype == torch.float32 else 8
-                ways[f"transformers {name}, 1 stream"] = lambda m=theirs, c=count: transformers_decode(m, start, 1, c)
-                ways[f"transformers {name}, 8 streams"] = lambda m=theirs, c=count: transformers_decode(m, start, 8, c)
+            for dtype in PEER_PRECISIONS:
+                theirs, name = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)), dtype
+                for streams in 1, 8:
+                    ways[f"transformers {name}, {count(streams)}"] = (
+                        lambda m=theirs, n=streams: transformers_decode(m, start, n, config.crowd_tokens))
             for dtype, name in LLAMA.items():
                 save_gguf(Path(folder, f"{dtype}.gguf"), gpt, tokenizer, dtype)
                 llama = Llama(Path(folder, f"{dtype}.gguf"))
@@ -173,13 +179,13 @@ def speeds(config: Config):
     def ratio(ours: str, theirs: list[str], wanted: float):
         if config.peers:
             values = [each[ours] / max(each[name] for name in theirs) for each in rounds]
-            print(f"{statistics.median(values):6.2f} times ({min(values):.2f} to {max(values):.2f}), wanted {wanted}: {ours} against "
-                  f"{' and '.join(theirs)}")
+            print(f"{statistics.median(values):6.2f} times ({min(values):.2f} to {max(values):.2f}), wanted {wanted}: "
+                  f"{ours} against {' and '.join(theirs)}")
 
     ratio("ours float16, 1 stream", ["llama.cpp f16, 1 stream"], 1.1)
     ratio("ours int8, 1 stream", ["llama.cpp q8_0, 1 stream"], 1.0)
     ratio("ours float32, 1 stream", ["llama.cpp f32, 1 stream"], 0.85)
-    ratio("ours int8, 8 streams", ["transformers float32, 8 streams", "transformers bfloat16, 8 streams"], 8)
+    ratio("ours int8, 8 streams", [f"transformers {dtype}, 8 streams" for dtype in PEER_PRECISIONS], 8)
     ratio("ours int8, 32 streams", ["ours int8, 8 streams"], 1)
     ratio("ours int8, prompt of 512", [f"{name}, prompt of 512" for name in LLAMA.values()], 1.5)
 
@@ -197,10 +203,11 @@ def quality(config: Config):
     for dtype in "float32", "bfloat16", "float16", "int8":
         model = Engine(gpt, tokenizer, dtype).packed
         nats = perplexity(model, tokenizer, text)["nats_per_token"]
-        greedy = torch.cat([model.logits(model.hidden(window[None]))[..., :tokenizer.vocab_size].argmax(-1) for window in windows])
+        logits = (model.logits(model.hidden(window[None]))[..., :tokenizer.vocab_size] for window in windows)
+        greedy = torch.cat([rows.argmax(-1) for rows in logits])
         exact = exact or (nats, greedy)
-        print(f"{info['name']}, {dtype}: perplexity {math.exp(nats):.4f} ({100 * math.expm1(nats - exact[0]):+.3f}%), greedy tokens "
-              f"equal to float32's: {100 * (greedy == exact[1]).double().mean():.2f}%")
+        print(f"{info['name']}, {dtype}: perplexity {math.exp(nats):.4f} ({100 * math.expm1(nats - exact[0]):+.3f}%), "
+              f"greedy tokens equal to float32's: {100 * (greedy == exact[1]).double().mean():.2f}%")
 
 
 def main(config: Config):
