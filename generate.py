@@ -13,6 +13,7 @@ Any number of threads may ask at once: scheduler.py steps all texts together, sa
 A model reads at most `block_size` tokens. A longer prompt keeps its end; and when sampling has filled the context, the
 engine keeps the last half of it and prefills that again. This is what going on past the context means, everywhere.
 """
+import concurrent.futures
 import copy
 import dataclasses
 import functools
@@ -98,8 +99,13 @@ class Engine:
 
     @functools.cached_property
     def packed(self) -> GPT:
-        """The model as it is run: on a CPU with its matrices in the engine's precision."""
-        return packed(self.model, self.dtype)
+        """The model as it is run: on a CPU with its matrices in the engine's precision.
+
+        Packed in a thread that ends: OpenMP keeps workers for each thread that computed, and with more of them than cores it waits
+        by sleeping, which costs the scheduler's thread a fifth.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(packed, self.model, self.dtype).result()
 
     @functools.cached_property
     def scheduler(self) -> Scheduler:

@@ -11,6 +11,7 @@ are what a token costs. The right kernel for each was found by measuring (benchm
 """
 import copy
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -59,8 +60,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = weight.detach().float()
         scales = weight.abs().amax(1).clamp_min(1e-12) / 127
-        whole = torch._make_per_channel_quantized_tensor(  # what quantize_per_channel does, without its word on the future
-            (weight / scales[:, None]).round().to(torch.int8), scales.double(), torch.zeros(len(weight), dtype=torch.long), 0)
+        with warnings.catch_warnings():  # torch means to move these kernels elsewhere one day
+            warnings.simplefilter("ignore")
+            whole = torch.quantize_per_channel(weight, scales.double(), torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
         engine, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
         self.weight = torch.ops.quantized.linear_prepack(whole, None)
         torch.backends.quantized.engine = engine
