@@ -101,8 +101,8 @@ class Engine:
     def packed(self) -> GPT:
         """The model as it is run: on a CPU with its matrices in the engine's precision.
 
-        Packed in a thread that ends: OpenMP keeps workers for each thread that computed, and with more of them than cores it waits
-        by sleeping, which costs the scheduler's thread a fifth.
+        Packed in a thread that ends: OpenMP keeps workers for each thread that computed, and with more of them than cores it
+        waits by sleeping, which costs the scheduler's thread a fifth.
         """
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             return thread.submit(packed, self.model, self.dtype).result()

@@ -62,7 +62,8 @@ class Int8Linear(nn.Module):
         scales = weight.abs().amax(1).clamp_min(1e-12) / 127
         with warnings.catch_warnings():  # torch means to move these kernels elsewhere one day
             warnings.simplefilter("ignore")
-            whole = torch.quantize_per_channel(weight, scales.double(), torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
+            zeros = torch.zeros(len(weight), dtype=torch.long)
+            whole = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
         engine, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
         self.weight = torch.ops.quantized.linear_prepack(whole, None)
         torch.backends.quantized.engine = engine
