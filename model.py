@@ -8,6 +8,7 @@ Parameters carry the names of OpenAI's release and of Hugging Face (`transformer
 `nn.Linear`'s (out, in) layout. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -70,18 +71,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, kv=None, start=0, mask=None):
-        """x (B, T, C) -> (B, T, C). With kv (2, B, nh, max length, hs), whose first `start` places are filled: the T
-        places that follow are filled too, and attended to with what is before them. A mask (B, 1, T, T) says which place
-        attends to which; without it each does to itself and what is before it."""
+    def forward(self, x, mask=None, attend=None):
+        """x (B, T, C) -> (B, T, C). A mask (B, 1, T, T) says which place attends to which; without it each does to itself and
+        what is before it. `attend`, a function of q, k and v (B, nh, T, hs) each, attends in place of this, as a cache does."""
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for y in self.c_attn(x).split(C, dim=2))
-        if kv is not None:
-            kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
-            k, v = kv[:, :, :, :start + T]  # (B, nh, start + T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        if attend is not None:
+            y = attend(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                               dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -106,25 +106,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, kv=None, start=0, mask=None):
-        x = x + self.attn(self.ln_1(x), kv, start, mask)  # (B, T, C)
+    def forward(self, x, mask=None, attend=None):
+        x = x + self.attn(self.ln_1(x), mask, attend)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))
-
-
-@dataclasses.dataclass
-class KVCache:
-    """Keys and values of the tokens a model has seen; the first `length` places are filled, for each of B sequences."""
-    kv: torch.Tensor  # (n_layer, 2, B, n_head, max_length, head size)
-    length: int = 0
-
-    @classmethod
-    def empty(cls, config: GPTConfig, batch_size: int, max_length: int, **tensor_options) -> "KVCache":
-        return cls(torch.empty(config.n_layer, 2, batch_size, config.n_head, max_length, config.n_embd // config.n_head,
-                               **tensor_options))
-
-    def repeat(self, n: int) -> "KVCache":
-        """n copies of this cache's single sequence, so that n samples share one prefill."""
-        return self if n == 1 else KVCache(self.kv.repeat(1, 1, n, 1, 1, 1), self.length)
 
 
 class GPT(nn.Module):
@@ -159,28 +143,23 @@ class GPT(nn.Module):
             return self.logits(x), None
         return None, cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
 
-    def hidden(self, idx, cache: KVCache | None = None, positions=None, mask=None):
+    def hidden(self, idx, positions=None, mask=None, attend=None):
         """Final hidden states (B, T, n_embd) of idx (B, T).
 
-        An empty cache takes in the T tokens, a filled one the single token that follows (T = 1). Tokens that are no plain
-        sequence come with their positions (B, T) and a mask (B, 1, T, T), True where one attends to another. Raises
-        ValueError for more tokens than the context or the cache holds.
+        Tokens that are no plain sequence come with their positions (B, T), and with a mask (B, 1, T, T), True where one attends
+        to another, or with `attend(layer, q, k, v)` in attention's place. Raises ValueError for more tokens than the context.
         """
-        T, start = idx.size(1), cache.length if cache else 0
-        if positions is None and start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens are more than the model's context of {self.config.block_size}.")
-        if start and T > 1:
-            raise ValueError("A filled cache takes one token at a time.")
+        T = idx.size(1)
+        if positions is None and T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than the model's context of {self.config.block_size}.")
         gpt = self.transformer
-        x = gpt.wte(idx) + (gpt.wpe.weight[start:start + T] if positions is None else gpt.wpe(positions))
+        x = gpt.wte(idx) + (gpt.wpe.weight[:T] if positions is None else gpt.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(gpt.h):
             if self.recompute and x.requires_grad:
                 x = checkpoint(block, x, use_reentrant=False)
-                continue
-            x = block(x, cache.kv[i] if cache else None, start, mask)
-        if cache:
-            cache.length += T
+            else:
+                x = block(x, mask, attend and functools.partial(attend, i))
         return gpt.ln_f(x)
 
     def logits(self, x):

@@ -8,7 +8,7 @@ import model
 from errors import UserError
 from formats import load_folder, our_names, save_huggingface, to_huggingface, transposed
 from kernels import packed
-from model import GPT, SIZES, GPTConfig, KVCache
+from model import GPT, SIZES, GPTConfig
 from tokenizer import CharTokenizer
 
 SHAPES = [GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8),
@@ -113,24 +113,6 @@ def test_initial_weights_are_gpt2s():
             assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
     idx = torch.randint(0, 512, (8, 128))
     assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(torch.tensor(512.0).log().item(), abs=0.1)
-
-
-def test_the_cache_changes_nothing_however_much_of_the_text_is_prefilled():
-    model = tiny_gpt(block_size=24)
-    idx = torch.randint(0, 32, (2, 24))
-    with torch.no_grad():
-        plain = model(idx)[0]
-        for prefilled in (1, 7, 23, 24):
-            cuts = [prefilled] + [1] * (24 - prefilled)
-            cache, parts = KVCache.empty(model.config, 2, 24), []
-            for part in idx.split(cuts, dim=1):
-                parts.append(model.logits(model.hidden(part, cache)))
-            torch.testing.assert_close(torch.cat(parts, dim=1), plain, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="more than the model's context"):
-        model.hidden(idx[:, :1], cache)
-    cache.length = 5
-    with pytest.raises(ValueError, match="one token at a time"):
-        model.hidden(idx[:, :2], cache)
 
 
 def test_a_mapping_is_a_configuration_too():
