@@ -20,7 +20,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ddp
 from errors import UserError
@@ -81,11 +81,12 @@ def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: To
     in_a_file = 4 * model.num_parameters() <= LARGEST_FILE
     if world.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
     if ddp.is_sharded(model):
-        write_shards(temporary, optimizer_state | ({} if in_a_file else named_weights(weights)), world)
+        ddp.any_rank(world, False)  # wait until it is gone
+        write_shards(temporary, optimizer_state | ({} if in_a_file else named_weights(weights)))
         weights = {name: ddp.whole(w, world) for name, w in weights.items()} if in_a_file else {}
-    elif world.is_main:
+    else:
+        temporary.mkdir()
         save_file({name: t.contiguous() for name, t in optimizer_state.items()}, temporary / "optimizer.safetensors")
     if not world.is_main:
         return
@@ -104,10 +105,9 @@ def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: To
         os.replace(unfinished(run, step), model_path(run, step))
 
 
-def write_shards(folder: Path, tensors: dict[str, torch.Tensor], world: ddp.World):
-    """Each rank its parts of the tensors, as safetensors."""
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor]):
+    """Each rank its parts of the tensors, as safetensors, in a folder that this makes. Raises OSError on all ranks or none."""
     import torch.distributed.checkpoint as dcp  # noqa: PLC0415 (takes a second, and few runs need it)
-    ddp.any_rank(world, False)  # the folder is there
     try:
         dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except dcp.api.CheckpointException as error:  # on all ranks, whichever failed
@@ -123,7 +123,10 @@ def read_shards(folder: Path, like: Callable[[str, torch.Size], torch.Tensor | N
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")  # not initialized, which is as meant
-        dcp.load(tensors, storage_reader=reader)
+        try:
+            dcp.load(tensors, storage_reader=reader)
+        except dcp.api.CheckpointException as error:
+            raise OSError(str(next(iter(error.failures.values()))[0])) from None
     return tensors
 
 
@@ -175,7 +178,8 @@ def load_state(run: Path, step: int, model: GPT) -> tuple[dict[str, torch.Tensor
         p = parameters[name.rsplit("/", 1)[0]]
         return torch.empty_like(p.detach()) if p.shape == shape else torch.empty(shape)
 
-    state = read_shards(folder, like)
+    whole = folder / "optimizer.safetensors"
+    state = load_file(whole) if whole.exists() and not ddp.is_sharded(model) else read_shards(folder, like)
     if holds_weights(folder):
         ddp.fill(((p, state.pop(f"{name}/weights")) for name, p in parameters.items()))
         return state, read_json(folder / "model.json")["val_loss"]

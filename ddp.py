@@ -43,8 +43,8 @@ ALONE = World(0, 1, torch.device("cpu"))
 def join_world(device: str = "auto", wait_s: float = 600):
     """Joins the processes that torchrun started, for the length of a `with`: NCCL on GPUs, gloo elsewhere.
 
-    No process waits longer than wait_s for another. Raises UserError, on every rank that is left, when one ends before its time
-    or does not answer.
+    No process waits longer than wait_s for another. When one ends before its time or does not answer, gloo raises UserError on
+    every rank that is left, and NCCL ends it.
     """
     (rank, size, local_rank), device = torchrun_variables(), pick_device(device)
     if device.type == "cuda":

@@ -188,7 +188,8 @@ def cross_entropy(x, weight, targets):
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    return ChunkedCrossEntropy.apply(x, weight, targets, rows, torch.is_grad_enabled())
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return ChunkedCrossEntropy.apply(x, weight, targets, rows, needs_gradient)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -197,22 +198,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows: int, needs_gradient: bool):
-        w, total = weight.to(x.dtype), torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        grad_x, grad_weight = (torch.empty_like(x), torch.zeros_like(weight)) if needs_gradient else (None, None)
+        exact = torch.promote_types(x.dtype, torch.float32)  # what sums are in
+        w, total = weight.to(x.dtype), torch.zeros((), device=x.device, dtype=exact)
+        grad_x, grad_weight = (torch.empty_like(x), torch.zeros_like(weight, dtype=exact)) if needs_gradient else (None, None)
         for first in range(0, len(x), rows):
             part, target = x[first:first + rows], targets[first:first + rows, None]
-            logprobs = F.log_softmax(F.linear(part, w), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))  # (rows, V)
+            logprobs = F.log_softmax(F.linear(part, w), dim=-1, dtype=exact)  # (rows, V)
             total -= logprobs.gather(1, target).sum()
             if needs_gradient:
                 grad = logprobs.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logprobs.dtype)).to(x.dtype)
                 grad_x[first:first + rows] = grad @ w
-                if x.dtype == weight.dtype:
+                if x.dtype == exact:
                     grad_weight.addmm_(grad.T, part)
                 else:
                     grad_weight += grad.T @ part
                 del grad
             del logprobs  # before the next rows' come
-        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         return total / len(x)
 
     @staticmethod

@@ -78,7 +78,8 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the model with torch.compile; auto does on CUDA."""
     shard: bool = False
-    """Divide weights, gradients and optimizer among the processes (FSDP2), for models that one device does not hold."""
+    """Divide weights, gradients and optimizer among the processes (FSDP2), for models that one device does not hold. Gradients
+    cross with every micro-batch then, and in bfloat16 activations are in it too."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Compute activations again in the backward pass instead of keeping them; auto does with --shard."""
     deterministic: bool = False
@@ -143,12 +144,13 @@ def check(config: TrainConfig):
                  "log_every", "samples", "max_steps"):
         if getattr(config, name) != "auto" and getattr(config, name) < (name != "max_steps"):
             raise UserError(f"--{name.replace('_', '-')} is at least {int(name != 'max_steps')}, not {getattr(config, name)}.")
+    if config.wait_s <= 0:
+        raise UserError(f"--wait-s is above 0, not {config.wait_s}.")
     if not 0 < config.mfu <= 1 or (config.nproc is not None and config.nproc < 1):
         raise UserError("--mfu is a share above 0 and at most 1, and --nproc at least 1.")
     if config.shard and config.optimizer == "muon":
         raise UserError("Muon needs whole matrices, which --shard divides: leave one of the two out.")
-    for name in ("price", "wait_s", "learning_rate", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2",
-                 "grad_clip"):
+    for name in ("price", "learning_rate", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip"):
         if not 0 <= getattr(config, name) < (1 if name.startswith("beta") else math.inf):
             raise UserError(f"--{name.replace('_', '-')} cannot be {getattr(config, name)}.")
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", config.run):

@@ -74,8 +74,12 @@ class Log:
 
     def metrics(self, **values):
         self.append("metrics.jsonl", **values)
-        if self.tracker:
-            self.tracker.log(values, step=values["step"])
+        try:
+            if self.tracker:
+                self.tracker.log(values, step=values["step"])
+        except Exception as error:  # whatever a service of others raises
+            warn(f"the log is no longer tracked ({error})")
+            self.tracker = None
         if "val_loss" in values:
             accuracy = f", HellaSwag {values['hellaswag']:.4f}" if values.get("hellaswag") is not None else ""
             tqdm.write(f"step {values['step']}: validation loss {values['val_loss']:.4f}{accuracy}")
@@ -99,10 +103,13 @@ def tracker(name: str, run: str, config: dict):
     """trackio or wandb, which have the same three calls, with this run opened or gone on with; None for "none"."""
     if name == "none":
         return None
+    known_by = {"name": run} if name == "trackio" else {"name": run, "id": run}
     try:
-        tracked = importlib.import_module(name).init(project="gpt2-from-scratch", name=run, config=config, resume="allow")
+        tracked = importlib.import_module(name).init(project="gpt2-from-scratch", config=config, resume="allow", **known_by)
     except ModuleNotFoundError:
         raise UserError(f"--track {name} needs its package: pip install {name}.") from None
+    except Exception as error:  # whatever a service of others raises
+        raise UserError(f"{name} could not be started ({error}): --track none trains without it.") from None
     atexit.register(tracked.finish)
     return tracked
 

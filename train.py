@@ -73,7 +73,7 @@ def train(config: TrainConfig, world: ddp.World):
         if config.dry_run:
             return
         place(model, first_weights, config, world)
-        config = dataclasses.replace(config, micro_batch=micro_batch(config, run, model, world))
+        config = dataclasses.replace(config, micro_batch=micro_batch(config, run if resume_step else None, model, world))
         optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
         measured = resume_step is not None and resume(run, resume_step, config, model, optimizers)
         log = runs.Log(run, described(config), resume_step, measured, config.track, device=ddp.device_name(world.device),
@@ -110,7 +110,8 @@ def loop(t: Trained, batches, val_loader: DataLoader, examples, start: int, meas
                 ddp.sum_over_ranks(t.world, 0)  # a process that left earlier would bring the saving one down
                 sys.exit(128 + number)
             if step > start or not measured:
-                measure_and_save(t, val_loader, examples, step)
+                with torch.compiler.set_stance("force_eager"):  # batches of every shape, for which nothing is to be compiled
+                    measure_and_save(t, val_loader, examples, step)
             if step == t.config.max_steps:
                 return
             meter.start()
@@ -284,6 +285,8 @@ def place(model: GPT, first_weights: dict | None, config: TrainConfig, world: dd
     compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
     model.recompute = recomputes(config)
     if config.shard:
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+            raise UserError(f"--shard needs torch 2.9 or newer, to save its parts, and this is {torch.__version__}.")
         if world.size == 1:
             raise UserError("--shard divides a model among several processes: start it with torchrun.")
         for block in model.transformer.h if compiled else ():
@@ -296,14 +299,14 @@ def place(model: GPT, first_weights: dict | None, config: TrainConfig, world: dd
     ddp.fill(((p, first_weights[name]) for name, p in model.named_parameters()) if first_weights else model.initial())
 
 
-def micro_batch(config: TrainConfig, run: Path, model: GPT, world: ddp.World) -> int:
-    """The number that --micro-batch gives. For `auto` what the run found when it began, else a rank's share of the batch, halved
+def micro_batch(config: TrainConfig, run: Path | None, model: GPT, world: ddp.World) -> int:
+    """The number that --micro-batch gives. For `auto` what the run that goes on has, else a rank's share of the batch, halved
     until every rank can hold it: on a GPU by trying, else by the plan's estimate against four fifths of the memory."""
     if config.micro_batch != "auto":
         return config.micro_batch
-    found = report.read_config(run).get("micro_batch", 0) if world.is_main else 0
+    found = report.read_config(run).get("micro_batch", 0) if run and world.is_main else 0
     sequences = int(ddp.sum_over_ranks(world, found)[0]) or config.batch_tokens // config.block_size // world.size
-    while not found and sequences > 1 and ddp.any_rank(world, not fits(sequences, config, model, world)):
+    while not run and sequences > 1 and ddp.any_rank(world, not fits(sequences, config, model, world)):
         sequences = (sequences + 1) // 2
     return sequences
 
@@ -316,7 +319,8 @@ def fits(sequences: int, config: TrainConfig, model: GPT, world: ddp.World) -> b
         return sum(held.values()) < 0.8 * ddp.memory_bytes(world.device)
     moments = idx = None
     try:
-        moments = torch.empty(plan.optimizer_bytes(config, model), dtype=torch.uint8, device=world.device)
+        others = plan.optimizer_bytes(config, model) + ddp.memory_bytes(world.device) // 20  # and a margin
+        moments = torch.empty(others, dtype=torch.uint8, device=world.device)
         idx = torch.zeros(sequences, config.block_size, dtype=torch.int64, device=world.device)
         with autocast(config, world):
             model.forward(idx, idx)[1].backward()
@@ -461,7 +465,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[
 def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
     """The same of a sharded model, plainly: every rank takes part in each of as many forward passes as there are tokens."""
     model.eval()
-    prompt = tokenizer.encode(tokenizer.replace_unknown(config.sample_prompt)[0])
+    prompt = tokenizer.encode(tokenizer.replace_unknown(config.sample_prompt)[0]) or [tokenizer.eot or 0]
     ids, generator = torch.tensor([prompt] * config.samples), torch.Generator().manual_seed(config.seed)
     for _ in range(200):
         hidden = model.hidden(ids[:, -config.block_size:].to(model.transformer.wte.weight.device))[:, -1]

@@ -6,6 +6,7 @@
 #
 # A minute and a half before the time is over, or when the job is preempted, Slurm sends SIGTERM: the step is saved, and the job
 # goes back into the queue, where it goes on from there. A job that ends otherwise, complete or refused, stays ended.
+# (--shutdown-timeout came with torch 2.12; before, leave it out, and torchrun waits 30 s.)
 #SBATCH --job-name=gpt2
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -15,7 +16,7 @@
 #SBATCH --signal=B:TERM@90
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=log/slurm-%j.out
+#SBATCH --output=slurm-%j.out
 set -u
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a machine that comes back is not told where the others meet
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

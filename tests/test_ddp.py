@@ -105,6 +105,33 @@ def test_weights_too_large_for_a_file_stay_in_the_state_and_are_put_together(com
     part = max((large / "state_00004").glob("*.safetensors"), key=lambda path: path.stat().st_size)
     part.write_bytes(part.read_bytes()[:-1] + b"!")
     assert checkpoint.newest(large) is None
+    part.unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load_model(large)
+
+
+@pytest.mark.parametrize("refused", ["torch.distributed.checkpoint.filesystem.FileSystem.mkdir", "torch.save"])
+def test_a_disk_that_refuses_a_sharded_checkpoint_costs_it_and_not_the_run(command, one, tmp_path, refused):
+    """On the main process alone, at the step 2: before the others write, and after."""
+    module, _, name = refused.rpartition(".")
+    (tmp_path / "full.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import errno, importlib, os, pkgutil, torch.distributed.checkpoint.filesystem, train
+owner, calls = pkgutil.resolve_name({module!r}), []
+real = getattr(owner, {name!r})
+def refuse(*arguments, **options):
+    calls.append(None)
+    if len(calls) == 1 and os.environ["RANK"] == "0":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return real(*arguments, **options)
+setattr(owner, {name!r}, refuse)
+train.main(sys.argv[1:])
+""")
+    arguments = [*PLAIN, "--run", "full", "--shard", "--sample-prompt", "", "--wait-s", 60]
+    done = command(tmp_path / "full.py", *arguments, launcher=torchrun(2))
+    assert done.stderr.count("the run goes on") == 1 and "No space left" in done.stderr
+    assert checkpoint.saved_steps(one.parent / "full") == [4, 6] and checkpoint.newest(one.parent / "full") == 6
+    assert losses(one.parent / "full") == pytest.approx(losses(one), abs=2e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -173,7 +200,7 @@ def test_two_torchruns_train_one_run_and_one_that_was_killed_joins_again(one):
         port = free.getsockname()[1]
     launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d",
                 f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run", "--rdzv-conf=keep_alive_interval=1",
-                "--local-addr=127.0.0.1", "--shutdown-timeout=30", "--")
+                "--local-addr=127.0.0.1", "--")
     run = one.parent / "nodes"
     first = start(*LONG, "--run", "nodes", launcher=launcher)
     time.sleep(2)  # so that it is the first that serves the rendezvous

@@ -111,6 +111,9 @@ def test_the_largest_micro_batch_that_fits_is_found_once_and_kept(data, tmp_path
     asked = []
     monkeypatch.setattr(ddp, "memory_bytes", lambda device: asked.append(device) or 150_000)
     arguments = ["shakespeare-char", *TINY, "--dropout", 0, "--micro-batch", "auto"]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):  # an attempt with too many, of which nothing was saved
+        patch.setattr(train, "update", lambda *_: (_ for _ in ()).throw(MemoryError))
+        train_here("shakespeare-char", *TINY, "--run", "auto", "--micro-batch", 8)
     train_here(*arguments, "--run", "auto")
     run = tmp_path / "log" / "auto"
     found = report.read_config(run)["micro_batch"]
@@ -127,6 +130,8 @@ def test_the_ways_of_the_machine_change_no_step(data, tmp_path):
     runs = {"plain": [], "exact": ["--deterministic", "--dtype", "tf32"], "again": ["--recompute", "on"]}
     for run, arguments in runs.items():
         train_here("shakespeare-char", *TINY, "--run", run, *arguments)
+        assert torch.are_deterministic_algorithms_enabled() == (run == "exact")
+        assert (torch.get_float32_matmul_precision() == "high") == (run == "exact")
         torch.use_deterministic_algorithms(False)
     plain, exact = (weights(tmp_path / "log" / run) for run in ("plain", "exact"))
     assert all(torch.equal(plain[name], exact[name]) for name in plain)
@@ -151,6 +156,7 @@ class Run:
     started, finished, *lines = [json.loads(line) for line in (tmp_path / "tracked").read_text().splitlines()]
     assert (started["name"], started["config"]["n_layer"], started["resume"], finished) == (
         "shakespeare-char", 1, "allow", "finished")
+    assert started.get("id") == ("shakespeare-char" if name == "wandb" else None)
     run = tmp_path / "log" / "shakespeare-char"
     assert [(step, values["val_loss"]) for step, values in lines if "val_loss" in values] == metrics(run, "step", "val_loss")
     losses = [(step, values["train_loss"]) for step, values in lines if "train_loss" in values]
@@ -430,6 +436,8 @@ def test_the_plan_says_from_which_step_on_data_repeat(data, capsys):
     (["shakespeare-char", *TINY, "--max-steps", "-1"], "--max-steps is at least 0"),
     (["shakespeare-char", *TINY, "--learning-rate", "nan"], "--learning-rate cannot be nan"),
     (["shakespeare-char", *TINY, "--run", "../elsewhere"], "--run names a folder"),
+    (["shakespeare-char", *TINY, "--wait-s", "0"], "--wait-s is above 0"),
+    (["finetune", *TINY, "--init-from", "bundled:shakespeare", "--data", "data/prose_char"], "another tokenizer"),
     (["finetune", *TINY, "--init-from", "data"], "no model folder"),
 ])
 def test_bad_input_gets_one_sentence(data, arguments, sentence):
