@@ -3,7 +3,8 @@
     python app.py                                            # http://127.0.0.1:7860, with the newest run or the bundled model
     python app.py --model log/shakespeare-char-cpu --port 8000
 
-It assembles the tabs of ui/; each asks the sampling engine. Nothing is loaded from, or reported to, anywhere else.
+It assembles the tabs of ui/; each asks the sampling engine, as does OpenAI's API under /v1 (serve.py). Nothing is loaded from,
+or reported to, anywhere else.
 """
 import dataclasses
 import functools
@@ -16,9 +17,11 @@ import gradio as gr
 import tyro
 
 import checkpoint
+import serve
 from ddp import pick_device
 from errors import UserError, one_sentence
 from generate import Dtype, Engine
+from kernels import use_allowed_cores
 from ui import write
 
 
@@ -36,7 +39,7 @@ class AppConfig:
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA and float32 elsewhere."""
+    """auto is bfloat16 on CUDA; on a CPU int8 for models of 20 million parameters or more, and float32 for smaller ones."""
 
 
 @functools.lru_cache(maxsize=2)  # the last two models stay in memory
@@ -58,7 +61,7 @@ def model_names(config: AppConfig) -> list[str]:
 def describe(engine: Engine, info: dict) -> tuple[str, dict | None]:
     """(a line on the model, the configuration that it was trained with where that is known)."""
     return (f"{checkpoint.describe(info)}, reads {engine.block_size:,} tokens at a time; "
-            f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}", info.get("train_config"))
+            f"{engine.dtype} on {engine.device}", info.get("train_config"))
 
 
 def build(config: AppConfig) -> gr.Blocks:
@@ -72,10 +75,13 @@ def build(config: AppConfig) -> gr.Blocks:
 
 def main(config: AppConfig, **launch_options) -> gr.Blocks:
     check_port(config.host, config.port)
+    use_allowed_cores()
     page = build(config)
-    page.queue(max_size=32)
+    page.queue(max_size=64)
+    api = serve.routes(model_names(config), lambda name: load(name, config.device, config.dtype)[0])
     page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
-                run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False, **launch_options)
+                run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False,
+                max_threads=100, app_kwargs={"routes": api.routes}, **launch_options)
     return page
 
 

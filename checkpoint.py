@@ -11,6 +11,9 @@ import os
 import re
 import shutil
 import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -19,14 +22,16 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import ddp
 from errors import UserError
 from files import DISK_FULL, read_json, sha256, write_json
-from formats import load_folder, load_pt, unpickle
+from formats import DAMAGE, load_folder, load_pt, unpickle
 from model import GPT
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "assets" / "bundled"
 LOG = Path("log")
+LARGEST_FILE = 10e9  # bytes of weights that a .pt may hold; those of a larger sharded model stay in the state
 KEEP = 2  # newest checkpoints of a run that stay, besides the best model
 
 
@@ -37,47 +42,104 @@ class NotSaved(UserError):
     """A checkpoint could not be written, because the disk is full, say; those before it are as they were."""
 
 
-def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None):
+def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None,
+         world: ddp.World = ddp.ALONE):
     """Writes the checkpoint of `step`, marks it when its validation loss, where it has one, is the run's best, and prunes older
-    ones. One that is there and whole, because a signal had it saved before it was measured, stays as it is. Raises NotSaved
-    where the disk refuses."""
+    ones. One that is there and whole, because a signal had it saved before it was measured, stays as it is. The main process
+    calls it, and of a sharded model all do. Raises NotSaved where the disk refuses."""
     try:
-        if not is_whole(run, step):
-            write(run, step, model, optimizer_state, tokenizer, config, val_loss)
+        there = world.is_main and is_whole(run, step)
+        if not (ddp.any_rank(world, there) if ddp.is_sharded(model) else there):
+            write(run, step, model, optimizer_state, tokenizer, config, val_loss, world)
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         shutil.rmtree(run / "state.tmp", ignore_errors=True)
         unfinished(run, step).unlink(missing_ok=True)
         raise NotSaved(f"The checkpoint of step {step} could not be written to {run} ({error})") from None
+    if not world.is_main:
+        return
     best_step, best_loss = read_best(run)
     if val_loss is not None and val_loss <= best_loss:
         best_step = step
         write_json(run / "best.json", {"step": step, "val_loss": val_loss})
     kept = [other for other in saved_steps(run) if other <= step][-KEEP:]  # the run went back behind any later one
     for other in set(saved_steps(run)) - set(kept):
-        shutil.rmtree(state_path(run, other))
+        if other != best_step or not holds_weights(state_path(run, other)):
+            shutil.rmtree(state_path(run, other))
     for other in set(model_steps(run)) - {best_step, *kept}:
         model_path(run, other).unlink()
 
 
-def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None):
-    """Both halves under temporary names, then the state's name, then the model's: `newest` finishes what was cut between."""
-    with open(unfinished(run, step), "wb") as file:
-        torch.save({"format": 1, "model": model.state_dict(), "config": dataclasses.asdict(model.config),
-                    "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary = run / "state.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file({name: t.contiguous() for name, t in optimizer_state.items()}, temporary / "optimizer.safetensors")
-    write_json(temporary / "state.json", {
-        "format": 1, "step": step, "config": config,
-        "sha256": {"model": sha256(unfinished(run, step)), "optimizer": sha256(temporary / "optimizer.safetensors")}})
+def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None,
+          world: ddp.World):
+    """Both halves under temporary names, then the state's name, then the model's: `newest` finishes what was cut between. A
+    sharded model's state is written by all ranks, with the weights in it where they are more than a file should hold."""
+    temporary, about = run / "state.tmp", {"format": 1, "config": dataclasses.asdict(model.config),
+                                           "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}
+    weights = model.state_dict()
+    in_a_file = 4 * model.num_parameters() <= LARGEST_FILE
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if ddp.is_sharded(model):
+        ddp.any_rank(world, False)  # wait until it is gone
+        write_shards(temporary, optimizer_state | ({} if in_a_file else named_weights(weights)))
+        weights = {name: ddp.whole(w, world) for name, w in weights.items()} if in_a_file else {}
+    else:
+        temporary.mkdir()
+        save_file({name: t.contiguous() for name, t in optimizer_state.items()}, temporary / "optimizer.safetensors")
+    if not world.is_main:
+        return
+    if in_a_file or not ddp.is_sharded(model):
+        with open(unfinished(run, step), "wb") as file:
+            torch.save({**about, "model": weights}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    else:
+        write_json(temporary / "model.json", about)
+    write_json(temporary / "state.json", {"format": 1, "step": step, "config": config, "val_loss": val_loss,
+                                          "sha256": sums(temporary, unfinished(run, step))})
     shutil.rmtree(state_path(run, step), ignore_errors=True)
     os.replace(temporary, state_path(run, step))
-    os.replace(unfinished(run, step), model_path(run, step))
+    if unfinished(run, step).exists():
+        os.replace(unfinished(run, step), model_path(run, step))
+
+
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor]):
+    """Each rank its parts of the tensors, as safetensors, in a folder that this makes. Raises OSError on all ranks or none."""
+    import torch.distributed.checkpoint as dcp  # noqa: PLC0415 (takes a second, and few runs need it)
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.api.CheckpointException as error:  # on all ranks, whichever failed
+        raise OSError(str(next(iter(error.failures.values()))[0])) from None
+
+
+def read_shards(folder: Path, like: Callable[[str, torch.Size], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """The tensors of a state's folder, each read into what `like(name, shape)` returns, a rank's part if that is sharded; None
+    leaves it out. The number of ranks may be another than wrote them."""
+    import torch.distributed.checkpoint as dcp  # noqa: PLC0415
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = {name: like(name, stored.size) for name, stored in reader.read_metadata().state_dict_metadata.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # not initialized, which is as meant
+        try:
+            dcp.load(tensors, storage_reader=reader)
+        except dcp.api.CheckpointException as error:
+            raise OSError(str(next(iter(error.failures.values()))[0])) from None
+    return tensors
+
+
+def named_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by the names that they have in a state, `<parameter>/weights`, beside the optimizer's `<parameter>/<what>`."""
+    return {f"{name}/weights": w for name, w in weights.items()}
+
+
+def sums(folder: Path, model: Path) -> dict[str, str]:
+    """sha256 of the two halves' files, by their names without an ending, and "model"."""
+    files = {path.stem: path for path in folder.glob("*.safetensors")} | ({"model": model} if model.exists() else {})
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(sha256, files.values())))
 
 
 def newest(run: Path) -> int | None:
@@ -96,21 +158,58 @@ def is_whole(run: Path, step: int) -> bool:
     try:
         stated = read_json(folder / "state.json")["sha256"]
         if temporary.exists() and sha256(temporary) == stated["model"]:
-            os.replace(temporary, model_path(run, step))
-        return stated == {"model": sha256(model_path(run, step)), "optimizer": sha256(folder / "optimizer.safetensors")}
+            os.replace(temporary, run / f"model_{step:05d}.pt")
+        return stated == sums(folder, run / f"model_{step:05d}.pt")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def load_state(run: Path, step: int) -> tuple[dict, dict[str, torch.Tensor], dict]:
-    """(model checkpoint, optimizer tensors by name, configuration) of a checkpoint that `newest` found whole."""
-    folder = state_path(run, step)
-    return (unpickle(model_path(run, step)), load_file(folder / "optimizer.safetensors"),
-            read_json(folder / "state.json")["config"])
+def saved_config(run: Path, step: int) -> dict:
+    """The configuration of a checkpoint that `newest` found whole."""
+    return read_json(state_path(run, step) / "state.json")["config"]
+
+
+def load_state(run: Path, step: int, model: GPT) -> tuple[dict[str, torch.Tensor], float | None]:
+    """Gives the model the weights of a checkpoint that `newest` found whole; (the optimizer's tensors by name, the validation
+    loss if it was measured). Sharded or not: the number of ranks may be another than wrote it."""
+    folder, parameters = state_path(run, step), dict(model.named_parameters())
+
+    def like(name: str, shape: torch.Size) -> torch.Tensor:
+        p = parameters[name.rsplit("/", 1)[0]]
+        return torch.empty_like(p.detach()) if p.shape == shape else torch.empty(shape)
+
+    whole = folder / "optimizer.safetensors"
+    state = load_file(whole) if whole.exists() and not ddp.is_sharded(model) else read_shards(folder, like)
+    if holds_weights(folder):
+        ddp.fill(((p, state.pop(f"{name}/weights")) for name, p in parameters.items()))
+        return state, read_json(folder / "model.json")["val_loss"]
+    saved = unpickle(model_path(run, step))
+    ddp.fill((p, saved["model"][name]) for name, p in parameters.items())
+    return state, saved["val_loss"]
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether this is a state that holds the weights too, as they are too large for a file."""
+    return (path / "model.json").exists()
+
+
+def load_sharded(folder: Path) -> tuple[GPT, Tokenizer, dict]:
+    """(GPT, tokenizer, what is known of it) of a state that holds the weights."""
+    try:
+        saved = read_json(folder / "model.json")
+        with torch.device("meta"):
+            model = GPT(saved["config"])
+        weights = named_weights(model.to_empty(device="cpu").state_dict())
+        if read_shards(folder, lambda name, _: weights.get(name)).keys() != weights.keys():
+            raise ValueError("there are weights missing")
+        return model, load_tokenizer(saved["tokenizer"]), saved
+    except (*DAMAGE, SafetensorError) as error:
+        raise UserError(f"The checkpoint {folder} is damaged ({type(error).__name__}: {error}).") from None
 
 
 def model_path(run: Path, step: int) -> Path:
-    return run / f"model_{step:05d}.pt"
+    """The model's file, or the state that holds the weights."""
+    return state_path(run, step) if holds_weights(state_path(run, step)) else run / f"model_{step:05d}.pt"
 
 
 def unfinished(run: Path, step: int) -> Path:
@@ -128,7 +227,8 @@ def saved_steps(run: Path) -> list[int]:
 
 def model_steps(run: Path) -> list[int]:
     """The steps of the run's models, the oldest first."""
-    return sorted(int(path.stem[6:]) for path in run.glob("model_*.pt") if re.fullmatch(r"model_\d+", path.stem))
+    files = {int(path.stem[6:]) for path in run.glob("model_*.pt") if re.fullmatch(r"model_\d+", path.stem)}
+    return sorted(files | {step for step in saved_steps(run) if holds_weights(state_path(run, step))})
 
 
 def read_best(run: Path) -> tuple[int | None, float]:
@@ -151,7 +251,8 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
     `parameters`, and `step` and `val_loss` where they are known. Raises UserError where nothing is found or it is damaged.
     """
     path = find_model(name)
-    model, tokenizer, info = load_pt(path) if path.suffix == ".pt" else load_folder(path)
+    load = load_pt if path.suffix == ".pt" else load_sharded if holds_weights(path) else load_folder
+    model, tokenizer, info = load(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"The tokenizer in {path} has {tokenizer.vocab_size:,} ids, and the model {model.config.vocab_size:,}.")
     model = model.to(device).eval().requires_grad_(False)

@@ -5,9 +5,11 @@ import sys
 
 
 class UserError(Exception):
-    """Something a person can cause and mend; its message is one sentence: what happened and what to do."""
+    """Something a person can cause and mend; its message is one sentence: what happened and what to do. `every_rank` has each of
+    torchrun's processes say it, where it is not the same for all."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, every_rank: bool = False):
+        self.every_rank = every_rank
         line = " ".join(message.split())  # it may quote what other programs or files say, at any length
         super().__init__(line if len(line) <= 600 else f"{line[:400]} … {line[-150:]}")
 
@@ -26,8 +28,8 @@ def one_sentence(every_rank: bool = False):
         if isinstance(error, OSError):
             if not error.filename:
                 raise
-            error = f"{error.filename}: {error.strerror}."
-        if every_rank or os.environ.get("RANK", "0") == "0":
+            error = UserError(f"{error.filename}: {error.strerror}.")
+        if every_rank or error.every_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,68 +2,116 @@
 
     python generate.py -p "ROMEO:" -n 3 --seed 42            # without -p: interactive
     python generate.py -m log/shakespeare-char-cpu --temperature 0.8 --top-k 50
+    python generate.py --file beginning.txt --stop "\n\n" --json
 
     engine = Engine(*load_model("bundled")[:2])
     for piece in engine.stream("ROMEO:", max_new_tokens=200, seed=42):
         print(piece, end="", flush=True)
 
+Any number of threads may ask at once: scheduler.py steps all texts together, sampling.py chooses their tokens.
+
 A model reads at most `block_size` tokens. A longer prompt keeps its end; and when sampling has filled the context, the
 engine keeps the last half of it and prefills that again. This is what going on past the context means, everywhere.
 """
+import concurrent.futures
 import copy
 import dataclasses
-import math
+import functools
+import json
 import secrets
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import tyro
 
 from checkpoint import describe, load_model
-from ddp import pick_device, seed_of
+from ddp import pick_device
 from errors import UserError, one_sentence
-from model import GPT, KVCache
+from kernels import packed, runs_in, use_allowed_cores
+from model import GPT
+from sampling import Sampling
+from scheduler import Request, Scheduler, Token
 from tokenizer import Tokenizer
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+LARGE = 20_000_000  # parameters: weights of more do not stay in a CPU's cache, and reading them is what a token costs
 
 
-def sample(logits, uniform, temperature=1.0, top_k=None, top_p=1.0):
-    """One token id for each row of logits (B, V), by inverting its distribution at `uniform` (B,) in [0, 1); (B,).
+class Piece(NamedTuple):
+    """What one token adds to the text of sample `index`: nothing, while a character or a stop string may be unfinished.
 
-    Temperature first, then the top_k likeliest, then the fewest of those that hold top_p of the probability
-    (Holtzman et al. 2019). Temperature 0 takes the likeliest.
+    The last of a text has a reason, "stop", "length" or "deadline", and may have no token but what was held back.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.to(uniform.device, torch.float64)
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # however small the temperature, 0 is the largest
-    ids = None
-    if top_k or top_p < 1:
-        k = min(top_k or logits.size(-1), logits.size(-1))
-        logits, ids = logits.topk(k)  # (B, k), likeliest first
-    probs = logits.softmax(-1)
-    if top_p < 1:
-        probs = probs.where(probs.cumsum(-1) - probs < top_p, 0)
-    cdf = probs.cumsum(-1)
-    choice = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).clamp(max=cdf.size(-1) - 1)
-    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+    index: int
+    text: str
+    token: Token | None = None
+    reason: str | None = None
+
+
+class Reader:
+    """Makes text of a request's events, and ends each text before its first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request):
+        self.request, self.decoders = request, [tokenizer.stream_decoder() for _ in range(request.n)]
+        self.held = [""] * request.n  # text that may be the beginning of a stop string
+        self.over = set()
+
+    def read(self, event: tuple[int, Token | str]) -> list[Piece]:
+        """What an event adds: one piece, or none where the text is over."""
+        i, token = event
+        if i in self.over:
+            return []
+        reason = token if isinstance(token, str) else None
+        text = self.held[i] + (self.decoders[i]([], final=True) if reason else self.decoders[i]([token.id]))
+        stop = self.request.sampling.stop
+        found = min((place for place in map(text.find, stop) if place >= 0), default=None)
+        if found is not None:
+            text, reason = text[:found], "stop"
+            self.request.cancel(i)
+        held = 0 if reason else max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self.held[i] = text[len(text) - held:]
+        if reason:
+            self.over.add(i)
+        return [Piece(i, text[:len(text) - held], None if isinstance(token, str) else token, reason)]
 
 
 class Engine:
-    """Samples from a model and scores texts with it. `dtype` "auto" is bfloat16 on CUDA and float32 elsewhere."""
+    """Samples from a model and scores texts with it. `dtype` "auto" is bfloat16 on CUDA; on a CPU int8 for models of 20 million
+    parameters or more, which are as fast as their bytes are read, and float32 for smaller ones. `limits` are the scheduler's:
+    how many texts run at once, how many requests wait, and for how long."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: Dtype = "auto"):
-        self.tokenizer, self.block_size = tokenizer, model.config.block_size
-        parameter = next(model.parameters())
-        self.device = parameter.device
+    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: Dtype = "auto", **limits):
+        self.tokenizer, self.block_size, self.limits = tokenizer, model.config.block_size, limits
+        self.device = next(model.parameters()).device
         if dtype == "auto":
-            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.dtype = getattr(torch, dtype)
-        self.model = model if parameter.dtype == self.dtype else copy.deepcopy(model).to(self.dtype)
+            large = model.num_parameters() >= LARGE and runs_in("int8", self.device)
+            dtype = "bfloat16" if self.device.type == "cuda" else "int8" if large else "float32"
+        if not runs_in(dtype, self.device):
+            raise UserError(f"{dtype} needs an x86 CPU, and this is {self.device}: choose another --dtype.")
+        self.dtype = dtype
+        weights = torch.float32 if self.device.type == "cpu" else getattr(torch, dtype)
+        same = all(p.dtype == weights for p in model.parameters())
+        self.model = model if same else copy.deepcopy(model).to(weights)
+
+    @functools.cached_property
+    def packed(self) -> GPT:
+        """The model as it is run: on a CPU with its matrices in the engine's precision.
+
+        Packed in a thread that ends: OpenMP keeps workers for each thread that computed, and with more of them than cores it
+        waits by sleeping, which costs the scheduler's thread a fifth.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(packed, self.model, self.dtype).result()
+
+    @functools.cached_property
+    def scheduler(self) -> Scheduler:
+        exact = self.dtype == "float32" or self.device.type != "cpu"
+        cache_dtype = getattr(torch, self.dtype) if exact else torch.float16
+        return Scheduler(self.packed, self.tokenizer.vocab_size, self.tokenizer.eot, cache_dtype, **self.limits)
 
     def encode(self, prompt: str) -> tuple[list[int], list[str]]:
         """(the ids that the model is given for `prompt`, sentences on what of the prompt it could not be given).
@@ -91,74 +139,37 @@ class Engine:
             warnings.warn(notice, stacklevel=3)
         return ids
 
-    def stream(self, prompt: str | list[int], **sampling) -> Iterator[str]:
-        """The continuation of a prompt (text, or ids from `encode`), piece by piece.
+    def submit(self, prompt: str | list[int], n: int = 1, **sampling) -> Request:
+        """Asks the scheduler for n continuations of a prompt (text, or ids from `encode`): their tokens as they are sampled.
 
-        One piece a token, empty while a character is unfinished. For the options see `tokens`.
+        Sample i draws from its own random stream, that of (seed, i), and ends at `<|endoftext|>`, which it does not contain, or
+        after max_new_tokens. The options are those of `Sampling`; raises UserError for values out of range, and Busy.
         """
-        decode = self.tokenizer.stream_decoder()
-        for (token,) in self.tokens(self.prompt_ids(prompt), **sampling):
-            yield decode([token])
-        if rest := decode([], final=True):
-            yield rest
+        return self.scheduler.submit(self.prompt_ids(prompt), n, Sampling(**sampling))
+
+    def pieces(self, request: Request) -> Iterator[Piece]:
+        """The texts of a request, piece by piece, as a `Reader` reads them."""
+        reader = Reader(self.tokenizer, request)
+        for event in request:
+            yield from reader.read(event)
+
+    def stream(self, prompt: str | list[int], **sampling) -> Iterator[str]:
+        """The continuation of a prompt (text, or ids from `encode`), piece by piece: one a token, and what was held back at the
+        end. For the options see `Sampling`."""
+        for piece in self.pieces(self.submit(prompt, **sampling)):
+            if piece.token or piece.text:
+                yield piece.text
 
     def generate(self, prompt: str | list[int], n: int = 1, **sampling) -> list[str]:
         """n finished continuations of one prompt, without it; they share its prefill and differ in their random draws."""
-        samples = [[] for _ in range(n)]
-        for step in self.tokens(self.prompt_ids(prompt), n=n, **sampling):
-            for ids, token in zip(samples, step):
-                if token is not None:
-                    ids.append(token)
-        return [self.tokenizer.decode(ids) for ids in samples]
-
-    @torch.inference_mode()
-    def tokens(self, ids: list[int], n: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float = 1.0, seed: int | None = None) -> Iterator[list[int | None]]:
-        """Samples n continuations of the ids token by token: at each step their n new ids, None for one that has ended.
-
-        Sample i draws from its own random stream, that of (seed, i); no seed is a random one. A sample ends at
-        `<|endoftext|>`, which it does not contain, or after max_new_tokens. Raises UserError for values out of range.
-        """
-        check_sampling(n, max_new_tokens, temperature, top_k, top_p)
-        if not ids:
-            raise UserError("There is no token to continue: give at least one.")
-        if max_new_tokens == 0:
-            return
-        seed = secrets.randbits(32) if seed is None else seed
-        randoms = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(n)]
-        ended = [False] * n
-        window = torch.tensor([ids[-self.block_size:]], device=self.device)  # (1, t): what the model has been given
-        x, cache = self.prefill(window, max_new_tokens)
-        x, cache, window = x.repeat(n, 1), cache.repeat(n), window.repeat(n, 1)
-        for left in range(max_new_tokens, 0, -1):
-            logits = self.logits(x)  # (n, V)
-            if not logits.isfinite().all():
-                raise UserError("The model's predictions are not numbers: its weights are damaged, or its training diverged.")
-            uniform = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in randoms])
-            chosen = sample(logits, uniform, temperature, top_k, top_p).tolist()
-            ended = [over or i == self.tokenizer.eot for over, i in zip(ended, chosen)]
-            if all(ended):
-                return
-            yield [None if over else i for over, i in zip(ended, chosen)]
-            if left == 1:
-                return  # nobody needs the logits that follow
-            token = torch.tensor(chosen, device=self.device)[:, None]  # (n, 1)
-            window = torch.cat([window, token], dim=1)
-            if cache.length < self.block_size:
-                x = self.model.hidden(token, cache)[:, -1]
-            else:
-                window = window[:, -max(1, self.block_size // 2):]
-                x, cache = self.prefill(window, left - 1)
-
-    def prefill(self, window, new_tokens: int):
-        """The last hidden state (B, n_embd) of window (B, t), and a cache of it with room for new_tokens more."""
-        room = min(self.block_size, window.size(1) + new_tokens)
-        cache = KVCache.empty(self.model.config, window.size(0), room, device=self.device, dtype=self.dtype)
-        return self.model.hidden(window, cache)[:, -1], cache
+        texts = [""] * n
+        for piece in self.pieces(self.submit(prompt, n, **sampling)):
+            texts[piece.index] += piece.text
+        return texts
 
     def logits(self, x):
         """float32 logits (…, tokenizer.vocab_size) of x (…, n_embd): padding ids are never sampled nor scored."""
-        return self.model.logits(x)[..., :self.tokenizer.vocab_size].float()
+        return self.packed.logits(x)[..., :self.tokenizer.vocab_size].float()
 
     def score(self, text: str) -> list[float | None]:
         """The log-probability (nats) of each token of a text given those before it.
@@ -168,36 +179,25 @@ class Engine:
         return [token["logprob"] for token in self.inspect(text, top=0)]
 
     @torch.inference_mode()
-    def inspect(self, text: str, top: int = 10) -> list[dict]:
-        """Token by token what the model made of a text: `id`, `text`, `logprob`, and `top`, its likeliest choices
-        there as (text, logprob) pairs. A text past the context is read in windows that overlap by half."""
-        before = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
-        ids, decode = before + self.tokenizer.encode(text), self.tokenizer.decode
+    def inspect(self, text: str | list[int], top: int = 10) -> list[dict]:
+        """Token by token what the model made of a text, or of ids: `id`, `text`, `logprob`, and `top`, its likeliest choices
+        there as (text, logprob) pairs. A text follows `<|endoftext|>` where there is one, ids nothing: the first of them has no
+        log-probability. What is past the context is read in windows that overlap by half."""
+        before = [self.tokenizer.eot] if isinstance(text, str) and self.tokenizer.eot is not None else []
+        ids, decode = before + (self.tokenizer.encode(text) if isinstance(text, str) else text), self.tokenizer.decode
         tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
         done = 1  # ids[done:] are still to be scored
         while done < len(ids):
             start = 0 if done < self.block_size else done - max(1, self.block_size // 2)
             stop = min(start + self.block_size + 1, len(ids))
             window = torch.tensor([ids[start:stop - 1]], device=self.device)  # (1, t)
-            hidden = self.model.hidden(window)[0, done - 1 - start:]  # (stop - done, n_embd)
+            hidden = self.packed.hidden(window)[0, done - 1 - start:]  # (stop - done, n_embd)
             for i, logprobs in zip(range(done, stop), self.logits(hidden).log_softmax(-1)):  # (V,) each
                 best = logprobs.topk(min(top, len(logprobs)))
                 tokens[i]["logprob"] = logprobs[ids[i]].item()
                 tokens[i]["top"] = [(decode([j]), p) for j, p in zip(best.indices.tolist(), best.values.tolist())]
             done = stop
         return tokens[len(before):]
-
-
-def check_sampling(n, max_new_tokens, temperature, top_k, top_p):
-    """Raises UserError, naming the value, for one that sampling cannot mean anything with."""
-    for ok, sentence in (
-            (n >= 1, f"The number of samples is at least 1, not {n}."),
-            (max_new_tokens >= 0, f"The number of new tokens cannot be negative, as {max_new_tokens} is."),
-            (math.isfinite(temperature) and temperature >= 0, f"The temperature is 0 or above, not {temperature}."),
-            (top_k is None or top_k >= 1, f"top-k is at least 1, not {top_k}."),
-            (0 < top_p <= 1, f"top-p is above 0 and at most 1, not {top_p}.")):
-        if not ok:
-            raise UserError(sentence)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -211,6 +211,8 @@ class GenerateConfig:
     """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id; the newest run or `bundled` when not given."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """The text to continue; asked for when not given."""
+    file: Path | None = None
+    """A file with the text to continue; - is the standard input."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
     """Number of samples."""
     max_new_tokens: int = 256
@@ -221,49 +223,66 @@ class GenerateConfig:
     """Sample among the k likeliest tokens."""
     top_p: float = 1.0
     """Sample among the fewest tokens that hold this share of the probability."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that are there already become less likely."""
+    stop: tuple[str, ...] = ()
+    """Strings before the first of which a sample ends; \\n is a line break."""
     seed: int | None = None
     """The same seed gives the same text; a random one, which is printed, when not given."""
+    json: bool = False
+    """Print a JSON object for each sample instead of text."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA and float32 elsewhere."""
+    """auto is bfloat16 on CUDA; on a CPU int8 for models of 20 million parameters or more, and float32 for smaller ones."""
 
 
 def main(config: GenerateConfig):
-    check_sampling(config.n, config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling) if hasattr(config, field.name)}
+    options["stop"] = tuple(stop.replace("\\n", "\n") for stop in config.stop)
+    Sampling(**options)  # says what is wrong before a model is loaded
     sys.stdout.reconfigure(errors="replace")  # where the terminal cannot show a character
+    use_allowed_cores()
     model, tokenizer, info = load_model(config.model, pick_device(config.device))
     engine = Engine(model, tokenizer, config.dtype)
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}", file=sys.stderr)
     if "train_config" in info:
         recipe = ", ".join(f"{name} {value!r:.60}" for name, value in info["train_config"].items())
         print(f"trained with {recipe!r:.2000}", file=sys.stderr)
-    if config.prompt is not None:
-        return complete(engine, config.prompt, config)
+    prompt = config.prompt
+    if config.file is not None:
+        prompt = sys.stdin.read() if str(config.file) == "-" else config.file.read_text(encoding="utf-8", errors="replace")
+    if prompt is not None:
+        return complete(engine, prompt, config, options)
     while True:
         try:
             prompt = input("\n> ")
         except EOFError:
             print()
             return
-        complete(engine, prompt, config)
+        complete(engine, prompt, config, options)
 
 
-def complete(engine: Engine, prompt: str, config: GenerateConfig):
-    """Prints n continuations of the prompt, a single one while it is made."""
+def complete(engine: Engine, prompt: str, config: GenerateConfig, options: dict):
+    """Prints n continuations of the prompt: a single one while it is made, several when all are."""
     seed = secrets.randbits(32) if config.seed is None else config.seed
     ids, notices = engine.encode(prompt)
     for notice in (f"seed {seed}", *notices):
         print(notice, file=sys.stderr)
-    options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
-               "top_p": config.top_p, "seed": seed}
-    if config.n == 1:
-        print(prompt, end="", flush=True)
-        for piece in engine.stream(ids, **options):
-            print(piece, end="", flush=True)
-        print()
+    texts, tokens, reasons = [""] * config.n, [0] * config.n, [""] * config.n
+    streams = config.n == 1 and not config.json
+    print(prompt if streams else "", end="", flush=True)
+    for piece in engine.pieces(engine.submit(ids, config.n, **{**options, "seed": seed})):
+        texts[piece.index] += piece.text
+        tokens[piece.index] += piece.token is not None
+        reasons[piece.index] = piece.reason
+        print(piece.text if streams else "", end="", flush=True)
+    if config.json:
+        for i, text in enumerate(texts):
+            print(json.dumps({"prompt": prompt, "text": text, "finish_reason": reasons[i], "prompt_tokens": len(ids),
+                              "tokens": tokens[i], "seed": seed, "index": i}))
     else:
-        print("\n--------\n".join(prompt + text for text in engine.generate(ids, n=config.n, **options)))
+        print("" if streams else "\n--------\n".join(prompt + text for text in texts))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def verdicts(model, tokenizer, examples, protocol: str, batch_tokens, world: ddp
     predictions, logprobs = [None] * len(examples), [None] * len(examples)
     n = right = right_norm = 0
     with tqdm(total=len(items), desc=protocol, unit="example", disable=not show_progress) as bar:
-        for item, sums in log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens):
+        for item, sums in log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens, world):
             i, (_, endings, lengths) = mine[item], questions[item]
             found = dict(zip(distinct[item], sums))
             logprobs[i] = [found.get(tuple(ids), 0.0) for ids in endings]  # without tokens there is none
@@ -209,20 +209,21 @@ def main(config: HellaSwagConfig):
     text = read_text(config.text) if config.text else None
     examples = None if config.text else read_examples(config.data or download(), config.limit)
     model, tokenizer, info = load_model(config.model, ddp.pick_device(config.device))
-    engine = Engine(model, tokenizer, config.dtype)
+    cuda = next(model.parameters()).is_cuda
+    engine = Engine(model, tokenizer, ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype)
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
     _, unknown = tokenizer.replace_unknown(text or "".join(example["ctx"] + "".join(example["endings"]) for example in examples))
     if unknown:
         print(f"The model's alphabet lacks these characters, which became spaces or were left out: {unknown}")
     if config.text:
-        results = perplexity(engine.model, tokenizer, text, config.stride, config.batch_tokens, show_progress=True)
+        results = perplexity(engine.packed, tokenizer, text, config.stride, config.batch_tokens, show_progress=True)
         for name, value in results.items():
             print(f"{value:>16,.4f}  {name}" if isinstance(value, float) else f"{value:>16,}  {name}")
     else:
         results, lines = {}, []
         for protocol in PROTOCOLS if config.protocol == "both" else [config.protocol]:
             began = time.perf_counter()
-            results |= evaluate(engine.model, tokenizer, examples, protocol, config.batch_tokens, show_progress=True)
+            results |= evaluate(engine.packed, tokenizer, examples, protocol, config.batch_tokens, show_progress=True)
             lines += rows(protocol, results[protocol], info["name"], time.perf_counter() - began)
             for i in range(min(config.show, len(examples))):
                 print(shown(examples[i], PROTOCOLS[protocol](examples[i], tokenizer), results[protocol], i))
@@ -230,7 +231,7 @@ def main(config: HellaSwagConfig):
         if len(examples) != EXAMPLES or "ctx_a" not in examples[0]:
             print("These are not all examples of the validation part as it was published: their figures do not compare.")
     if config.json:
-        write_json(config.json, {"model": info["name"], "dtype": str(engine.dtype).removeprefix("torch."),
+        write_json(config.json, {"model": info["name"], "dtype": engine.dtype,
                                  "data": str(config.text or config.data or URL), **results})
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import ddp
 from errors import UserError
 from kernels import packed
 from model import GPT
@@ -55,11 +56,12 @@ def windows(ids: list[int], start: int, block_size: int, stride: int) -> Iterato
 
 
 @torch.no_grad()
-def log_likelihoods(model: GPT, vocab_size: int, items: list[list[Tree]], batch_tokens: int | None) -> Iterator[tuple[int, list]]:
+def log_likelihoods(model: GPT, vocab_size: int, items: list[list[Tree]], batch_tokens: int | None,
+                    world: ddp.World = ddp.ALONE) -> Iterator[tuple[int, list]]:
     """The sum of log-probabilities (nats, over the first vocab_size ids) of the tokens of each ending of each item.
 
     Yields (the item's number, the sums of its endings by their numbers), the longest items first. Raises UserError for a model
-    whose predictions are not numbers.
+    whose predictions are not numbers. Of a sharded model every rank of the world takes part, each with items of its own.
     """
     modes = [(module, module.training) for module in model.modules()]
     fast = packed(model.eval())
@@ -67,9 +69,12 @@ def log_likelihoods(model: GPT, vocab_size: int, items: list[list[Tree]], batch_
     batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 65_536)  # a CPU's cache, a GPU's cores
     sizes = [len(trees) * max((length(tree) for tree in trees), default=0) + 1 for trees in items]
     order = sorted(range(len(items)), key=lambda i: sizes[i])
-    at_a_time = max(1, LOGITS // vocab_size)
+    at_a_time, sharded = max(1, LOGITS // vocab_size), ddp.is_sharded(model)
     try:
-        while order:
+        while ddp.any_rank(world, bool(order)) if sharded else order:
+            if not order:  # the others cannot run theirs without this rank
+                fast.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))
+                continue
             count = max(1, batch_tokens // sizes[order[-1]])
             batch, order = order[-count:], order[:-count]
             trees = [tree for i in batch for tree in items[i]]

@@ -8,12 +8,14 @@ Parameters carry the names of OpenAI's release and of Hugging Face (`transformer
 `nn.Linear`'s (out, in) layout. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 
@@ -69,18 +71,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, kv=None, start=0, mask=None):
-        """x (B, T, C) -> (B, T, C). With kv (2, B, nh, max length, hs), whose first `start` places are filled: the T
-        places that follow are filled too, and attended to with what is before them. A mask (B, 1, T, T) says which place
-        attends to which; without it each does to itself and what is before it."""
+    def forward(self, x, mask=None, attend=None):
+        """x (B, T, C) -> (B, T, C). A mask (B, 1, T, T) says which place attends to which; without it each does to itself and
+        what is before it. `attend`, a function of q, k and v (B, nh, T, hs) each, attends in place of this, as a cache does."""
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for y in self.c_attn(x).split(C, dim=2))
-        if kv is not None:
-            kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
-            k, v = kv[:, :, :, :start + T]  # (B, nh, start + T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        if attend is not None:
+            y = attend(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                               dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -105,25 +106,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, kv=None, start=0, mask=None):
-        x = x + self.attn(self.ln_1(x), kv, start, mask)  # (B, T, C)
+    def forward(self, x, mask=None, attend=None):
+        x = x + self.attn(self.ln_1(x), mask, attend)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))
-
-
-@dataclasses.dataclass
-class KVCache:
-    """Keys and values of the tokens a model has seen; the first `length` places are filled, for each of B sequences."""
-    kv: torch.Tensor  # (n_layer, 2, B, n_head, max_length, head size)
-    length: int = 0
-
-    @classmethod
-    def empty(cls, config: GPTConfig, batch_size: int, max_length: int, **tensor_options) -> "KVCache":
-        return cls(torch.empty(config.n_layer, 2, batch_size, config.n_head, max_length, config.n_embd // config.n_head,
-                               **tensor_options))
-
-    def repeat(self, n: int) -> "KVCache":
-        """n copies of this cache's single sequence, so that n samples share one prefill."""
-        return self if n == 1 else KVCache(self.kv.repeat(1, 1, n, 1, 1, 1), self.length)
 
 
 class GPT(nn.Module):
@@ -137,40 +122,44 @@ class GPT(nn.Module):
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd)})
+        self.recompute = False  # whether the backward pass computes each block's activations again, instead of keeping them
+        for p, values in self.initial():
+            p.data.copy_(values)
+
+    def initial(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Each parameter with its first values, drawn one after another from torch's random stream."""
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() == 2:
+            if p.dim() == 1:
+                yield p, torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
+            else:
                 # 2 * n_layer residual projections add up in the stream: each is scaled to keep its variance.
-                scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
-                nn.init.normal_(p, std=0.02 * scale)
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                yield p, torch.empty(p.shape).normal_(std=0.02 * scale)
 
     def forward(self, idx, targets=None):
         """idx (B, T) -> (logits (B, T, vocab_size), None), or with targets (B, T) -> (None, loss in nats per token)."""
-        logits = self.logits(self.hidden(idx))
+        x = self.hidden(idx)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+            return self.logits(x), None
+        return None, cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten())
 
-    def hidden(self, idx, cache: KVCache | None = None, positions=None, mask=None):
+    def hidden(self, idx, positions=None, mask=None, attend=None):
         """Final hidden states (B, T, n_embd) of idx (B, T).
 
-        An empty cache takes in the T tokens, a filled one the single token that follows (T = 1). Tokens that are no plain
-        sequence come with their positions (B, T) and a mask (B, 1, T, T), True where one attends to another. Raises
-        ValueError for more tokens than the context or the cache holds.
+        Tokens that are no plain sequence come with their positions (B, T), and with a mask (B, 1, T, T), True where one attends
+        to another, or with `attend(layer, q, k, v)` in attention's place. Raises ValueError for more tokens than the context.
         """
-        T, start = idx.size(1), cache.length if cache else 0
-        if positions is None and start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens are more than the model's context of {self.config.block_size}.")
-        if start and T > 1:
-            raise ValueError("A filled cache takes one token at a time.")
+        T = idx.size(1)
+        if positions is None and T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than the model's context of {self.config.block_size}.")
         gpt = self.transformer
-        x = gpt.wte(idx) + (gpt.wpe.weight[start:start + T] if positions is None else gpt.wpe(positions))
+        x = gpt.wte(idx) + (gpt.wpe.weight[:T] if positions is None else gpt.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(gpt.h):
-            x = block(x, cache.kv[i] if cache else None, start, mask)
-        if cache:
-            cache.length += T
+            if self.recompute and x.requires_grad:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, mask, attend and functools.partial(attend, i))
         return gpt.ln_f(x)
 
     def logits(self, x):
@@ -183,3 +172,52 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """FLOPs of forward and backward for a token of a sequence of T: 6·N + 12·L·H·Q·T (PaLM, arXiv 2204.02311, appendix B)."""
         return 6 * self.num_parameters() + 12 * self.config.n_layer * self.config.n_embd * T
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The loss
+
+ROWS = {"cpu": 512, "cuda": 8192}  # of logits that exist at a time
+
+
+def cross_entropy(x, weight, targets):
+    """Mean cross-entropy, nats, of the logits `F.linear(x, weight)` of x (N, C) and weight (V, C) for targets (N,)."""
+    rows = ROWS.get(x.device.type, 2048)
+    if len(x) <= rows:
+        return F.cross_entropy(F.linear(x, weight).float(), targets)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return ChunkedCrossEntropy.apply(x, weight, targets, rows, needs_gradient)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The same a few rows at a time: N · V logits would be the largest tensor of a step by far. The gradient is computed in the
+    forward pass, while the logits are there, so that no product is done twice."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows: int, needs_gradient: bool):
+        exact = torch.promote_types(x.dtype, torch.float32)  # what sums are in
+        w, total = weight.to(x.dtype), torch.zeros((), device=x.device, dtype=exact)
+        grad_x, grad_weight = (torch.empty_like(x), torch.zeros_like(weight, dtype=exact)) if needs_gradient else (None, None)
+        for first in range(0, len(x), rows):
+            part, target = x[first:first + rows], targets[first:first + rows, None]
+            logprobs = F.log_softmax(F.linear(part, w), dim=-1, dtype=exact)  # (rows, V)
+            total -= logprobs.gather(1, target).sum()
+            if needs_gradient:
+                grad = logprobs.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logprobs.dtype)).to(x.dtype)
+                grad_x[first:first + rows] = grad @ w
+                if x.dtype == exact:
+                    grad_weight.addmm_(grad.T, part)
+                else:
+                    grad_weight += grad.T @ part
+                del grad
+            del logprobs  # before the next rows' come
+        ctx.save_for_backward(grad_x, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        scale = grad / len(ctx.saved_tensors[0])
+        return *(part * scale for part in ctx.saved_tensors), None, None, None

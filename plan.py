@@ -2,11 +2,14 @@
 
     python train.py gpt2-124m --dry-run --gpu a100 --nproc 8 --price 1.80        # needs no GPU, and no data
 """
+import dataclasses
+import math
+
 from dataloader import DataLoader
 from devices import DEVICES, KG_CO2E_PER_KWH, Device, find_device
 from errors import UserError
-from model import GPT
-from presets import TrainConfig
+from model import GPT, ROWS
+from presets import TrainConfig, recomputes
 
 
 def describe(config: TrainConfig, model: GPT, train_loader: DataLoader | None, val_loader: DataLoader | None,
@@ -36,15 +39,29 @@ def learned(config: TrainConfig, train_loader: DataLoader | None, val_loader: Da
 
 
 def memory(config: TrainConfig, model: GPT, processes: int, device: Device | None) -> str:
-    weights, moments = 4 * model.num_parameters(), optimizer_bytes(config, model)
-    sequences = min(config.micro_batch, max(1, config.batch_tokens // config.block_size // processes))
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device is not None)
-    activations = activation_bytes(model, sequences * config.block_size, bfloat16)
-    whole = 2 * weights + moments + activations
+    share = config.batch_tokens // config.block_size // processes
+    sequences = share if config.micro_batch == "auto" else min(config.micro_batch, max(1, share))
+    held = bytes_held(dataclasses.replace(config, micro_batch=sequences), model, processes, bfloat16)
+    whole = sum(held.values())
     there = f" of {gb(device.memory_bytes)}" if device else ""
-    warning = ", which is too little: lower --micro-batch" if device and whole > 0.95 * device.memory_bytes else ""
-    return (f"memory of each: weights {gb(weights)}, gradients {gb(weights)}, optimizer {gb(moments)}, activations about "
-            f"{gb(activations)} with {sequences} sequences at a time; {gb(whole)}{there}{warning}")
+    warning = ""
+    if device and whole > 0.95 * device.memory_bytes:
+        warning = ", which is too little: " + ("auto takes fewer" if config.micro_batch == "auto" else "lower --micro-batch")
+    parts = ", ".join(f"{name} {gb(size)}" for name, size in held.items())
+    return f"memory of each: {parts} with {sequences} sequences at a time; {gb(whole)}{there}{warning}"
+
+
+def bytes_held(config: TrainConfig, model: GPT, processes: int, bfloat16: bool) -> dict[str, float]:
+    """What a process holds of each kind, at the most, with config.micro_batch sequences at a time."""
+    tokens, share = config.micro_batch * config.block_size, processes if config.shard else 1
+    activations = activation_bytes(model, tokens, bfloat16, recomputes(config), "cuda" if bfloat16 else "cpu")
+    if config.shard:  # the embeddings, and two blocks, are gathered; so are a block's gradients
+        block = sum(p.numel() for p in model.transformer.h[0].parameters())
+        activations += (2 if bfloat16 else 4) * (2 * model.transformer.wte.weight.numel() + 3 * block)
+    weights = 4 * model.num_parameters() / share
+    return {"weights": weights, "gradients": weights, "optimizer": optimizer_bytes(config, model) / share,
+            "activations about": activations}
 
 
 def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
@@ -53,13 +70,20 @@ def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
     return 8 * model.num_parameters() - (4 * hidden if config.optimizer == "muon" else 0)
 
 
-def activation_bytes(model: GPT, tokens: int, bfloat16: bool) -> int:
+def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool = False, device: str = "cpu") -> int:
     """The most that a step holds for its backward pass, beyond weights, gradients and optimizer. As counted: autograd keeps
-    16 · C numbers a token of a block (under bfloat16 two of C in float32, and 14), and of the logits three times V in float32."""
-    c = model.config
-    token = c.n_layer * c.n_embd * (36 if bfloat16 else 64) + c.n_embd * (6 if bfloat16 else 8) + 12 * c.vocab_size
-    masks = (2 * c.n_layer + 1) * c.n_embd if c.dropout else 0
-    return tokens * (token + masks) + (2 * model.num_parameters() if bfloat16 else 0)
+    16 · C numbers a token of a block (under bfloat16 two of C in float32, and 14); of the logits three times V in float32, or of
+    a few rows twice V, and the embedding's gradient. Recomputed, a block's input is kept, and one block is there at a time."""
+    c, rows = model.config, ROWS[device]
+    blocks = tokens * (c.n_embd * (36 if bfloat16 else 64) + (2 * c.n_embd if c.dropout else 0))
+    logits = 12 * tokens * c.vocab_size
+    if tokens > rows:
+        logits = ((10 if bfloat16 else 8) * rows * c.vocab_size + tokens * c.n_embd * (2 if bfloat16 else 4)
+                  + 4 * c.vocab_size * c.n_embd)
+    most = max(blocks, logits) if recomputed else c.n_layer * blocks + logits
+    kept = tokens * c.n_embd * ((6 if bfloat16 else 8) + (4 * c.n_layer if recomputed else 0))
+    in_bfloat16 = 2 * model.num_parameters() // (c.n_layer if recomputed else 1) if bfloat16 else 0  # copies of the weights
+    return most + kept + in_bfloat16
 
 
 def duration(config: TrainConfig, model: GPT, processes: int, device: Device) -> list[str]:
@@ -68,13 +92,17 @@ def duration(config: TrainConfig, model: GPT, processes: int, device: Device) ->
         return ["time: not stated, as the data sheets here are of bfloat16"]
     flops = model.flops_per_token(config.block_size) * config.batch_tokens
     products_s = flops / (processes * device.flops * config.mfu)
-    sum_s = 2 * (processes - 1) / processes * 4 * model.num_parameters() / device.link  # a ring all-reduce of float32
+    # A ring all-reduce of float32; sharded, for each micro-batch, two gatherings in bfloat16 and one scattering in float32.
+    sequences = config.batch_tokens // config.block_size // processes
+    passes = math.ceil(sequences / config.micro_batch) if config.shard and config.micro_batch != "auto" else 1
+    sum_s = 8 * passes * (processes - 1) / processes * model.num_parameters() / device.link
     step_s = products_s + sum_s
     hours = step_s * config.max_steps / 3600
     kwh = processes * device.watts / 1000 * hours
     price = f", {processes * hours * config.price:,.2f} at {config.price:g} an hour and device" if config.price else ""
+    what = "gather weights and sum gradients" if config.shard else "sum gradients"
     return [f"time, evaluation aside: {1000 * products_s:,.0f} ms a step at {config.mfu:.0%} of {device.flops / 1e12:,.0f} "
-            f"TFLOP/s, and {1000 * sum_s:,.0f} ms to sum gradients at {device.link / 1e9:,.0f} GB/s; "
+            f"TFLOP/s, and {1000 * sum_s:,.0f} ms to {what} at {device.link / 1e9:,.0f} GB/s; "
             f"{config.batch_tokens / step_s:,.0f} tokens/s, {hours:,.1f} hours{price}",
             f"energy: {kwh:,.1f} kWh at most, {kwh * KG_CO2E_PER_KWH:,.1f} kg CO2e at the world's mean of {KG_CO2E_PER_KWH} kg "
             "a kWh"]

@@ -40,8 +40,9 @@ class TrainConfig:
     # The batch
     batch_tokens: int = 2**19
     """Tokens a step, over all processes and micro-batches."""
-    micro_batch: int = 64
-    """Sequences a process takes at a time; gradients accumulate until its share of the batch is done."""
+    micro_batch: int | Literal["auto"] = 64
+    """Sequences a process takes at a time; gradients accumulate until its share of the batch is done. auto halves that share
+    until it fits the device, once for a run."""
 
     # The optimization
     recipe: Literal["preset", "fast"] = "preset"
@@ -75,10 +76,21 @@ class TrainConfig:
     # The machine
     device: str = "auto"
     """auto, cuda, mps or cpu."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the matrix products, under autocast; auto is bfloat16 on CUDA. The weights are float32."""
+    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Precision of the matrix products; auto is bfloat16 on CUDA. The weights are float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the model with torch.compile; auto does on CUDA."""
+    shard: bool = False
+    """Divide weights, gradients and optimizer among the processes (FSDP2), for models that one device does not hold. Gradients
+    cross with every micro-batch then, and in bfloat16 activations are in it too."""
+    recompute: Literal["auto", "on", "off"] = "auto"
+    """Compute activations again in the backward pass instead of keeping them; auto does with --shard."""
+    deterministic: bool = False
+    """The same bits each time on CUDA too, by slower kernels."""
+    wait_s: float = 600
+    """Seconds that a process waits for another before it gives up."""
+    track: Literal["none", "trackio", "wandb"] = "none"
+    """Send the log there too."""
     dry_run: bool = False
     """Print what the run would be, and stop."""
 
@@ -153,10 +165,14 @@ def check(config: TrainConfig):
     """Raises UserError for a value that no run can have."""
     for name in ("batch_tokens", "micro_batch", "block_size", "eval_every", "eval_tokens", "sample_every", "save_every",
                  "log_every", "samples", "max_steps"):
-        if getattr(config, name) < (name != "max_steps"):
+        if getattr(config, name) != "auto" and getattr(config, name) < (name != "max_steps"):
             raise UserError(f"--{name.replace('_', '-')} is at least {int(name != 'max_steps')}, not {getattr(config, name)}.")
+    if config.wait_s <= 0:
+        raise UserError(f"--wait-s is above 0, not {config.wait_s}.")
     if not 0 < config.mfu <= 1 or (config.nproc is not None and config.nproc < 1):
         raise UserError("--mfu is a share above 0 and at most 1, and --nproc at least 1.")
+    if config.shard and config.optimizer == "muon":
+        raise UserError("Muon needs whole matrices, which --shard divides: leave one of the two out.")
     for name in ("price", "learning_rate", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip"):
         if not 0 <= getattr(config, name) < (1 if name.startswith("beta") else math.inf):
             raise UserError(f"--{name.replace('_', '-')} cannot be {getattr(config, name)}.")
@@ -164,10 +180,14 @@ def check(config: TrainConfig):
         raise UserError(f"--run names a folder under log/, with letters, digits, '.', '-' and '_': {config.run!r}.")
 
 
+def recomputes(config: TrainConfig) -> bool:
+    return config.recompute == "on" or (config.recompute == "auto" and config.shard)
+
+
 # What may differ when a run goes on: where it runs and what is shown, not what is computed.
 INCIDENTAL = {"run", "recipe", "resume", "data", "micro_batch", "eval_every", "eval_tokens", "hellaswag", "sample_every",
-              "save_every", "log_every", "sample_prompt", "samples", "device", "compile", "dry_run", "gpu", "nproc", "mfu",
-              "price"}
+              "save_every", "log_every", "sample_prompt", "samples", "device", "compile", "shard", "recompute", "deterministic",
+              "wait_s", "track", "dry_run", "gpu", "nproc", "mfu", "price"}
 
 
 def identity(config: TrainConfig, step: int) -> dict:

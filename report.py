@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
-from matplotlib.figure import Figure
 
 from devices import KG_CO2E_PER_KWH, find_device
 from errors import UserError, one_sentence
@@ -183,9 +182,10 @@ STYLES = {"training": {"color": "C0", "alpha": 0.4, "linewidth": 1}, "validation
 GREYS = ("0.35", "0.6")
 
 
-def plot(frame: pd.DataFrame) -> Figure:
-    """The curves of one of the frames above over the tokens seen, with published models' values as lines."""
+def plot(frame: pd.DataFrame):
+    """A matplotlib figure: the curves of one of the frames above over the tokens seen, with published models' values as lines."""
     value = frame.columns[2]
+    from matplotlib.figure import Figure  # noqa: PLC0415 (takes a second, and a training run needs none)
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes, greys = figure.subplots(), iter(GREYS)
     for name, points in frame.groupby("curve", sort=False):

@@ -1,5 +1,7 @@
 """A run's folder while it is trained: who may write in it, its log, and the signals that end a run early."""
+import atexit
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -55,8 +57,8 @@ class Log:
     """A run's config.json, metrics.jsonl and samples.jsonl. Once it has a checkpoint, lines are only appended: resuming says so
     in a line of its own, and readers drop what the earlier attempt wrote beyond that step, or at it where it was not measured."""
 
-    def __init__(self, run: Path, config: dict, resume_step: int | None, measured: bool, **machine):
-        self.run = run
+    def __init__(self, run: Path, config: dict, resume_step: int | None, measured: bool, track: str = "none", **machine):
+        self.run, self.tracker = run, tracker(track, run.name, config)
         run.mkdir(parents=True, exist_ok=True)
         if resume_step is None:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
@@ -72,6 +74,12 @@ class Log:
 
     def metrics(self, **values):
         self.append("metrics.jsonl", **values)
+        try:
+            if self.tracker:
+                self.tracker.log(values, step=values["step"])
+        except Exception as error:  # whatever a service of others raises
+            warn(f"the log is no longer tracked ({error})")
+            self.tracker = None
         if "val_loss" in values:
             accuracy = f", HellaSwag {values['hellaswag']:.4f}" if values.get("hellaswag") is not None else ""
             tqdm.write(f"step {values['step']}: validation loss {values['val_loss']:.4f}{accuracy}")
@@ -89,6 +97,21 @@ class Log:
                 file.write(text)
         except OSError as error:
             warn(f"a line of {self.run / name} could not be written ({os.strerror(error.errno)})")
+
+
+def tracker(name: str, run: str, config: dict):
+    """trackio or wandb, which have the same three calls, with this run opened or gone on with; None for "none"."""
+    if name == "none":
+        return None
+    known_by = {"name": run} if name == "trackio" else {"name": run, "id": run}
+    try:
+        tracked = importlib.import_module(name).init(project="gpt2-from-scratch", config=config, resume="allow", **known_by)
+    except ModuleNotFoundError:
+        raise UserError(f"--track {name} needs its package: pip install {name}.") from None
+    except Exception as error:  # whatever a service of others raises
+        raise UserError(f"{name} could not be started ({error}): --track none trains without it.") from None
+    atexit.register(tracked.finish)
+    return tracked
 
 
 def warn(what: str):

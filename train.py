@@ -3,6 +3,7 @@
     python train.py shakespeare-char-cpu                     # after: python prepare.py tiny_shakespeare
     torchrun --standalone --nproc_per_node=8 train.py        # gpt2-124m, after: python fineweb.py
     torchrun --standalone --nproc_per_node=8 -- train.py --run second    # -- because torchrun has options like --run
+    torchrun --standalone --nproc_per_node=8 train.py --shard            # for models that one device does not hold
     python train.py finetune --init-from bundled --data data/my_text_char
 
 A preset is a set of defaults: any option overrides it. The run is the folder log/<run>/, and the same command goes
@@ -10,13 +11,13 @@ on where the run stopped.
 """
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -31,8 +32,8 @@ from dataloader import DataLoader
 from devices import find_device
 from errors import UserError, one_sentence
 from generate import Engine
-from model import GPT, GPTConfig
-from presets import PRESETS, RECIPES, TrainConfig, check, described, identity
+from model import GPT, GPTConfig, cross_entropy
+from presets import PRESETS, RECIPES, TrainConfig, check, described, identity, recomputes
 from shards import read_tokenizer
 from sources import NAMED_TEXTS
 from tokenizer import Tokenizer
@@ -54,7 +55,7 @@ def main(argv: list[str]):
             model = GPT(sizes_of(config, config.vocab_size))
         print(plan.describe(config, model, None, None, config.gpu or ddp.pick_device(config.device).type, 1))
         return
-    with ddp.join_world(config.device) as world:
+    with ddp.join_world(config.device, config.wait_s) as world:
         train(config, world)
 
 
@@ -68,7 +69,7 @@ def train(config: TrainConfig, world: ddp.World):
     run = checkpoint.LOG / config.run
     with runs.locked(run) if world.is_main and not config.dry_run else contextlib.nullcontext(), runs.StopSignals() as signals:
         resume_step = find_checkpoint(config, run, world)
-        model, tokenizer, config = build(config)
+        model, first_weights, tokenizer, config = build(config)
         train_loader = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
                                   config.seed, world.rank, world.size, config.order)
         val_loader = DataLoader(config.data, "val", 1, config.block_size)
@@ -77,13 +78,12 @@ def train(config: TrainConfig, world: ddp.World):
             print(plan.describe(config, model, train_loader, val_loader, ddp.device_name(world.device), world.size))
         if config.dry_run:
             return
-        model.to(world.device)
+        place(model, first_weights, config, world)
+        config = dataclasses.replace(config, micro_batch=micro_batch(config, run if resume_step else None, model, world))
         optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
         measured = resume_step is not None and resume(run, resume_step, config, model, optimizers)
-        log = runs.Log(run, described(config), resume_step, measured, device=ddp.device_name(world.device),
+        log = runs.Log(run, described(config), resume_step, measured, config.track, device=ddp.device_name(world.device),
                        processes=world.size) if world.is_main else None
-        if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
-            model.compile()  # in place: parameters keep their names, and model.hidden stays the plain one
         trained = Trained(config, world, run, log, model, ddp.wrap(model, world), tokenizer, optimizers)
         loop(trained, train_loader.batches(resume_step or 0, config.max_steps, world.device), val_loader, examples,
              resume_step or 0, measured, signals)
@@ -116,7 +116,8 @@ def loop(t: Trained, batches, val_loader: DataLoader, examples, start: int, meas
                 ddp.sum_over_ranks(t.world, 0)  # a process that left earlier would bring the saving one down
                 sys.exit(128 + number)
             if step > start or not measured:
-                measure_and_save(t, val_loader, examples, step)
+                with torch.compiler.set_stance("force_eager"):  # batches of every shape, for which nothing is to be compiled
+                    measure_and_save(t, val_loader, examples, step)
             if step == t.config.max_steps:
                 return
             meter.start()
@@ -135,9 +136,10 @@ def measure_and_save(t: Trained, val_loader: DataLoader, examples, step: int):
             t.log.metrics(step=step, val_loss=val_loss, **accuracy)
             if report.learns_fineweb_edu(described(config)):
                 tqdm.write(report.compared(step * config.batch_tokens, val_loss))
-    if t.log and sample_due:
-        for text in draw_samples(t.model, t.tokenizer, config):
-            t.log.sample(step, config.sample_prompt, text)
+    if sample_due and (t.log or config.shard):
+        for text in (draw_together if config.shard else draw_samples)(t.model, t.tokenizer, config):
+            if t.log:
+                t.log.sample(step, config.sample_prompt, text)
     if save_due:
         save(t, step, val_loss)
 
@@ -151,15 +153,18 @@ def due(config: TrainConfig, step: int) -> tuple[bool, bool, bool]:
 
 def save(t: Trained, step: int, val_loss: float | None):
     """Writes a checkpoint; val_loss is None where the step was not measured. A full disk costs this checkpoint, not the run."""
-    if not t.log:
+    if not t.log and not t.config.shard:
         return
+    if t.config.shard:
+        t.model.reshard()  # what validation had gathered
     try:
         checkpoint.save(t.run, step, t.model, optim.named_state(t.model, t.optimizers), t.tokenizer, identity(t.config, step),
-                        val_loss)
+                        val_loss, t.world)
     except checkpoint.NotSaved as error:
         if val_loss is None or step == t.config.max_steps:  # nothing comes after
             raise UserError(f"{error}: make room, and the same command goes on from the last one that was.") from None
-        runs.warn(f"{error}; the run goes on")
+        if t.log:
+            runs.warn(f"{error}; the run goes on")
 
 
 class Meter:
@@ -244,8 +249,9 @@ def find_checkpoint(config: TrainConfig, run: Path, world: ddp.World) -> int | N
     return step
 
 
-def build(config: TrainConfig) -> tuple[GPT, Tokenizer, TrainConfig]:
-    """The model at its first step, the data's tokenizer, and the configuration with what those two decide filled in."""
+def build(config: TrainConfig) -> tuple[GPT, dict | None, Tokenizer, TrainConfig]:
+    """The model, on the meta device, the weights that it starts from if it is not to draw them, the data's tokenizer, and the
+    configuration with what those decide filled in."""
     check_data(config)
     tokenizer = read_tokenizer(config.data)
     if config.init_from:
@@ -256,21 +262,81 @@ def build(config: TrainConfig) -> tuple[GPT, Tokenizer, TrainConfig]:
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(config, name) not in (getattr(TrainConfig, name), getattr(source.config, name)):
                 raise UserError(f"{config.init_from} has {name} {getattr(source.config, name)}: leave the option out.")
+        if source.config.block_size < config.block_size != TrainConfig.block_size:
+            raise UserError(f"{config.init_from} reads at most {source.config.block_size} tokens: lower --block-size.")
         sizes = dataclasses.replace(source.config, dropout=config.dropout)
     else:
         sizes = sizes_of(config, config.vocab_size or tokenizer.vocab_size)
     if sizes.vocab_size < tokenizer.vocab_size:
         raise UserError(f"A vocabulary of {sizes.vocab_size:,} does not hold the {tokenizer.vocab_size:,} ids of "
                         f"{config.data}: leave --vocab-size out.")
-    torch.manual_seed(ddp.seed_of(config.seed, "init"))
-    model = GPT(sizes)
-    if config.init_from:
-        model.load_state_dict(source.state_dict())
+    with torch.device("meta"):
+        model = GPT(sizes)
     block_size = min(config.block_size, sizes.block_size)  # a model can be trained on less than its context
     if config.batch_tokens % block_size:
         raise UserError(f"--batch-tokens {config.batch_tokens:,} does not divide into sequences of {block_size} tokens.")
-    return model, tokenizer, dataclasses.replace(config, block_size=block_size, vocab_size=sizes.vocab_size,
-                                                 n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd)
+    return model, source.state_dict() if config.init_from else None, tokenizer, dataclasses.replace(
+        config, block_size=block_size, vocab_size=sizes.vocab_size, n_layer=sizes.n_layer, n_head=sizes.n_head,
+        n_embd=sizes.n_embd)
+
+
+def place(model: GPT, first_weights: dict | None, config: TrainConfig, world: ddp.World):
+    """Takes a model from the meta device to this rank's, whole or this rank's part, compiled or not, with its first weights."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, before it is first used
+        torch.use_deterministic_algorithms(True)
+    if world.device.type == "cpu":
+        ddp.keep_freed_memory()
+    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
+    compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
+    model.recompute = recomputes(config)
+    if config.shard:
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+            raise UserError(f"--shard needs torch 2.9 or newer, to save its parts, and this is {torch.__version__}.")
+        if world.size == 1:
+            raise UserError("--shard divides a model among several processes: start it with torchrun.")
+        for block in model.transformer.h if compiled else ():
+            block.compile()
+        ddp.shard(model, world, is_bfloat16(config, world))
+    elif compiled:
+        model.compile()  # in place: parameters keep their names, and model.hidden stays the plain one
+    model.to_empty(device=world.device)
+    torch.manual_seed(ddp.seed_of(config.seed, "init"))
+    ddp.fill(((p, first_weights[name]) for name, p in model.named_parameters()) if first_weights else model.initial())
+
+
+def micro_batch(config: TrainConfig, run: Path | None, model: GPT, world: ddp.World) -> int:
+    """The number that --micro-batch gives. For `auto` what the run that goes on has, else a rank's share of the batch, halved
+    until every rank can hold it: on a GPU by trying, else by the plan's estimate against four fifths of the memory."""
+    if config.micro_batch != "auto":
+        return config.micro_batch
+    found = report.read_config(run).get("micro_batch", 0) if run and world.is_main else 0
+    sequences = int(ddp.sum_over_ranks(world, found)[0]) or config.batch_tokens // config.block_size // world.size
+    while not run and sequences > 1 and ddp.any_rank(world, not fits(sequences, config, model, world)):
+        sequences = (sequences + 1) // 2
+    return sequences
+
+
+def fits(sequences: int, config: TrainConfig, model: GPT, world: ddp.World) -> bool:
+    """Whether this rank's device holds a step with so many sequences at a time."""
+    config = dataclasses.replace(config, micro_batch=sequences)
+    if world.device.type != "cuda" or config.shard:  # ranks that share each block would not run out of memory together
+        held = plan.bytes_held(config, model, world.size, is_bfloat16(config, world))
+        return sum(held.values()) < 0.8 * ddp.memory_bytes(world.device)
+    moments = idx = None
+    try:
+        others = plan.optimizer_bytes(config, model) + ddp.memory_bytes(world.device) // 20  # and a margin
+        moments = torch.empty(others, dtype=torch.uint8, device=world.device)
+        idx = torch.zeros(sequences, config.block_size, dtype=torch.int64, device=world.device)
+        with autocast(config, world):
+            model.forward(idx, idx)[1].backward()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del moments, idx
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
 
 
 def sizes_of(config: TrainConfig, vocab_size: int) -> GPTConfig:
@@ -295,14 +361,13 @@ def check_data(config: TrainConfig):
 def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) -> bool:
     """Puts model and optimizers where the checkpoint of `step` left them; refuses another configuration. Whether that step was
     measured: one that a signal had saved was not."""
-    saved, optimizer_state, saved_config = checkpoint.load_state(run, step)
     for name, value in identity(config, step).items():
-        if saved_config.get(name) != value:
-            raise UserError(f"{run} was started with {name} {saved_config.get(name)}, and this is {value}: "
+        if (saved := checkpoint.saved_config(run, step).get(name)) != value:
+            raise UserError(f"{run} was started with {name} {saved}, and this is {value}: "
                             "go on as it was started, or give this run another name with --run.")
-    model.load_state_dict(saved["model"])
+    optimizer_state, val_loss = checkpoint.load_state(run, step, model)
     optim.load_named_state(model, optimizers, optimizer_state)
-    return saved["val_loss"] is not None
+    return val_loss is not None
 
 
 def hellaswag_examples(config: TrainConfig, world: ddp.World) -> list[dict] | None:
@@ -336,14 +401,17 @@ def update(t: Trained, x, y, step: int):
     loss = torch.zeros((), device=world.device)
     parts = list(zip(x.split(config.micro_batch), y.split(config.micro_batch)))
     for i, (x_part, y_part) in enumerate(parts):
-        # Gradients accumulate here and cross between ranks once, with the last micro-batch.
-        accumulate = ddp_model.no_sync() if world.size > 1 and i < len(parts) - 1 else contextlib.nullcontext()
+        # Gradients accumulate here and cross between ranks once, with the last micro-batch; sharded ones are never whole here.
+        wait = world.size > 1 and not config.shard and i < len(parts) - 1
+        accumulate = ddp_model.no_sync() if wait else contextlib.nullcontext()
         with accumulate, autocast(config, world):
             _, part_loss = ddp_model(x_part, y_part)
             part_loss = part_loss * (len(x_part) / len(x))
             part_loss.backward()
         loss += part_loss.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(ddp_model.parameters(), config.grad_clip or float("inf"))
+    if config.shard:
+        grad_norm = grad_norm.full_tensor()
     lr = optim.learning_rate(step, peak=config.learning_rate, schedule=config.schedule, min_ratio=config.min_lr_ratio,
                              warmup_steps=config.warmup_steps, max_steps=config.max_steps)
     optim.set_learning_rate(optimizers, lr)
@@ -354,9 +422,13 @@ def update(t: Trained, x, y, step: int):
     return loss, grad_norm, lr
 
 
+def is_bfloat16(config: TrainConfig, world: ddp.World) -> bool:
+    return config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
+
+
 def autocast(config: TrainConfig, world: ddp.World):
-    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=bfloat16)
+    """Products in bfloat16 where the configuration has it so; a sharded model gathers its weights in that precision itself."""
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=is_bfloat16(config, world) and not config.shard)
 
 
 @torch.no_grad()
@@ -368,12 +440,16 @@ def evaluate(model: GPT, val_loader: DataLoader, vocab_size: int, config: TrainC
     model.eval()
     count = min(val_loader.sequences, max(1, config.eval_tokens // config.block_size))
     total, tokens = 0.0, 0
-    for first in range(world.rank * config.micro_batch, count, world.size * config.micro_batch):
-        x, y = (part.to(world.device) for part in val_loader.read(range(first, min(first + config.micro_batch, count))))
+    for first in range(world.rank * config.micro_batch, count + world.rank * config.micro_batch, world.size * config.micro_batch):
+        sequences = range(first, min(first + config.micro_batch, count))
+        if not sequences and not config.shard:
+            break
+        x, y = (part.to(world.device) for part in val_loader.read(sequences or range(1)))  # sharded, all run as many passes
         with autocast(config, world):
-            logits = model.logits(model.hidden(x))[..., :vocab_size]
-        total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
-        tokens += y.numel()
+            hidden = model.hidden(x).flatten(0, 1)
+            loss = cross_entropy(hidden, model.transformer.wte.weight[:vocab_size], y.flatten())
+        total += loss.item() * len(sequences)
+        tokens += len(sequences)
     total, tokens = ddp.sum_over_ranks(world, total, tokens)
     return total / tokens
 
@@ -390,6 +466,21 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[
     engine, prompt = Engine(model, tokenizer, dtype="float32"), config.sample_prompt
     return [prompt + text for text in engine.generate(engine.encode(prompt)[0], n=config.samples, max_new_tokens=200,
                                                       temperature=0.8, top_k=200, seed=config.seed)]
+
+
+@torch.no_grad()
+def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
+    """The same of a sharded model, plainly: every rank takes part in each of as many forward passes as there are tokens."""
+    model.eval()
+    prompt = tokenizer.encode(tokenizer.replace_unknown(config.sample_prompt)[0]) or [tokenizer.eot or 0]
+    ids, generator = torch.tensor([prompt] * config.samples), torch.Generator().manual_seed(config.seed)
+    for _ in range(200):
+        hidden = model.hidden(ids[:, -config.block_size:].to(model.transformer.wte.weight.device))[:, -1]
+        likeliest, choices = model.logits(hidden)[:, :tokenizer.vocab_size].float().cpu().topk(min(200, tokenizer.vocab_size))
+        drawn = torch.multinomial((likeliest / 0.8).softmax(-1), 1, generator=generator)  # (samples, 1)
+        ids = torch.cat([ids, choices.gather(1, drawn)], dim=1)
+    texts = [row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row for row in ids[:, len(prompt):].tolist()]
+    return [config.sample_prompt + tokenizer.decode(row) for row in texts]
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main(config: Config):
             save_huggingface(folder, GPT(SIZES["gpt2"]), gpt2_tokenizer(), torch.float32)
         path = config.model or folder
         model, tokenizer, _ = load_model(path, config.device)
-        model = Engine(model, tokenizer, config.dtype).model
+        model = Engine(model, tokenizer, config.dtype).packed
         script = load_script(config.build_nanogpt / "hellaswag.py")
         times = {"ours": [], "script": []}
         for _ in range(config.rounds):

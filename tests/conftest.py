@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 
+import train
 from generate import Engine
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, byte_level_bpe, load_tokenizer
@@ -21,6 +22,11 @@ ROOT = Path(__file__).parent.parent
 REVISION = "a" * 40
 PROSE = ("The fox went out on a chilly night,\nand prayed for the moon to give him light;\n"
          "for he had many a mile to go that night\nbefore he reached the town-o.\n") * 40
+
+
+TINY = ["--data", "data/prose_char", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
+        "--batch-tokens", "128", "--micro-batch", "4", "--max-steps", "6", "--warmup-steps", "2", "--eval-every", "2",
+        "--save-every", "2", "--sample-every", "6", "--log-every", "1", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,41 @@ def prose(tmp_path):
     path = tmp_path / "prose.txt"
     path.write_text(PROSE, encoding="utf-8")
     return path
+
+
+def train_here(*arguments):
+    """What `python train.py …` does, without a process of its own."""
+    train.main([str(argument) for argument in arguments])
+
+
+def metrics(run, *names):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[name] for name in names) for line in lines if all(name in line for name in names)]
+
+
+def weights(run, step=6):
+    return torch.load(run / f"model_{step:05d}.pt", weights_only=True)["model"]
+
+
+def losses(run) -> dict:
+    """(step, name) -> loss as the contract has readers see it: what a resume went back behind is dropped."""
+    seen = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            said = json.loads(line)
+        except ValueError:  # torn while being written
+            continue
+        if said.get("event") == "resume":
+            seen = {key: loss for key, loss in seen.items() if key[0] <= said["step"]}
+        seen |= {(said["step"], name): said[name] for name in ("train_loss", "val_loss") if name in said}
+    return seen
+
+
+def assert_same_run(one, other, tolerance, last_step=6):
+    assert losses(one) == pytest.approx(losses(other), abs=tolerance)
+    assert {step for step, name in losses(one) if name == "train_loss"} == set(range(1, last_step + 1))
+    for name, weight in weights(one, last_step).items():
+        torch.testing.assert_close(weight, weights(other, last_step)[name], atol=tolerance, rtol=0, msg=name)
 
 
 def tiny_gpt(vocab_size=32, block_size=16, seed=0, **sizes):

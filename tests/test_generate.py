@@ -1,16 +1,36 @@
+import concurrent.futures
+import json
 import math
 import re
+import time
 
 import pytest
 import torch
 import tyro
 from conftest import tiny_gpt
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import generate
+import kernels
+import scheduler
 from errors import UserError
-from generate import Engine, sample
+from generate import Engine
+from kernels import packed
+from sampling import penalize, sample, weigh
+from scheduler import Busy, Token
 from tokenizer import CharTokenizer
+
+PRECISIONS = ["float32", "bfloat16", "float16", "int8"]
+
+
+def ids_of(engine, prompt, **sampling):
+    """The tokens of one continuation."""
+    return [event.id for _, event in engine.submit(prompt, **sampling) if isinstance(event, Token)]
 
 
 def continue_plainly(engine, ids, new_tokens):
@@ -29,17 +49,17 @@ def continue_plainly(engine, ids, new_tokens):
 @pytest.mark.parametrize("length", [1, 5, 15, 16])
 def test_the_cached_engine_writes_what_plain_sampling_writes_also_past_the_context(char_engine, length):
     prompt = list(range(length))
-    ids = [step[0] for step in char_engine.tokens(prompt, temperature=0, max_new_tokens=60)]
-    assert ids == continue_plainly(char_engine, prompt, 60)
+    assert ids_of(char_engine, prompt, temperature=0, max_new_tokens=60) == continue_plainly(char_engine, prompt, 60)
 
 
-def test_cached_logits_are_the_uncached_ones(char_engine, monkeypatch):
-    seen, plain = [], Engine.logits
-    monkeypatch.setattr(Engine, "logits", lambda self, x: seen.append(plain(self, x)) or seen[-1])
-    ids = [3, *(step[0] for step in char_engine.tokens([3], max_new_tokens=15, seed=1))]
+def test_cached_logits_are_the_uncached_ones(char_engine):
+    tokens = [event for _, event in char_engine.submit([3], max_new_tokens=15, seed=1, logprobs=99) if isinstance(event, Token)]
+    ids = [3, *(token.id for token in tokens)]
     with torch.no_grad():
-        full = char_engine.model(torch.tensor([ids[:-1]]))[0][0, :, :char_engine.tokenizer.vocab_size]
-    torch.testing.assert_close(torch.cat(seen), full, atol=1e-4, rtol=0)
+        full = char_engine.model(torch.tensor([ids[:-1]]))[0][0, :, :char_engine.tokenizer.vocab_size].log_softmax(-1)
+    for token, logprobs in zip(tokens, full):
+        assert [logprob for _, logprob in sorted(token.top)] == pytest.approx(logprobs.tolist(), abs=1e-4)
+        assert token.logprob == pytest.approx(logprobs[token.id].item(), abs=1e-4)
 
 
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(char_engine):
@@ -69,8 +89,10 @@ def test_generation_stops_at_end_of_text_and_leaves_it_out(gpt2_engine):
 def test_padding_ids_are_never_sampled(gpt2_engine):
     with torch.no_grad():
         gpt2_engine.model.transformer.wte.weight[50257:] = 1e3 * gpt2_engine.model.transformer.ln_f.bias
-    steps = list(gpt2_engine.tokens([15496], n=8, max_new_tokens=20, temperature=2.0, seed=0))
-    assert max(i for step in steps for i in step if i is not None) < 50257
+    events = [event for _, event in gpt2_engine.submit([15496], n=8, max_new_tokens=20, temperature=2.0, seed=0, logprobs=50257)]
+    tokens = [event for event in events if isinstance(event, Token)]
+    assert len(tokens) > 100 and max(token.id for token in tokens) < 50257
+    assert all(i < 50257 for token in tokens for i, _ in token.top)
 
 
 def test_a_long_prompt_keeps_its_end_and_says_so(char_engine):
@@ -104,11 +126,183 @@ def test_predictions_that_are_no_numbers_are_not_sampled(char_engine):
         char_engine.generate("abc")
 
 
-@pytest.mark.parametrize("option", [{"ids": []}, {"temperature": -0.1}, {"temperature": math.nan}, {"max_new_tokens": -1},
-                                    {"n": 0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("option", [{"prompt": []}, {"temperature": -0.1}, {"temperature": math.nan}, {"max_new_tokens": -1},
+                                    {"n": 0}, {"n": 33}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5},
+                                    {"repetition_penalty": 0}, {"logprobs": -1}, {"stop": [""]}])
 def test_values_out_of_range_get_one_sentence(char_engine, option):
     with pytest.raises(UserError):
-        list(char_engine.tokens(**{"ids": [5], **option}))
+        char_engine.submit(**{"prompt": [5], **option})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Many people
+
+CHARS = CharTokenizer("\n ,.abcdefghijklmnopqrstuvwxyz")
+
+
+def wide_engine(dtype="float32", block_size=160, **limits):
+    """Wide enough for the kernels' inner loops, with a context of more than two chunks."""
+    return Engine(tiny_gpt(vocab_size=32, block_size=block_size, n_head=4, n_embd=64), CHARS, dtype, **limits)
+
+
+def crowd(count=32):
+    """(prompt, settings) of texts as different as people's: lengths across chunks, ends across the context, all settings."""
+    random = torch.Generator().manual_seed(4)
+    for i in range(count):
+        length = [1, 3, 63, 64, 65, 100, 128, 150][i % 8]
+        yield torch.randint(0, 30, (length,), generator=random).tolist(), {
+            "seed": i, "max_new_tokens": 20 + 5 * (i % 9), "temperature": [0, 0.7, 1.3][i % 3], "top_k": [None, 5][i % 2],
+            "top_p": [1.0, 0.9][i // 2 % 2], "repetition_penalty": [1.0, 1.2][i // 4 % 2]}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_a_text_is_the_same_alone_and_in_a_crowd(dtype, threads):
+    torch.set_num_threads(threads)
+    alone, together = (wide_engine(dtype, prefix_bytes=size) for size in (0, 2**28))
+    expected = [ids_of(alone, prompt, **settings) for prompt, settings in crowd()]
+    requests = [together.submit(prompt, **settings) for prompt, settings in crowd()]
+    assert [[event.id for _, event in request if isinstance(event, Token)] for request in requests] == expected
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:  # again, in any order, from the cache and with some who leave
+        def one(number, prompt, settings):
+            if number % 5 == 0:
+                next(iter(together.stream(prompt, **settings)))
+            return ids_of(together, prompt, **settings)
+        assert [future.result() for future in
+                [pool.submit(one, i, *text) for i, text in enumerate(crowd())]] == expected
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@torch.inference_mode()
+def test_rows_of_a_product_do_not_depend_on_each_other(dtype):
+    torch.manual_seed(0)
+    for width in 16, 18, 64, 192:
+        with torch.inference_mode(False):
+            model = packed(tiny_gpt(vocab_size=1000, n_layer=1, n_embd=width), dtype)
+        inner = torch.randn(300, 4 * width) * torch.logspace(-3, 3, 300)[:, None]
+        mlp, outer = model.transformer.h[0].mlp, inner[:, :width].contiguous()
+        for layer, x in (model.logits, outer), (mlp.c_fc, outer), (mlp.c_proj, inner), (mlp.act, inner):
+            rows = layer(x)
+            for some in (1, 2, 3, 4, 5, 7, 8, 24, 31, 32, 33, 44, 64, 100, 128, 299):
+                assert torch.equal(layer(x[-some:].clone()), rows[-some:]), (layer, some)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_a_cached_beginning_changes_nothing(dtype):
+    engine, fresh = wide_engine(dtype), wide_engine(dtype, prefix_bytes=0)
+    prompt = (torch.arange(140) * 7 % 30).tolist()
+    follow_up = prompt[:100] + ids_of(engine, prompt[:100], max_new_tokens=30, seed=1)
+    for beginning in (prompt[:100], prompt[:100], prompt, prompt[:77], [*prompt[:70], 5, 5, 5], follow_up, prompt[:1]):
+        logprobs = [[event for _, event in e.submit(beginning, max_new_tokens=9, seed=3, logprobs=30)] for e in (engine, fresh)]
+        assert logprobs[0] == logprobs[1], "bit for bit"
+
+
+def test_a_prompt_seen_before_costs_one_short_step():
+    engine = wide_engine()
+    rows, plain = [], scheduler.forward
+
+    def counted(model, segments, device):
+        rows.append(sum(len(segment.ids) for segment in segments))
+        return plain(model, segments, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "forward", counted)
+        prompt = list(range(30)) * 4
+        for beginning, computed in ((prompt, 120), (prompt, 1), (prompt[:90], 1), ([*prompt[:90], 7, 7], 2)):
+            rows.clear()
+            ids_of(engine, beginning, max_new_tokens=1)
+            assert sum(rows) == computed
+
+
+def test_the_store_forgets_the_oldest_and_keeps_to_its_bytes():
+    engine = wide_engine(prefix_bytes=3 * 64 * 2 * 2 * 64 * 4)  # three chunks of two layers of keys and values
+    for i in range(6):
+        ids_of(engine, [i] * 40, max_new_tokens=1)
+    assert [entry[0] for entry, _ in engine.scheduler.prefixes.entries] == [3, 4, 5]
+
+
+def test_a_long_prompt_does_not_stall_who_is_writing():
+    engine = wide_engine(block_size=1024)
+    order, writer = [], engine.submit([1, 2], max_new_tokens=400)
+    events = iter(writer)
+    next(events)
+    late = engine.submit((torch.arange(1000) % 30).tolist(), max_new_tokens=1)
+    late.wake = lambda: order.append(writer.events.qsize())
+    before = writer.events.qsize()
+    next(iter(late))
+    assert order and order[0] - before >= 1000 // scheduler.CHUNK - 1, "a token of the other for each chunk of the prompt"
+    writer.cancel()
+
+
+def test_who_leaves_leaves_at_once_and_who_waits_comes_in():
+    engine = wide_engine(max_running=2)
+    requests = [engine.submit([i], max_new_tokens=100_000) for i in range(4)]
+    for request in requests[:2]:
+        next(iter(request))  # and its iterator's end is the reader's leaving
+    for request in requests[2:]:
+        assert isinstance(next(iter(request))[1], Token)
+    engine.scheduler.thread.join(30)
+    assert not engine.scheduler.running and not engine.scheduler.waiting
+
+
+def test_past_the_bounds_it_is_busy_with_the_place_in_the_queue():
+    engine = wide_engine(max_running=1, max_waiting=2, deadline_s=1.0)
+    requests = [engine.submit([i], max_new_tokens=10**9) for i in range(3)]
+    with pytest.raises(Busy, match="number 3 in the queue"):
+        engine.submit([9])
+    while not engine.scheduler.running:
+        time.sleep(0.01)
+    assert [request.place() for request in requests] == [0, 1, 2]
+    assert list(requests[0])[-1] == (0, "deadline")
+    with pytest.raises(Busy, match="after 1 s this was still number"):
+        list(requests[2])
+    requests[1].cancel()
+
+
+def test_all_who_write_get_on_alike():
+    engine = wide_engine(max_running=8)
+    requests = [engine.submit([i], max_new_tokens=10**9) for i in range(8)]
+    while min(request.events.qsize() for request in requests) < 50:
+        time.sleep(0.01)
+    made = [text.made for text in engine.scheduler.running]
+    for request in requests:
+        request.cancel()
+    assert max(made) - min(made) <= 8, "they came in one after another, and step together"
+
+
+def test_an_engine_in_many_threads_and_its_thread_ends(char_engine, monkeypatch):
+    monkeypatch.setattr(scheduler, "LINGER_S", 0.05)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: char_engine.generate("the ", seed=i % 2, max_new_tokens=20)[0], range(16)))
+    assert texts == texts[:2] * 8
+    thread = char_engine.scheduler.thread
+    assert thread is None or (not thread.join(5) and not thread.is_alive())
+    assert char_engine.generate("the ", seed=0, max_new_tokens=20)[0] == texts[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stop strings
+
+def test_a_stop_string_ends_the_text_and_is_never_shown(char_engine):
+    free = char_engine.generate("the ", max_new_tokens=60, seed=4)[0]
+    for stop in (free[0], free[7:9], free[20:25], "never ", ("#", free[30:33])):
+        pieces = list(char_engine.stream("the ", max_new_tokens=60, seed=4, stop=stop))
+        places = [free.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in free]
+        assert "".join(pieces) == free[:min(places, default=60)], stop
+
+
+def test_a_quota_and_not_the_host_says_how_many_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert kernels.allowed_cores() == 64
+    for content, cores in (("max 100000\n", 64), ("200000 100000\n", 2), ("150000 100000\n", 2), ("50000 100000\n", 1)):
+        (tmp_path / "cpu.max").write_text(content)
+        assert kernels.allowed_cores() == cores
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("300000\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert kernels.allowed_cores() == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -116,32 +310,64 @@ def test_values_out_of_range_get_one_sentence(char_engine, option):
 
 def drawn(logits, draws=20_000, **options):
     """Shares of each id among many evenly spread draws."""
-    uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    ids = sample(logits.expand(draws, -1), uniform, **options)
-    return torch.bincount(ids, minlength=logits.size(-1)) / draws
+    ids = [sample(logits, (i + 0.5) / draws, **options) for i in range(draws)]
+    return torch.bincount(torch.tensor(ids), minlength=logits.size(-1)) / draws
 
 
-def test_draws_follow_the_softmax_at_any_temperature():
-    logits = torch.randn(20, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("size", [20, 64, 500])
+def test_draws_follow_the_softmax_at_any_temperature(size):
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(0))
     for temperature in (0.3, 1.0, 2.0):
         torch.testing.assert_close(drawn(logits, temperature=temperature), (logits / temperature).softmax(-1), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 5}, {"top_k": 500}, {"top_p": 0.01}, {"top_p": 0.6},
-                                     {"top_k": 8, "top_p": 0.7}])
-def test_top_k_and_top_p_keep_what_those_of_transformers_keep(options):
-    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
-    kept = logits
+OPTIONS = [{"top_k": 1}, {"top_k": 5}, {"top_k": 5000}, {"top_p": 0.01}, {"top_p": 0.6}, {"top_p": 0.97}, {"top_p": 0.9999},
+           {"top_k": 8, "top_p": 0.7}, {"top_k": 700, "top_p": 0.9}, {"temperature": 0.6, "top_k": 40, "top_p": 0.95}]
+
+
+@pytest.mark.parametrize("size", [50, 3000])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_is_kept_and_how_likely_is_what_transformers_keeps(options, size):
+    logits = torch.randn(1, size, generator=torch.Generator().manual_seed(1))
+    kept = TemperatureLogitsWarper(options.get("temperature", 1.0))(None, logits)
     if "top_k" in options:
-        kept = TopKLogitsWarper(options["top_k"])(None, kept)
+        kept = TopKLogitsWarper(min(options["top_k"], size))(None, kept)
     if "top_p" in options:
         kept = TopPLogitsWarper(options["top_p"])(None, kept)
-    torch.testing.assert_close(drawn(logits, **options), kept.softmax(-1)[0], atol=1e-3, rtol=0)
+    weights, ids = weigh(logits[0], **{"temperature": 1.0, **options})
+    ours = torch.zeros(size).index_copy(0, torch.arange(size) if ids is None else ids[:len(weights)], weights)
+    torch.testing.assert_close(ours / ours.sum(), kept.softmax(-1)[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS[1::3])
+def test_draws_follow_what_is_kept(options):
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    weights, ids = weigh(logits, **{"temperature": 1.0, **options})
+    expected = torch.zeros(50).index_copy(0, ids[:len(weights)], weights / weights.sum())
+    torch.testing.assert_close(drawn(logits, **options), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
+def test_the_repetition_penalty_is_that_of_transformers(penalty):
+    logits, ids = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)), [3, 7, 7, 3, 49]
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits.clone())[0]
+    assert torch.equal(penalize(logits[0], torch.tensor(sorted(set(ids))), penalty), theirs)
+
+
+def test_the_penalty_counts_prompt_and_sampled_tokens(char_engine):
+    text = ids_of(char_engine, [1, 2, 3], temperature=0, repetition_penalty=1e6, max_new_tokens=13)
+    assert len({1, 2, 3, *text}) == 16, "no token twice while there are others"
 
 
 def test_temperature_0_takes_the_likeliest():
-    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(sample(logits, torch.rand(6), temperature=0), logits.argmax(-1))
+    for logits in torch.randn(6, 50, generator=torch.Generator().manual_seed(2)):
+        assert sample(logits, 0.99, temperature=0) == logits.argmax()
+
+
+def test_a_draw_at_the_edges_is_of_a_token_that_can_be_drawn():
+    logits = torch.full((130,), -math.inf)
+    logits[[5, 77]] = 0.0
+    assert [sample(logits, uniform) for uniform in (0.0, 0.49, 0.51, 1 - 2**-53)] == [5, 5, 77, 77]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -180,12 +406,18 @@ def test_inspect_shows_the_likeliest_alternatives(char_engine):
         assert len(best) == 3 and best == sorted(best, reverse=True) and token["logprob"] <= best[0] + 1e-6
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", PRECISIONS)
 def test_every_precision_writes(dtype):
     model = tiny_gpt()
     engine = Engine(model, CharTokenizer("\n abc"), dtype)
-    assert engine.dtype == getattr(torch, dtype) and len(engine.generate("abc", max_new_tokens=30)[0]) == 30
+    assert engine.dtype == dtype and len(engine.generate("abc", max_new_tokens=30)[0]) == 30
     assert next(model.parameters()).dtype == torch.float32
+
+
+def test_auto_is_a_rule_of_the_models_size(monkeypatch):
+    assert Engine(tiny_gpt(), CharTokenizer("abc")).dtype == "float32"
+    monkeypatch.setattr(generate, "LARGE", 1000)
+    assert Engine(tiny_gpt(), CharTokenizer("abc")).dtype == "int8"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -202,6 +434,19 @@ def test_without_a_prompt_it_asks_for_prompts(command):
     done = command("generate.py", "-m", "bundled", "--seed", 1, "--max-new-tokens", 20, typed="ROMEO:\nЯ\n")
     assert re.fullmatch(r"\n> ROMEO:[^Я]{20}\n\n> Я[^Я]{20}\n\n> \n", done.stdout), done.stdout
     assert "alphabet lacks" in done.stderr and done.stderr.count("seed 1") == 2
+
+
+def test_a_file_or_the_standard_input_is_a_prompt_and_json_says_all(command, tmp_path):
+    (tmp_path / "beginning.txt").write_text("ROMEO:\nWhat")
+    options = ["-m", "bundled", "--seed", 3, "--max-new-tokens", 40]
+    plain = command("generate.py", *options, "--file", "beginning.txt").stdout
+    assert plain == command("generate.py", *options, "--file", "-", typed="ROMEO:\nWhat").stdout
+    lines = command("generate.py", *options, "--file", "beginning.txt", "-n", 2, "--json", "--stop", "\\n").stdout.splitlines()
+    samples = [json.loads(line) for line in lines]
+    first = plain.removeprefix("ROMEO:\nWhat").removesuffix("\n")
+    assert samples[0]["text"] == first.partition("\n")[0] and samples[0]["prompt"] == "ROMEO:\nWhat"
+    assert [sample["index"] for sample in samples] == [0, 1] and samples[0]["seed"] == 3
+    assert samples[0]["finish_reason"] == ("stop" if "\n" in first else "length")
 
 
 @pytest.mark.parametrize("arguments, sentence", [

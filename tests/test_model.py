@@ -4,10 +4,11 @@ import torch
 from conftest import tiny_gpt
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import model
 from errors import UserError
 from formats import load_folder, our_names, save_huggingface, to_huggingface, transposed
 from kernels import packed
-from model import GPT, SIZES, GPTConfig, KVCache
+from model import GPT, SIZES, GPTConfig
 from tokenizer import CharTokenizer
 
 SHAPES = [GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8),
@@ -114,24 +115,6 @@ def test_initial_weights_are_gpt2s():
     assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(torch.tensor(512.0).log().item(), abs=0.1)
 
 
-def test_the_cache_changes_nothing_however_much_of_the_text_is_prefilled():
-    model = tiny_gpt(block_size=24)
-    idx = torch.randint(0, 32, (2, 24))
-    with torch.no_grad():
-        plain = model(idx)[0]
-        for prefilled in (1, 7, 23, 24):
-            cuts = [prefilled] + [1] * (24 - prefilled)
-            cache, parts = KVCache.empty(model.config, 2, 24), []
-            for part in idx.split(cuts, dim=1):
-                parts.append(model.logits(model.hidden(part, cache)))
-            torch.testing.assert_close(torch.cat(parts, dim=1), plain, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="more than the model's context"):
-        model.hidden(idx[:, :1], cache)
-    cache.length = 5
-    with pytest.raises(ValueError, match="one token at a time"):
-        model.hidden(idx[:, :2], cache)
-
-
 def test_a_mapping_is_a_configuration_too():
     model = GPT({"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 1, "n_embd": 4})
     assert model.config == GPTConfig(8, 16, 1, 1, 4)
@@ -158,3 +141,36 @@ def test_a_packed_model_computes_what_the_model_does_and_leaves_it_as_it_was():
 def test_the_flops_of_a_token_are_those_the_design_counts():
     with torch.device("meta"):
         assert GPT(GPTConfig()).flops_per_token(1024) == 6 * 124_439_808 + 12 * 12 * 12 * 64 * 1024
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("tokens", [33, 48])
+def test_the_loss_a_few_rows_at_a_time_is_that_of_all_logits_at_once(monkeypatch, tokens, bfloat16):
+    monkeypatch.setitem(model.ROWS, "cpu", 16)
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(tokens, 8), torch.randn(100, 8), torch.randint(100, (tokens,))
+    found = []
+    for rows in 16, 1000:
+        model.ROWS["cpu"] = rows
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model.cross_entropy(leaves[0] * 1, leaves[1], targets)
+            (loss * 0.5).backward()
+            with torch.no_grad():
+                assert model.cross_entropy(x, weight, targets).item() == pytest.approx(loss.item(), abs=1e-6)
+        found.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+    for few, all_at_once in zip(*found):
+        torch.testing.assert_close(few, all_at_once, atol=5e-3 if bfloat16 else 1e-6, rtol=2e-2 if bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recomputed_activations_give_the_same_gradients(dropout):
+    gpt = tiny_gpt(dropout=dropout).train()
+    x, gradients = torch.randint(32, (3, 16)), []
+    for gpt.recompute in False, True:
+        torch.manual_seed(1)
+        gpt(x, x)[1].backward()
+        gradients.append([p.grad.clone() for p in gpt.parameters()])
+        gpt.zero_grad()
+    for kept, again in zip(*gradients):
+        assert torch.equal(kept, again)

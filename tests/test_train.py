@@ -1,3 +1,4 @@
+import importlib.util
 import itertools
 import json
 import os
@@ -10,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import PROSE, ROOT, tiny_gpt
+from conftest import PROSE, ROOT, TINY, assert_same_run, losses, metrics, tiny_gpt, train_here, weights
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -33,50 +34,12 @@ from optim import Muon, build_optimizers, learning_rate, orthogonalize
 from shards import read_manifest
 from tokenizer import CharTokenizer, load_tokenizer
 
-TINY = ["--data", "data/prose_char", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16",
-        "--batch-tokens", "128", "--micro-batch", "4", "--max-steps", "6", "--warmup-steps", "2", "--eval-every", "2",
-        "--save-every", "2", "--sample-every", "6", "--log-every", "1", "--device", "cpu"]
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")  # else torchrun takes --run for its own
 
 
 @pytest.fixture
 def data(prose):
     prepare.main(prepare.PrepareConfig(str(prose)))
-
-
-def train_here(*arguments):
-    """What `python train.py …` does, without a process of its own."""
-    train.main([str(argument) for argument in arguments])
-
-
-def metrics(run, *names):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line[name] for name in names) for line in lines if all(name in line for name in names)]
-
-
-def weights(run, step=6):
-    return torch.load(run / f"model_{step:05d}.pt", weights_only=True)["model"]
-
-
-def losses(run) -> dict:
-    """(step, name) -> loss as the contract has readers see it: what a resume went back behind is dropped."""
-    seen = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            said = json.loads(line)
-        except ValueError:  # torn while being written
-            continue
-        if said.get("event") == "resume":
-            seen = {key: loss for key, loss in seen.items() if key[0] <= said["step"]}
-        seen |= {(said["step"], name): said[name] for name in ("train_loss", "val_loss") if name in said}
-    return seen
-
-
-def assert_same_run(one, other, tolerance, last_step=6):
-    assert losses(one) == pytest.approx(losses(other), abs=tolerance)
-    assert {step for step, name in losses(one) if name == "train_loss"} == set(range(1, last_step + 1))
-    for name, weight in weights(one, last_step).items():
-        torch.testing.assert_close(weight, weights(other, last_step)[name], atol=tolerance, rtol=0, msg=name)
 
 
 def test_a_run_learns_and_leaves_what_the_contract_names(data, tmp_path):
@@ -142,6 +105,68 @@ def test_micro_batches_only_divide_a_batch(data, tmp_path):
     for run, micro_batch in ("one", 8), ("two", 3):  # 3 + 3 + 2 sequences
         train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", run, "--micro-batch", micro_batch)
     assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=2e-5)
+
+
+def test_the_largest_micro_batch_that_fits_is_found_once_and_kept(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ddp, "memory_bytes", lambda device: asked.append(device) or 150_000)
+    arguments = ["shakespeare-char", *TINY, "--dropout", 0, "--micro-batch", "auto"]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):  # an attempt with too many, of which nothing was saved
+        patch.setattr(train, "update", lambda *_: (_ for _ in ()).throw(MemoryError))
+        train_here("shakespeare-char", *TINY, "--run", "auto", "--micro-batch", 8)
+    train_here(*arguments, "--run", "auto")
+    run = tmp_path / "log" / "auto"
+    found = report.read_config(run)["micro_batch"]
+    assert found in (2, 4) and len(asked) == {4: 2, 2: 3}[found]
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "one")
+    assert_same_run(run, tmp_path / "log" / "one", tolerance=2e-5)
+    for path in run.glob("*_00006*"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    train_here(*arguments, "--run", "auto")  # on a machine that has become another, say
+    assert len(asked) == {4: 2, 2: 3}[found] and checkpoint.newest(run) == 6
+
+
+def test_the_ways_of_the_machine_change_no_step(data, tmp_path):
+    runs = {"plain": [], "exact": ["--deterministic", "--dtype", "tf32"], "again": ["--recompute", "on"]}
+    for run, arguments in runs.items():
+        train_here("shakespeare-char", *TINY, "--run", run, *arguments)
+        assert torch.are_deterministic_algorithms_enabled() == (run == "exact")
+        assert (torch.get_float32_matmul_precision() == "high") == (run == "exact")
+        torch.use_deterministic_algorithms(False)
+    plain, exact = (weights(tmp_path / "log" / run) for run in ("plain", "exact"))
+    assert all(torch.equal(plain[name], exact[name]) for name in plain)
+    assert_same_run(tmp_path / "log" / "plain", tmp_path / "log" / "again", tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_a_log_goes_where_it_is_tracked_too(data, tmp_path, monkeypatch, name):
+    """A module of that name stands for the package: its three calls are written down."""
+    (tmp_path / f"{name}.py").write_text("""
+import json
+def init(**about):
+    print(json.dumps(about), file=open("tracked", "a")); return Run()
+class Run:
+    def log(self, values, step): print(json.dumps([step, values]), file=open("tracked", "a"))
+    def finish(self): print('"finished"', file=open("tracked", "a"))
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("atexit.register", lambda finish: finish())
+        train_here("shakespeare-char", *TINY, "--track", name)
+    started, finished, *lines = [json.loads(line) for line in (tmp_path / "tracked").read_text().splitlines()]
+    assert (started["name"], started["config"]["n_layer"], started["resume"], finished) == (
+        "shakespeare-char", 1, "allow", "finished")
+    assert started.get("id") == ("shakespeare-char" if name == "wandb" else None)
+    run = tmp_path / "log" / "shakespeare-char"
+    assert [(step, values["val_loss"]) for step, values in lines if "val_loss" in values] == metrics(run, "step", "val_loss")
+    losses = [(step, values["train_loss"]) for step, values in lines if "train_loss" in values]
+    assert losses == metrics(run, "step", "train_loss")
+
+
+def test_a_tracker_that_is_not_installed_gets_one_sentence(data):
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(UserError, match="pip install wandb"):
+            train_here("shakespeare-char", *TINY, "--track", "wandb")
 
 
 def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(data, tmp_path):
@@ -215,7 +240,8 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_five_in_a_row_end
     train_here(*arguments, "--max-steps", 2, "--run", "two")
     for name, weight in weights(tmp_path / "log" / "two", 1).items():
         assert torch.equal(weight, weights(tmp_path / "log" / "two", 2)[name]), name
-    state_one, state_two = (checkpoint.load_state(tmp_path / "log" / "two", step)[1] for step in (1, 2))
+    states = sorted((tmp_path / "log" / "two").glob("state_*/optimizer.safetensors"))
+    state_one, state_two = map(load_file, states)
     assert all(torch.equal(state_one[name], state_two[name]) for name in state_one)
     assert metrics(tmp_path / "log" / "two", "step", "skipped") == [(2, 1)]
     calls.clear()
@@ -363,12 +389,18 @@ def test_the_plan_of_gpt2_124m_needs_neither_gpu_nor_data(tmp_path, capsys):
         train_here("gpt2-124m", "--dry-run", "--gpu", "abacus")
 
 
+ONE_BATCH, MANY_ROWS = (16, GPTConfig(128, 65, 4, 4, 128)), (4, GPTConfig(256, 4096, 2, 4, 64))
+FEW_ROWS = 2, GPTConfig(128, 8192, 4, 4, 256)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("B", "sizes", "bfloat16"), [
-    (16, GPTConfig(128, 65, 4, 4, 128), False), (4, GPTConfig(256, 65, 4, 6, 192), False),
-    (2, GPTConfig(128, 8192, 4, 4, 256), False), (2, GPTConfig(128, 8192, 4, 4, 256), True)])
-def test_the_planned_memory_is_that_of_a_real_step(B, sizes, bfloat16, optimizer):
+@pytest.mark.parametrize(("B", "sizes", "bfloat16", "recompute"), [
+    (*ONE_BATCH, False, False), (4, GPTConfig(256, 65, 4, 6, 192), False, False), (*FEW_ROWS, False, False),
+    (*FEW_ROWS, True, False), (*MANY_ROWS, False, False), (*MANY_ROWS, True, False), (*ONE_BATCH, False, True),
+    (*ONE_BATCH, True, True), (*MANY_ROWS, False, True), (*MANY_ROWS, True, True)])
+def test_the_planned_memory_is_that_of_a_real_step(B, sizes, bfloat16, recompute, optimizer):
     gpt = GPT(sizes)
+    gpt.recompute = recompute
     x = torch.randint(sizes.vocab_size, (B, sizes.block_size))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -376,7 +408,7 @@ def test_the_planned_memory_is_that_of_a_real_step(B, sizes, bfloat16, optimizer
         loss.backward()
     events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     peak = max(itertools.accumulate(e.nbytes() for e in events))
-    planned = plan.activation_bytes(gpt, B * sizes.block_size, bfloat16)
+    planned = plan.activation_bytes(gpt, B * sizes.block_size, bfloat16, recompute)
     assert planned == pytest.approx(peak, rel=0.25)
     optimizers = build_optimizers(gpt, optimizer, 0.1, (0.9, 0.95))
     for one in optimizers:
@@ -405,6 +437,8 @@ def test_the_plan_says_from_which_step_on_data_repeat(data, capsys):
     (["shakespeare-char", *TINY, "--max-steps", "-1"], "--max-steps is at least 0"),
     (["shakespeare-char", *TINY, "--learning-rate", "nan"], "--learning-rate cannot be nan"),
     (["shakespeare-char", *TINY, "--run", "../elsewhere"], "--run names a folder"),
+    (["shakespeare-char", *TINY, "--wait-s", "0"], "--wait-s is above 0"),
+    (["finetune", *TINY, "--init-from", "bundled:shakespeare", "--data", "data/prose_char"], "another tokenizer"),
     (["finetune", *TINY, "--init-from", "data"], "no model folder"),
 ])
 def test_bad_input_gets_one_sentence(data, arguments, sentence):

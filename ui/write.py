@@ -63,7 +63,7 @@ def build(models: list[str], engine, describe):
                                  ([continue_button.click], text, {"api_visibility": "private"})):
         picked = gr.on(triggers, next_seed, [seed, fresh], seed, api_visibility="private", show_progress="hidden")
         written = picked.then(functools.partial(write, engine), [start, *settings], [text, status], show_progress="hidden",
-                              concurrency_limit=2, concurrency_id="engine", **api)
+                              concurrency_limit=32, concurrency_id="engine", **api)
         events += [picked, written]
     stop_button.click(None, cancels=events)
     model.change(show_description, model, [model, training, train_config], api_visibility="private", show_progress="hidden")
