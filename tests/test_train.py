@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ class Run:
 """)
     monkeypatch.syspath_prepend(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("atexit.register", lambda finish: finish())
+        patch.setattr(runs, "atexit", types.SimpleNamespace(register=lambda finish: finish()))
         train_here("shakespeare-char", *TINY, "--track", name)
     started, finished, *lines = [json.loads(line) for line in (tmp_path / "tracked").read_text().splitlines()]
     assert (started["name"], started["config"]["n_layer"], started["resume"], finished) == (
