@@ -1,6 +1,9 @@
 """Runs of several processes: the same steps as one takes, and what happens when a process is lost."""
+import errno
 import json
+import multiprocessing
 import os
+import pkgutil
 import re
 import signal
 import socket
@@ -17,9 +20,39 @@ import checkpoint
 import ddp
 import prepare
 import publish
-from errors import UserError
+import train
+from errors import UserError, one_sentence
 
+VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 PLAIN = ["shakespeare-char", *TINY, "--dropout", "0"]
+
+FORKS = multiprocessing.get_context("forkserver")  # from a process that has imported everything, and computed nothing
+FORKS.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+
+
+def together(n: int, *arguments, change=None) -> list[int]:
+    """What `torchrun --nproc_per_node=n train.py …` does, in processes that need no imports; their exit codes. What they said is
+    in rank-0.txt and so on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [FORKS.Process(target=rank, args=(i, n, port, list(map(str, arguments)), change)) for i in range(n)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=200)
+    return [process.exitcode for process in ranks]
+
+
+def rank(i: int, n: int, port: int, arguments: list[str], change):
+    os.environ |= dict(zip(VARIABLES, (str(i), str(n), str(i), "127.0.0.1", str(port))))
+    said = os.open(f"rank-{i}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1), os.dup2(said, 2)
+    torch.set_num_threads(1)
+    if change:
+        change()
+    with one_sentence():
+        train.main(arguments)
 
 
 def torchrun(n: int, *options: str) -> tuple[str, ...]:
@@ -38,23 +71,21 @@ def one(prose, tmp_path):
     return tmp_path / "log" / "one"
 
 
-def test_any_number_of_processes_takes_the_steps_one_takes(command, one):
-    for run, launcher, arguments in (
-            ("two", torchrun(2), ["--micro-batch", 2]), ("four", torchrun(4), ["--micro-batch", 1]),
-            ("sharded-two", torchrun(2), ["--micro-batch", 2, "--shard"]),
-            ("sharded-four", torchrun(4), ["--micro-batch", 2, "--shard", "--recompute", "off"])):
-        command("train.py", *PLAIN, "--hellaswag", "h.jsonl", "--run", run, *arguments, launcher=launcher)
+def test_any_number_of_processes_takes_the_steps_one_takes(one):
+    for run, n, arguments in (("two", 2, ["--micro-batch", 2]), ("two-of-three", 2, ["--micro-batch", 3]),
+                              ("four", 4, ["--micro-batch", 1]), ("sharded-two", 2, ["--micro-batch", 2, "--shard"]),
+                              ("sharded-four", 4, ["--micro-batch", 2, "--shard", "--recompute", "off"])):
+        assert together(n, *PLAIN, "--hellaswag", "h.jsonl", "--run", run, *arguments) == [0] * n
         assert_same_run(one, one.parent / run, tolerance=2e-5)
         assert metrics(one, "step", "hellaswag") == metrics(one.parent / run, "step", "hellaswag")
-        assert not any("torch" in line for line in (one.parent / run / "config.json").read_text().splitlines())
     samples = [json.loads(line) for line in (one.parent / "sharded-two" / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 6] and all(len(sample["text"]) == 201 for sample in samples)
 
 
-def test_muon_on_several_processes_takes_the_steps_one_takes(command, one):
+def test_muon_on_several_processes_takes_the_steps_one_takes(one):
     arguments = [*PLAIN, "--optimizer", "muon"]
     train_here(*arguments, "--run", "muon")
-    command("train.py", *arguments, "--run", "muon-four", "--micro-batch", 1, launcher=torchrun(4))
+    assert together(4, *arguments, "--run", "muon-four", "--micro-batch", 1) == [0] * 4
     assert_same_run(one.parent / "muon", one.parent / "muon-four", tolerance=2e-5)
     with pytest.raises(UserError, match="Muon needs whole matrices"):
         train_here(*arguments, "--shard")
@@ -76,17 +107,19 @@ def test_a_sharded_run_goes_on_whole_and_a_whole_one_sharded(command, one):
     for again in [], ["--shard", "--micro-batch", 2]:
         back_to(mixed, 4)
         if again:
-            command("train.py", *PLAIN, "--run", "mixed", *again, launcher=torchrun(4))
+            assert together(4, *PLAIN, "--run", "mixed", *again) == [0] * 4
         else:
             train_here(*PLAIN, "--run", "mixed")
         assert_same_run(one, mixed, tolerance=2e-5)
 
 
-def test_weights_too_large_for_a_file_stay_in_the_state_and_are_put_together(command, one, tmp_path):
-    (tmp_path / "large.py").write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport checkpoint, train\n"
-        "checkpoint.LARGEST_FILE = 0\ntrain.main(sys.argv[1:])\n")
-    command(tmp_path / "large.py", *PLAIN, "--run", "large", "--shard", launcher=torchrun(2))
+def no_file_is_small_enough():
+    checkpoint.LARGEST_FILE = 0
+
+
+def test_weights_too_large_for_a_file_stay_in_the_state_and_are_put_together(one, tmp_path):
+    arguments = [*PLAIN, "--run", "large", "--shard"]
+    assert together(2, *arguments, change=no_file_is_small_enough) == [0, 0]
     large = one.parent / "large"
     assert not list(large.glob("*.pt")) and not list(large.rglob(".metadata"))  # DCP's pickle
     model, _, info = checkpoint.load_model(large)
@@ -98,8 +131,7 @@ def test_weights_too_large_for_a_file_stay_in_the_state_and_are_put_together(com
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), exported.parameters()))
     assert str(large.relative_to(tmp_path)) in checkpoint.list_runs()
     back_to(large, 4)
-    command(tmp_path / "large.py", *PLAIN, "--run", "large", "--shard", launcher=torchrun(4))
-    train_here(*PLAIN, "--run", "one")
+    assert together(4, *arguments, change=no_file_is_small_enough) == [0] * 4
     assert checkpoint.newest(large) == 6 and losses(large) == pytest.approx(losses(one), abs=2e-5)
     back_to(large, 4)
     part = max((large / "state_00004").glob("*.safetensors"), key=lambda path: path.stat().st_size)
@@ -110,26 +142,33 @@ def test_weights_too_large_for_a_file_stay_in_the_state_and_are_put_together(com
         checkpoint.load_model(large)
 
 
+class Refused:
+    """The first call of a function on the main process finds the disk full."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self):
+        owner, _, name = self.name.rpartition(".")
+        owner, calls = pkgutil.resolve_name(owner), []
+        real = getattr(owner, name)
+
+        def refuse(*arguments, **options):
+            calls.append(None)
+            if len(calls) == 1 and os.environ["RANK"] == "0":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*arguments, **options)
+
+        setattr(owner, name, refuse)
+
+
 @pytest.mark.parametrize("refused", ["torch.distributed.checkpoint.filesystem.FileSystem.mkdir", "torch.save"])
-def test_a_disk_that_refuses_a_sharded_checkpoint_costs_it_and_not_the_run(command, one, tmp_path, refused):
-    """On the main process alone, at the step 2: before the others write, and after."""
-    module, _, name = refused.rpartition(".")
-    (tmp_path / "full.py").write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import errno, importlib, os, pkgutil, torch.distributed.checkpoint.filesystem, train
-owner, calls = pkgutil.resolve_name({module!r}), []
-real = getattr(owner, {name!r})
-def refuse(*arguments, **options):
-    calls.append(None)
-    if len(calls) == 1 and os.environ["RANK"] == "0":
-        raise OSError(errno.ENOSPC, "No space left on device")
-    return real(*arguments, **options)
-setattr(owner, {name!r}, refuse)
-train.main(sys.argv[1:])
-""")
+def test_a_disk_that_refuses_a_sharded_checkpoint_costs_it_and_not_the_run(one, refused):
+    """On the main process alone, at step 2: before the others write, and after."""
     arguments = [*PLAIN, "--run", "full", "--shard", "--sample-prompt", "", "--wait-s", 60]
-    done = command(tmp_path / "full.py", *arguments, launcher=torchrun(2))
-    assert done.stderr.count("the run goes on") == 1 and "No space left" in done.stderr
+    assert together(2, *arguments, change=Refused(refused)) == [0, 0]
+    said = Path("rank-0.txt").read_text()
+    assert said.count("the run goes on") == 1 and "No space left" in said
     assert checkpoint.saved_steps(one.parent / "full") == [4, 6] and checkpoint.newest(one.parent / "full") == 6
     assert losses(one.parent / "full") == pytest.approx(losses(one), abs=2e-5)
 
@@ -217,13 +256,10 @@ def test_two_torchruns_train_one_run_and_one_that_was_killed_joins_again(one):
 # ----------------------------------------------------------------------------------------------------------------
 # What cannot be
 
-VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
-
-
-def test_a_refusal_of_the_main_process_ends_the_others_in_a_sentence(command, one):
-    done = command("train.py", *PLAIN, "--resume", "none", "--run", "one", launcher=torchrun(2), check=False)
-    said = re.sub(r"(?s)(^|\n)[^\n]*torch.distributed.elastic.*", "", done.stderr)
-    assert done.returncode and "holds a run already" in said and "Traceback" not in said
+def test_a_refusal_of_the_main_process_ends_the_others_in_a_sentence(one):
+    assert together(2, *PLAIN, "--resume", "none", "--run", "one") == [2, 2]
+    first, second = (Path(f"rank-{i}.txt").read_text() for i in range(2))
+    assert "holds a run already" in first and "Process 1 of 2 lost another" in second and "Traceback" not in first + second
 
 
 @pytest.mark.parametrize("variables", [
@@ -251,6 +287,6 @@ def test_a_gpu_that_is_not_there_gets_one_sentence(monkeypatch):
         train_here("gpt2-124m", "--device", "cuda")
 
 
-def test_a_batch_that_does_not_divide_among_processes_gets_one_sentence(command, one):
-    done = command("train.py", *PLAIN, "--batch-tokens", 48, "--run", "odd", launcher=torchrun(2), check=False)
-    assert done.returncode and "does not divide among 2" in done.stderr
+def test_a_batch_that_does_not_divide_among_processes_gets_one_sentence(one):
+    assert together(2, *PLAIN, "--batch-tokens", 48, "--run", "odd") == [2, 2]
+    assert "A batch of 3 sequences does not divide among 2 processes" in Path("rank-0.txt").read_text()

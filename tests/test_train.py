@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -62,23 +63,14 @@ def test_a_run_learns_and_leaves_what_the_contract_names(data, tmp_path):
     assert [sample["step"] for sample in samples] == [0, 100, 200]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_ranks_take_the_steps_one_rank_takes(command, data, tmp_path, optimizer):
-    train_here("shakespeare-char", *TINY, "--dropout", 0, "--optimizer", optimizer, "--run", "one")
-    command("train.py", "shakespeare-char", *TINY, "--dropout", 0, "--optimizer", optimizer, "--run", "two",
-            "--micro-batch", 2, launcher=TWO_RANKS)
-    assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=2e-5)
-
-
-def test_hellaswag_is_scored_with_each_validation_the_same_on_one_rank_and_two(command, data, tmp_path):
+def test_hellaswag_is_scored_with_each_validation(data, tmp_path):
     lines = [json.dumps({"activity_label": "fox", "ctx": f"The fox {verb}", "endings": ["out.", "town-o", "he", "a mile to go"],
                          "label": i % 4}) for i, verb in enumerate(PROSE.split()[:11])]
     (tmp_path / "h.jsonl").write_text("\n".join(lines))
     arguments = ["shakespeare-char", *TINY, "--dropout", 0, "--hellaswag", "h.jsonl"]
     train_here(*arguments, "--run", "one")
-    command("train.py", *arguments, "--run", "two", "--micro-batch", 2, launcher=TWO_RANKS)
-    one, two = (metrics(tmp_path / "log" / run, "step", "hellaswag") for run in ("one", "two"))
-    assert one == two and len(one) == len(metrics(tmp_path / "log" / "one", "step", "val_loss"))
+    one = metrics(tmp_path / "log" / "one", "step", "hellaswag")
+    assert len(one) == len(metrics(tmp_path / "log" / "one", "step", "val_loss"))
     model, tokenizer, _ = checkpoint.load_model("log/one")
     examples = hellaswag.read_examples(tmp_path / "h.jsonl")
     assert one[-1][1] == hellaswag.evaluate(model, tokenizer, examples, "nanogpt")["nanogpt"]["acc_norm"]
@@ -151,7 +143,7 @@ class Run:
 """)
     monkeypatch.syspath_prepend(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("atexit.register", lambda finish: finish())
+        patch.setattr(runs, "atexit", types.SimpleNamespace(register=lambda finish: finish()))
         train_here("shakespeare-char", *TINY, "--track", name)
     started, finished, *lines = [json.loads(line) for line in (tmp_path / "tracked").read_text().splitlines()]
     assert (started["name"], started["config"]["n_layer"], started["resume"], finished) == (
