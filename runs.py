@@ -1,5 +1,4 @@
 """A run's folder while it is trained: who may write in it, its log, and the signals that end a run early."""
-import atexit
 import contextlib
 import importlib
 import json
@@ -76,7 +75,7 @@ class Log:
         self.append("metrics.jsonl", **values)
         try:
             if self.tracker:
-                self.tracker.log(values, step=values["step"])
+                self.tracker.log({name: value for name, value in values.items() if name != "step"}, step=values["step"])
         except Exception as error:  # whatever a service of others raises
             warn(f"the log is no longer tracked ({error})")
             self.tracker = None
@@ -100,18 +99,17 @@ class Log:
 
 
 def tracker(name: str, run: str, config: dict):
-    """trackio or wandb, which have the same three calls, with this run opened or gone on with; None for "none"."""
+    """trackio or wandb, which have the same two calls and end by themselves, with this run opened or gone on with; None for
+    "none"."""
     if name == "none":
         return None
     known_by = {"name": run} if name == "trackio" else {"name": run, "id": run}
     try:
-        tracked = importlib.import_module(name).init(project="gpt2-from-scratch", config=config, resume="allow", **known_by)
+        return importlib.import_module(name).init(project="gpt2-from-scratch", config=config, resume="allow", **known_by)
     except ModuleNotFoundError:
         raise UserError(f"--track {name} needs its package: pip install {name}.") from None
     except Exception as error:  # whatever a service of others raises
         raise UserError(f"{name} could not be started ({error}): --track none trains without it.") from None
-    atexit.register(tracked.finish)
-    return tracked
 
 
 def warn(what: str):
