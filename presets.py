@@ -117,8 +117,8 @@ SHAKESPEARE_CHAR = TrainConfig(
 
 # The same text for two CPU cores, where few layers, small batches and Muon bring the loss down soonest.
 SHAKESPEARE_CHAR_CPU = dataclasses.replace(
-    SHAKESPEARE_CHAR, n_layer=2, n_head=4, n_embd=128, block_size=64, dropout=0.0, batch_tokens=12 * 64, micro_batch=12,
-    max_steps=1500, optimizer="muon", learning_rate=8e-3, warmup_steps=20, min_lr_ratio=0.0, eval_every=100,
+    SHAKESPEARE_CHAR, n_layer=2, n_head=3, n_embd=96, block_size=64, dropout=0.0, batch_tokens=12 * 64, micro_batch=12,
+    max_steps=1200, optimizer="muon", learning_rate=1e-2, warmup_steps=20, min_lr_ratio=0.0, eval_every=100,
     eval_tokens=20 * 12 * 64)
 
 PRESETS = {

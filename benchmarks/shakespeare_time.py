@@ -117,7 +117,7 @@ def scored(folder: Path, seconds: pd.Series, *options: str) -> Curve:
     """The losses on the whole split every 50 steps of the same run, at the seconds of those steps."""
     run = "-".join(["scored", *options]).replace("--", "")
     if not (folder / "log" / run).exists():
-        train(folder, run, "--eval-every", "50", "--eval-tokens", str(10**9), *options)
+        train(folder, run, "--eval-every", "50", "--eval-tokens", str(10**9), "--micro-batch", "128", *options)
     losses = metrics(folder / "log" / run).dropna(subset="val_loss").set_index("step")["val_loss"]
     return [(seconds[step], loss) for step, loss in losses.items() if step in seconds]
 
