@@ -27,6 +27,7 @@ import tyro
 
 import ddp
 import optim
+import start
 import train
 from devices import find_device
 from model import SIZES
@@ -58,8 +59,8 @@ def our_step(options: Options, device: torch.device, compiled: bool):
         batch_tokens=options.sequences * c.block_size, micro_batch=options.sequences, compile="on" if compiled else "off")
     world = ddp.World(0, 1, device)
     with torch.device("meta"):
-        model = train.GPT(train.sizes_of(config, 50_304))
-    train.place(model, None, config, world)
+        model = train.GPT(start.sizes_of(config, 50_304))
+    start.place(model, None, config, world)
     optimizers = optim.build_optimizers(model, "adamw", 0.1, (0.9, 0.95))
     trained = train.Trained(config, world, Path(), None, model, model, None, optimizers)
     return lambda x, y, step: train.update(trained, x, y, step)[0].item()
