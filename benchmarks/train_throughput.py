@@ -9,18 +9,19 @@ a checkout only the model's classes are run (build-nanogpt's train_gpt2.py, nano
 GPT2LMHeadModel likewise. Each way lives in a process of its own, so that its peak memory is its own, and every round lets
 each take its steps in turn: a drifting machine drifts for all. Medians of the rounds, and the ratios within rounds.
 """
+import sys
+
+sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
+
 import ast
 import dataclasses
 import json
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Literal
-
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 import torch
 import tyro
