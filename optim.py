@@ -52,13 +52,12 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     x = matrix.bfloat16() if matrix.is_cuda else matrix
     wide = x.T if x.size(0) > x.size(1) else x
     wide = wide / wide.norm().clamp(min=1e-7)
-    gram = wide @ wide.T  # (min(m, n), min(m, n))
     if x.is_cuda or x.size(0) == x.size(1):
         for _ in range(5):
+            gram = wide @ wide.T  # (min(m, n), min(m, n))
             wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
-            gram = wide @ wide.T
     else:  # each step multiplies by a polynomial of gram, and these commute: the small matrices first takes 0.6 of the time
-        identity = torch.eye(len(wide), dtype=x.dtype)
+        gram, identity = wide @ wide.T, torch.eye(len(wide), dtype=x.dtype)
         steps = identity
         for _ in range(5):
             step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315).add_(identity, alpha=3.4445)

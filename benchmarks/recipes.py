@@ -32,9 +32,11 @@ from matplotlib.figure import Figure
 import ddp
 import optim
 import report
+import start
 import train
 from checkpoint import LOG
 from errors import UserError, one_sentence
+from model import GPT
 from presets import TrainConfig
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -88,12 +90,10 @@ for L, C, heads in (4, 96, 3), (4, 128, 4), (4, 192, 6), (6, 256, 4):
                                     schedule="wsd", min_lr_ratio=0.0)
 
 
-def zero_residuals(model):
-    """The residual projections start at zero: each block begins as the identity."""
-    for name, p in model.named_parameters():
-        if name.endswith("c_proj.weight"):
-            torch.nn.init.zeros_(p)
-    return model
+def zero_residuals(model, whole=GPT.initial):
+    """First values by which each block begins as the identity: the residual projections are zero."""
+    residual = {id(block) for layer in model.transformer.h for block in (layer.attn.c_proj.weight, layer.mlp.c_proj.weight)}
+    return ((p, values * (id(p) not in residual)) for p, values in whole(model))
 
 
 def orthogonalize_qkv(matrix: torch.Tensor, whole=optim.orthogonalize) -> torch.Tensor:
@@ -110,10 +110,9 @@ def embeddings_faster(factor: float, whole=optim.set_learning_rate):
     return set_learning_rate
 
 
-GPT = train.GPT
 TRICKS = {
     None: contextlib.nullcontext,
-    "zero": lambda: mock.patch.object(train, "GPT", lambda sizes: zero_residuals(GPT(sizes))),
+    "zero": lambda: mock.patch.object(GPT, "initial", zero_residuals),
     "qkv": lambda: mock.patch.object(optim, "orthogonalize", orthogonalize_qkv),
     **{f"embed{factor}": lambda factor=factor: mock.patch.object(optim, "set_learning_rate", embeddings_faster(factor))
        for factor in (2, 4, 8)},
@@ -147,7 +146,7 @@ def run(name: str, changes: dict, data: Path):
 def step_times(rounds: int = 15):
     """Median seconds of an update of AdamW and of Muon beside it, each once a round; also in the time of this thread alone, which
     others that use the cores do not lengthen."""
-    model = train.GPT(train.sizes_of(BASE, 4096))
+    model = GPT(start.sizes_of(BASE, 4096))
     x = torch.randint(4096, (BASE.batch_tokens // BASE.block_size, BASE.block_size))
     optimizers = {name: optim.build_optimizers(model, name, 0.1, (0.9, 0.95)) for name in ("adamw", "muon")}
     taken = {name: [] for name in optimizers}
