@@ -78,10 +78,11 @@ def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: To
     temporary, about = run / "state.tmp", {"format": 1, "config": dataclasses.asdict(model.config),
                                            "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}
     weights = model.state_dict()
-    in_a_file = 4 * model.num_parameters() <= LARGEST_FILE
+    sharded = ddp.is_sharded(model)
+    in_a_file = not sharded or 4 * model.num_parameters() <= LARGEST_FILE
     if world.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
-    if ddp.is_sharded(model):
+    if sharded:
         ddp.any_rank(world, False)  # wait until it is gone
         write_shards(temporary, optimizer_state | ({} if in_a_file else named_weights(weights)))
         weights = {name: ddp.whole(w, world) for name, w in weights.items()} if in_a_file else {}
@@ -90,14 +91,14 @@ def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: To
         save_file({name: t.contiguous() for name, t in optimizer_state.items()}, temporary / "optimizer.safetensors")
     if not world.is_main:
         return
-    if in_a_file or not ddp.is_sharded(model):
+    if in_a_file:
         with open(unfinished(run, step), "wb") as file:
             torch.save({**about, "model": weights}, file)
             file.flush()
             os.fsync(file.fileno())
     else:
         write_json(temporary / "model.json", about)
-    write_json(temporary / "state.json", {"format": 1, "step": step, "config": config, "val_loss": val_loss,
+    write_json(temporary / "state.json", {"format": 1, "step": step, "config": config,
                                           "sha256": sums(temporary, unfinished(run, step))})
     shutil.rmtree(state_path(run, step), ignore_errors=True)
     os.replace(temporary, state_path(run, step))
@@ -158,8 +159,8 @@ def is_whole(run: Path, step: int) -> bool:
     try:
         stated = read_json(folder / "state.json")["sha256"]
         if temporary.exists() and sha256(temporary) == stated["model"]:
-            os.replace(temporary, run / f"model_{step:05d}.pt")
-        return stated == sums(folder, run / f"model_{step:05d}.pt")
+            os.replace(temporary, model_file(run, step))
+        return stated == sums(folder, model_file(run, step))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -209,7 +210,11 @@ def load_sharded(folder: Path) -> tuple[GPT, Tokenizer, dict]:
 
 def model_path(run: Path, step: int) -> Path:
     """The model's file, or the state that holds the weights."""
-    return state_path(run, step) if holds_weights(state_path(run, step)) else run / f"model_{step:05d}.pt"
+    return state_path(run, step) if holds_weights(state_path(run, step)) else model_file(run, step)
+
+
+def model_file(run: Path, step: int) -> Path:
+    return run / f"model_{step:05d}.pt"
 
 
 def unfinished(run: Path, step: int) -> Path:

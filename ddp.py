@@ -194,9 +194,9 @@ def sum_over_ranks(world: World, *values: float) -> list[float]:
     return total.tolist()
 
 
-def any_rank(world: World, flag: bool) -> bool:
+def any_rank(world: World, flag) -> bool:
     """Whether the flag is set on one rank at least."""
-    return sum_over_ranks(world, flag)[0] > 0
+    return sum_over_ranks(world, bool(flag))[0] > 0
 
 
 def seed_of(*parts) -> int:

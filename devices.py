@@ -1,5 +1,10 @@
-"""What accelerators can do, by their data sheets: for the share of the peak that a run uses, its plan and its energy."""
+"""What accelerators can do, by their data sheets: for the share of the peak that a run uses, its plan and its energy. And how
+many cores there are to use."""
+import os
+from pathlib import Path
 from typing import NamedTuple
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Device(NamedTuple):
@@ -36,3 +41,17 @@ def find_device(name: str) -> Device | None:
     def words(text: str) -> str:
         return f" {text.lower().replace('-', ' ')} "
     return next((device for known, device in DEVICES.items() if words(known) in words(name)), None)
+
+
+def allowed_cores() -> int:
+    """Cores that this process may use: those it may run on, and no more than the quota of its cgroup, which is not the host's
+    number of cores."""
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    for files in ["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]:  # of cgroup v2, of v1
+        try:
+            quota, period = " ".join((CGROUP / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                cores = min(cores, int(quota) / int(period))
+        except OSError:
+            continue
+    return max(1, round(cores))

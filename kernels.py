@@ -12,16 +12,15 @@ are what a token costs. The right kernel for each was found by measuring (benchm
 import copy
 import os
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import ddp
+from devices import allowed_cores
 from model import GPT
 
-CGROUP = Path("/sys/fs/cgroup")
 ROWS = 4  # of fbgemm's product in float16
 
 
@@ -122,17 +121,3 @@ def use_allowed_cores():
     """Has torch use as many threads as this process may use cores, unless OMP_NUM_THREADS says how many."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(allowed_cores())
-
-
-def allowed_cores() -> int:
-    """Cores that this process may use: those it may run on, and no more than the quota of its cgroup, which is not the host's
-    number of cores."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    for files in ["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]:  # of cgroup v2, of v1
-        try:
-            quota, period = " ".join((CGROUP / file).read_text() for file in files).split()
-            if quota not in ("max", "-1"):
-                cores = min(cores, int(quota) / int(period))
-        except OSError:
-            continue
-    return max(1, round(cores))

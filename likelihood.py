@@ -71,7 +71,7 @@ def log_likelihoods(model: GPT, vocab_size: int, items: list[list[Tree]], batch_
     order = sorted(range(len(items)), key=lambda i: sizes[i])
     at_a_time, sharded = max(1, LOGITS // vocab_size), ddp.is_sharded(model)
     try:
-        while ddp.any_rank(world, bool(order)) if sharded else order:
+        while ddp.any_rank(world, order) if sharded else order:
             if not order:  # the others cannot run theirs without this rank
                 fast.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))
                 continue

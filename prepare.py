@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import corpus
 import sources
+from devices import allowed_cores
 from encode import Encoded, copied, encode, start_workers, tokenized
 from errors import UserError, one_sentence
 from files import DISK_FULL
@@ -224,8 +225,7 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokeni
 
 def cores() -> int:
     """Cores that this process may use, shared with the others that torchrun started here."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, allowed_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def share_of_work(part_of: str | None) -> tuple[int, int]:

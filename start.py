@@ -154,9 +154,10 @@ def fits(sequences: int, config: TrainConfig, model: GPT, world: ddp.World) -> b
 def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) -> bool:
     """Puts model and optimizers where the checkpoint of `step` left them; refuses another configuration. Whether that step was
     measured: one that a signal had saved was not."""
+    saved = checkpoint.saved_config(run, step)
     for name, value in identity(config, step).items():
-        if (saved := checkpoint.saved_config(run, step).get(name)) != value:
-            raise UserError(f"{run} was started with {name} {saved}, and this is {value}: "
+        if saved.get(name) != value:
+            raise UserError(f"{run} was started with {name} {saved.get(name)}, and this is {value}: "
                             "go on as it was started, or give this run another name with --run.")
     optimizer_state, val_loss = checkpoint.load_state(run, step, model)
     optim.load_named_state(model, optimizers, optimizer_state)

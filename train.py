@@ -31,6 +31,7 @@ from dataloader import DataLoader
 from devices import find_device
 from errors import UserError, one_sentence
 from generate import Engine
+from likelihood import encode
 from model import GPT, cross_entropy
 from presets import PRESETS, RECIPES, TrainConfig, check, described, identity
 from start import autocast, build, find_checkpoint, hellaswag_examples, micro_batch, place, resume, sizes_of
@@ -308,7 +309,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[
 def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
     """The same of a sharded model, plainly: every rank takes part in each of as many forward passes as there are tokens."""
     model.eval()
-    prompt = tokenizer.encode(tokenizer.replace_unknown(config.sample_prompt)[0]) or [tokenizer.eot or 0]
+    prompt = encode(tokenizer, config.sample_prompt) or [tokenizer.eot or 0]
     ids, generator = torch.tensor([prompt] * config.samples), torch.Generator().manual_seed(config.seed)
     for _ in range(200):
         hidden = model.hidden(ids[:, -config.block_size:].to(model.transformer.wte.weight.device))[:, -1]

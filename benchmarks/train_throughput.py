@@ -156,7 +156,8 @@ def main(options: Options):
                 times[way].append(seconds / options.steps)
     c = SIZES[options.size]
     tokens = options.sequences * c.block_size
-    flops = train.GPT(dataclasses.replace(c, vocab_size=50_304)).flops_per_token(c.block_size)
+    with torch.device("meta"):
+        flops = train.GPT(dataclasses.replace(c, vocab_size=50_304)).flops_per_token(c.block_size)
     sheet = find_device(ddp.device_name(device))
     print(f"torch {torch.__version__}, {ddp.device_name(device)}, {options.dtype}, {options.size}, {options.sequences} x "
           f"{c.block_size} tokens a step; {flops / 1e9:.3f} GFLOP a token")

@@ -15,8 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import devices
 import generate
-import kernels
 import scheduler
 from errors import UserError
 from generate import Engine
@@ -293,17 +293,17 @@ def test_a_stop_string_ends_the_text_and_is_never_shown(char_engine):
 
 
 def test_a_quota_and_not_the_host_says_how_many_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "CGROUP", tmp_path)
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert kernels.allowed_cores() == 64
+    assert devices.allowed_cores() == 64
     for content, cores in (("max 100000\n", 64), ("200000 100000\n", 2), ("150000 100000\n", 2), ("50000 100000\n", 1)):
         (tmp_path / "cpu.max").write_text(content)
-        assert kernels.allowed_cores() == cores
+        assert devices.allowed_cores() == cores
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("300000\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert kernels.allowed_cores() == 3
+    assert devices.allowed_cores() == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------
