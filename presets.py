@@ -144,8 +144,8 @@ PRESETS |= {  # two epochs, as nanoGPT's, and three
 # Models that lie in assets/bundled, trained on two cores.
 PRESETS |= {
     "edu-bundled": TrainConfig(
-        data=Path("data/edu_corpus_bpe-4096"), n_layer=6, n_head=4, n_embd=256, block_size=256, batch_tokens=16 * 256,
-        micro_batch=8, max_steps=4500, optimizer="muon", learning_rate=8e-3, schedule="wsd", warmup_steps=50, min_lr_ratio=0.0,
+        data=Path("data/edu_corpus_bpe-4096"), n_layer=6, n_head=6, n_embd=192, block_size=256, batch_tokens=16 * 256,
+        micro_batch=16, max_steps=5000, optimizer="muon", learning_rate=8e-3, schedule="wsd", warmup_steps=50, min_lr_ratio=0.0,
         eval_every=100, eval_tokens=2**16, sample_every=500, save_every=50, sample_prompt="The history of"),
     "pushkin-bundled": dataclasses.replace(
         PRESETS["shakespeare-bundled"], data=Path("data/tiny_pushkin_char"), save_every=50),
