@@ -13,7 +13,6 @@ Any number of threads may ask at once: scheduler.py steps all texts together, sa
 A model reads at most `block_size` tokens. A longer prompt keeps its end; and when sampling has filled the context, the
 engine keeps the last half of it and prefills that again. This is what going on past the context means, everywhere.
 """
-import concurrent.futures
 import copy
 import dataclasses
 import functools
@@ -28,10 +27,12 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import tyro
 
+import native
 from checkpoint import describe, load_model
 from ddp import pick_device
 from errors import UserError, one_sentence
-from kernels import packed, runs_in, use_allowed_cores
+from forward import CHUNK, Forward, Segment
+from kernels import runs_in, use_allowed_cores
 from model import GPT
 from sampling import Sampling
 from scheduler import Request, Scheduler, Token
@@ -82,10 +83,10 @@ class Reader:
 class Engine:
     """Samples from a model and scores texts with it. `dtype` "auto" is bfloat16 on CUDA; on a CPU int8 for models of 20 million
     parameters or more, which are as fast as their bytes are read, and float32 for smaller ones. `limits` are the scheduler's:
-    how many texts run at once, how many requests wait, and for how long."""
+    how many texts run at once, how many requests wait, and for how long. Without `native` torch computes all."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: Dtype = "auto", **limits):
-        self.tokenizer, self.block_size, self.limits = tokenizer, model.config.block_size, limits
+    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: Dtype = "auto", native: bool = True, **limits):
+        self.tokenizer, self.block_size, self.limits, self.native = tokenizer, model.config.block_size, limits, native
         self.device = next(model.parameters()).device
         if dtype == "auto":
             large = model.num_parameters() >= LARGE and runs_in("int8", self.device)
@@ -98,20 +99,21 @@ class Engine:
         self.model = model if same else copy.deepcopy(model).to(weights)
 
     @functools.cached_property
-    def packed(self) -> GPT:
-        """The model as it is run: on a CPU with its matrices in the engine's precision.
+    def forward(self) -> Forward:
+        """The model's steps; with `self.kernel` it says how they are computed."""
+        if not self.native:
+            return Forward(self.model, self.dtype)
+        forward, self.kernel = native.forward(self.model, self.dtype)
+        return forward
 
-        Packed in a thread that ends: OpenMP keeps workers for each thread that computed, and with more of them than cores it
-        waits by sleeping, which costs the scheduler's thread a fifth.
-        """
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            return thread.submit(packed, self.model, self.dtype).result()
+    @property
+    def packed(self) -> GPT:
+        """The model as torch runs it: on a CPU with its matrices in the engine's precision."""
+        return self.forward.model
 
     @functools.cached_property
     def scheduler(self) -> Scheduler:
-        exact = self.dtype == "float32" or self.device.type != "cpu"
-        cache_dtype = getattr(torch, self.dtype) if exact else torch.float16
-        return Scheduler(self.packed, self.tokenizer.vocab_size, self.tokenizer.eot, cache_dtype, **self.limits)
+        return Scheduler(self.forward, self.tokenizer.vocab_size, self.tokenizer.eot, self.block_size, **self.limits)
 
     def encode(self, prompt: str) -> tuple[list[int], list[str]]:
         """(the ids that the model is given for `prompt`, sentences on what of the prompt it could not be given).
@@ -167,10 +169,6 @@ class Engine:
             texts[piece.index] += piece.text
         return texts
 
-    def logits(self, x):
-        """float32 logits (…, tokenizer.vocab_size) of x (…, n_embd): padding ids are never sampled nor scored."""
-        return self.packed.logits(x)[..., :self.tokenizer.vocab_size].float()
-
     def score(self, text: str) -> list[float | None]:
         """The log-probability (nats) of each token of a text given those before it.
 
@@ -178,7 +176,6 @@ class Engine:
         """
         return [token["logprob"] for token in self.inspect(text, top=0)]
 
-    @torch.inference_mode()
     def inspect(self, text: str | list[int], top: int = 10) -> list[dict]:
         """Token by token what the model made of a text, or of ids: `id`, `text`, `logprob`, and `top`, its likeliest choices
         there as (text, logprob) pairs. A text follows `<|endoftext|>` where there is one, ids nothing: the first of them has no
@@ -190,12 +187,15 @@ class Engine:
         while done < len(ids):
             start = 0 if done < self.block_size else done - max(1, self.block_size // 2)
             stop = min(start + self.block_size + 1, len(ids))
-            window = torch.tensor([ids[start:stop - 1]], device=self.device)  # (1, t)
-            hidden = self.packed.hidden(window)[0, done - 1 - start:]  # (stop - done, n_embd)
-            for i, logprobs in zip(range(done, stop), self.logits(hidden).log_softmax(-1)):  # (V,) each
-                best = logprobs.topk(min(top, len(logprobs)))
-                tokens[i]["logprob"] = logprobs[ids[i]].item()
-                tokens[i]["top"] = [(decode([j]), p) for j, p in zip(best.indices.tolist(), best.values.tolist())]
+            cache = self.forward.new_cache()
+            for place in range(start, stop - 1, CHUNK):  # logits of a whole window would be large
+                chunk = ids[place:min(place + CHUNK, stop - 1)]
+                new = range(max(done - 1 - place, 0), len(chunk))  # those that no window before has scored
+                logits = self.forward([Segment(cache, place - start, chunk)], new)[:, :self.tokenizer.vocab_size]
+                for i, logprobs in zip((place + row + 1 for row in new), logits.log_softmax(-1)):  # (V,) each
+                    best = logprobs.topk(min(top, len(logprobs)))
+                    tokens[i]["logprob"] = logprobs[ids[i]].item()
+                    tokens[i]["top"] = [(decode([j]), p) for j, p in zip(best.indices.tolist(), best.values.tolist())]
             done = stop
         return tokens[len(before):]
 

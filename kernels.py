@@ -52,18 +52,22 @@ class HalfLinear(nn.Module):
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], -1)
 
 
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 weights (out, in), the scale of each row (out,)) of weights (out, in)."""
+    scales = weight.detach().abs().amax(1).clamp_min(1e-12) / 127
+    return (weight.detach() / scales[:, None]).round_().to(torch.int8), scales
+
+
 class Int8Linear(nn.Module):
     """`nn.Linear` with a weight of 8 bits and a scale for each of its rows; inputs are rounded to 7 bits, with a scale for each
     row too. (Seven, because AVX2 adds pairs of products in 16 bits.)"""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         super().__init__()
-        weight = weight.detach().float()
-        scales = weight.abs().amax(1).clamp_min(1e-12) / 127
+        whole, scales = quantized(weight)
         with warnings.catch_warnings():  # torch means to move these kernels elsewhere one day
             warnings.simplefilter("ignore")
-            zeros = torch.zeros(len(weight), dtype=torch.long)
-            whole = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+            whole = torch._make_per_channel_quantized_tensor(whole, scales.double(), torch.zeros(len(whole), dtype=torch.long), 0)
         engine, torch.backends.quantized.engine = torch.backends.quantized.engine, "fbgemm"
         self.weight = torch.ops.quantized.linear_prepack(whole, None)
         torch.backends.quantized.engine = engine

@@ -2,14 +2,12 @@
 
 A step is one pass over the weights. Each text that is being written brings the row of its last token, new prompts bring theirs
 a chunk at a time, so that nobody's text waits for more than a chunk of somebody else's; between steps texts come and go. What a
-text becomes depends on its own prompt, settings and seed alone. That takes three things: products whose rows do not
-depend on each other (kernels.py), attention computed for each text by itself, in chunks cut at fixed places, and a random
-stream for each.
+text becomes depends on its own prompt, settings and seed alone: rows of a step do not depend on each other (forward.py), and
+each text has a random stream of its own.
 """
 import atexit
 import bisect
 import collections
-import functools
 import itertools
 import queue
 import secrets
@@ -19,14 +17,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ddp import seed_of
 from errors import UserError
-from model import GPT
+from forward import CHUNK, Forward, KVCache, Segment
 from sampling import Sampling, penalize, sample
 
-CHUNK = 64  # tokens; a prompt is processed in chunks that begin at multiples of this
 ALONE = 8 * CHUNK  # tokens of prompts in a step when nobody is writing
 LINGER_S = 2  # how long the thread stays when there is nothing to do
 
@@ -40,33 +36,6 @@ class Token(NamedTuple):
     id: int
     logprob: float | None = None
     top: tuple = ()
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# The cache
-
-class KVCache:
-    """Keys and values of one text's tokens, the first `length` of its places filled; it grows by whole chunks.
-
-    The first `settled` are, bit for bit, what any prompt that begins with these tokens would be given. Those of sampled tokens
-    are not: their attention was computed for one row instead of for a chunk, and added up in another order.
-    """
-
-    def __init__(self, kv, length: int = 0, settled: int = 0):
-        self.kv, self.length, self.settled = kv, length, settled  # kv (n_layer, 2, n_head, places, head size)
-
-    def make_room(self, length: int):
-        """Room for `length` tokens: twice what there was, so that a text is copied a few times only."""
-        if length > self.kv.size(3):
-            places = -(-max(length, 2 * self.length) // CHUNK) * CHUNK
-            grown = self.kv.new_zeros(*self.kv.shape[:3], places, self.kv.size(4))  # zeros: places not filled are masked
-            grown[..., :self.length, :] = self.kv[..., :self.length, :]
-            self.kv = grown
-
-    def copy(self, length: int) -> "KVCache":
-        """The first `length` tokens in a cache of their own."""
-        places = -(-length // CHUNK) * CHUNK
-        return KVCache(self.kv[..., :places, :].clone(), length, min(length, self.settled))
 
 
 class PrefixStore:
@@ -99,58 +68,6 @@ class PrefixStore:
 def common_prefix(a: list[int], b: list[int]) -> int:
     """How many ids two lists have in common at their beginning."""
     return bisect.bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# The forward step
-
-class Segment(NamedTuple):
-    """Tokens that follow those in a text's cache: a part of a chunk of its prompt, or the one that was sampled last."""
-    cache: KVCache
-    start: int
-    ids: list[int]
-    sampled: bool
-
-
-def forward(model: GPT, segments: list[Segment], device):
-    """Final hidden states (R, n_embd) of all segments' tokens, one after the other, and the caches filled with them."""
-    for cache, start, ids, _ in segments:
-        cache.make_room(start + len(ids))
-    ids = [i for segment in segments for i in segment.ids]
-    positions = [start + i for _, start, ids, _ in segments for i in range(len(ids))]
-    idx, positions = (torch.tensor([row], device=device) for row in (ids, positions))
-    hidden = model.hidden(idx, positions, attend=functools.partial(attend, segments))[0]
-    for segment in segments:
-        cache = segment.cache
-        cache.length = segment.start + len(segment.ids)
-        if not segment.sampled and cache.settled == segment.start:
-            cache.settled = cache.length
-    return hidden
-
-
-def attend(segments: list[Segment], layer: int, q, k, v):
-    """(1, nh, R, hs) of q, k and v alike: each row attends to its own text, in its cache, up to itself."""
-    y, row = torch.zeros_like(q), 0
-    for cache, start, ids, sampled in segments:
-        kv, rows, end = cache.kv[layer], slice(row, row + len(ids)), start + len(ids)  # kv (2, nh, places, hs)
-        kv[0, :, start:end], kv[1, :, start:end] = k[0, :, rows], v[0, :, rows]
-        row = rows.stop
-        if sampled:
-            y[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], *kv[:, None, :, :end].to(q.dtype))
-            continue
-        base = start // CHUNK * CHUNK  # a row's place in the product does not depend on where its chunk was cut
-        chunk = q.new_zeros(1, q.size(1), CHUNK, q.size(3))
-        inside = slice(start - base, end - base)
-        chunk[:, :, inside] = q[:, :, rows]
-        y[:, :, rows] = F.scaled_dot_product_attention(chunk, *kv[:, None, :, :base + CHUNK].to(q.dtype),
-                                                       attn_mask=causal(base, q.device, q.dtype))[:, :, inside]
-    return y
-
-
-@functools.lru_cache(maxsize=64)
-def causal(base: int, device, dtype):
-    """(CHUNK, base + CHUNK): what is added to the scores of the chunk that begins at `base`."""
-    return torch.full((CHUNK, base + CHUNK), -torch.inf, device=device, dtype=dtype).triu_(base + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -229,13 +146,10 @@ class Scheduler:
     `deadline_s` passes before its turn, a request gets `Busy`, and a running text ends.
     """
 
-    def __init__(self, model: GPT, vocab_size: int, eot: int | None, cache_dtype: torch.dtype, max_running: int = 32,
+    def __init__(self, forward: Forward, vocab_size: int, eot: int | None, block_size: int, max_running: int = 32,
                  max_waiting: int = 64, deadline_s: float = 600, prefix_bytes: int = 2**28):
-        self.model, self.vocab_size, self.eot, self.block_size = model, vocab_size, eot, model.config.block_size
+        self.forward, self.vocab_size, self.eot, self.block_size = forward, vocab_size, eot, block_size
         self.max_running, self.max_waiting, self.deadline_s = max_running, max_waiting, deadline_s
-        config, weight = model.config, model.transformer.wte.weight
-        self.device = weight.device
-        self.no_cache = weight.new_zeros(config.n_layer, 2, config.n_head, 0, config.n_embd // config.n_head, dtype=cache_dtype)
         self.prefixes = PrefixStore(prefix_bytes)
         self.waiting, self.running, self.turn = collections.deque(), [], 0
         self.lock, self.thread, self.closed = threading.Condition(), None, False
@@ -320,26 +234,22 @@ class Scheduler:
         prompting = [text for text in self.running if text.prompting]
         for text in self.running:
             if not text.prompting:
-                segments.append(Segment(text.cache, text.cache.length, text.window[-1:], True))
+                segments.append(Segment(text.cache, text.cache.length, text.window[-1:], sampled=True))
                 ready.append((text, len(segments)))
         budget, self.turn = CHUNK if segments else ALONE, self.turn + 1
         for i in range(len(prompting)):  # each step begins with the next one
             text = prompting[(self.turn + i) % len(prompting)]
             if text.cache is None:
-                text.cache = self.prefixes.find(text.window) or KVCache(self.no_cache)
+                text.cache = self.prefixes.find(text.window) or self.forward.new_cache()
             start = text.cache.length
             while budget > 0 and start < len(text.window):
                 ids = text.window[start:min((start // CHUNK + 1) * CHUNK, start + budget)]
-                segments.append(Segment(text.cache, start, ids, False))
+                segments.append(Segment(text.cache, start, ids))
                 start, budget = start + len(ids), budget - len(ids)
             if start == len(text.window):
                 ready.append((text, len(segments)))
-        hidden = forward(self.model, segments, self.device)
-        if not ready:
-            return
         ends = list(itertools.accumulate(len(segment.ids) for segment in segments))
-        last = hidden[[ends[count - 1] - 1 for _, count in ready]]  # (R, n_embd)
-        logits = self.model.logits(last)[:, :self.vocab_size].float().cpu()  # padding ids are never sampled
+        logits = self.forward(segments, [ends[count - 1] - 1 for _, count in ready])[:, :self.vocab_size]  # no padding ids
         for (text, _), row in zip(ready, logits):
             for each in self.begin(text):
                 self.write(each, row)

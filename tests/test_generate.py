@@ -1,4 +1,5 @@
 import concurrent.futures
+import copy
 import json
 import math
 import re
@@ -17,8 +18,10 @@ from transformers import (
 
 import devices
 import generate
+import native
 import scheduler
 from errors import UserError
+from forward import Forward, Segment
 from generate import Engine
 from kernels import packed
 from sampling import penalize, sample, weigh
@@ -155,11 +158,11 @@ def crowd(count=32):
             "top_p": [1.0, 0.9][i // 2 % 2], "repetition_penalty": [1.0, 1.2][i // 4 % 2]}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("native, threads", [(True, 1), (True, 2), (False, 2)])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_a_text_is_the_same_alone_and_in_a_crowd(dtype, threads):
+def test_a_text_is_the_same_alone_and_in_a_crowd(dtype, native, threads):
     torch.set_num_threads(threads)
-    alone, together = (wide_engine(dtype, prefix_bytes=size) for size in (0, 2**28))
+    alone, together = (wide_engine(dtype, native=native, prefix_bytes=size) for size in (0, 2**28))
     expected = [ids_of(alone, prompt, **settings) for prompt, settings in crowd()]
     requests = [together.submit(prompt, **settings) for prompt, settings in crowd()]
     assert [[event.id for _, event in request if isinstance(event, Token)] for request in requests] == expected
@@ -170,6 +173,45 @@ def test_a_text_is_the_same_alone_and_in_a_crowd(dtype, threads):
             return ids_of(together, prompt, **settings)
         assert [future.result() for future in
                 [pool.submit(one, i, *text) for i, text in enumerate(crowd())]] == expected
+
+
+SHAPES = [{}, {"n_head": 8}, {"n_head": 1}, {"n_head": 1, "n_embd": 72, "vocab_size": 27}, {"activation": "gelu"}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_the_native_step_is_torchs(dtype, shape):
+    model = tiny_gpt(**{"block_size": 160, "n_head": 4, "n_embd": 64, **shape})
+    (ours, how), plain = native.forward(model, dtype), Forward(model, dtype)
+    assert how == "by native.cpp", "a machine that runs these tests has AVX2 and g++"
+    ids, caches, logits = (torch.arange(140) * 7 % 27).tolist(), (ours.new_cache(), plain.new_cache()), ([], [])
+    for start, stop, sampled in (0, 64, False), (64, 100, False), (100, 101, True), (101, 128, False), (128, 129, True):
+        for step, cache, rows in zip((ours, plain), caches, logits):
+            rows.append(step([Segment(cache, start, ids[start:stop], sampled)], range(stop - start)))
+    a, b = (torch.cat(rows) for rows in logits)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(torch.tensor([ids[:129]]))[0][0]
+    assert (a - b).abs().mean() < {"float32": 2e-6, "int8": 2e-2}.get(dtype, 5e-5)  # int8 rounds an input elsewhere, now and then
+    assert (a - exact).abs().mean() < 1.1 * (b - exact).abs().mean()
+
+
+def test_torch_steps_where_the_native_step_cannot_be(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "compiled", native.compiled.__wrapped__)  # what was compiled before is forgotten
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert native.forward(tiny_gpt(n_head=4), "int8")[1].endswith("a head's size is not a multiple of 8")
+    prompts = {"prompt": [3, 1, 4], "max_new_tokens": 12, "temperature": 0}
+    expected = ids_of(wide_engine(), **prompts)
+    assert len(list(tmp_path.glob("cache/*/native-*.so"))) == 1, "compiled once, into the cache folder"
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
+    native.SOURCE.write_text("no C++")
+    assert native.forward(tiny_gpt(), "int8")[1].endswith("g++ cannot compile it")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    engine = wide_engine()
+    assert ids_of(engine, **prompts) == expected and engine.kernel.endswith("there is no g++ to compile it")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(native.SOURCE))
+    assert ids_of(wide_engine(), **prompts) == expected
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert native.forward(tiny_gpt(), "int8")[1].endswith("this CPU has no AVX2")
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -187,9 +229,10 @@ def test_rows_of_a_product_do_not_depend_on_each_other(dtype):
                 assert torch.equal(layer(x[-some:].clone()), rows[-some:]), (layer, some)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_a_cached_beginning_changes_nothing(dtype):
-    engine, fresh = wide_engine(dtype), wide_engine(dtype, prefix_bytes=0)
+def test_a_cached_beginning_changes_nothing(dtype, native):
+    engine, fresh = wide_engine(dtype, native=native), wide_engine(dtype, native=native, prefix_bytes=0)
     prompt = (torch.arange(140) * 7 % 30).tolist()
     follow_up = prompt[:100] + ids_of(engine, prompt[:100], max_new_tokens=30, seed=1)
     for beginning in (prompt[:100], prompt[:100], prompt, prompt[:77], [*prompt[:70], 5, 5, 5], follow_up, prompt[:1]):
@@ -197,21 +240,25 @@ def test_a_cached_beginning_changes_nothing(dtype):
         assert logprobs[0] == logprobs[1], "bit for bit"
 
 
-def test_a_prompt_seen_before_costs_one_short_step():
-    engine = wide_engine()
-    rows, plain = [], scheduler.forward
+@pytest.mark.parametrize("native", [True, False])
+def test_a_prompt_seen_before_costs_one_short_step(native):
+    engine, rows = wide_engine(native=native), []
 
-    def counted(model, segments, device):
+    def counted(segments, wanted):
         rows.append(sum(len(segment.ids) for segment in segments))
-        return plain(model, segments, device)
+        return plain(segments, wanted)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "forward", counted)
-        prompt = list(range(30)) * 4
-        for beginning, computed in ((prompt, 120), (prompt, 1), (prompt[:90], 1), ([*prompt[:90], 7, 7], 2)):
-            rows.clear()
-            ids_of(engine, beginning, max_new_tokens=1)
-            assert sum(rows) == computed
+    plain, engine.scheduler.forward = engine.scheduler.forward, counted
+    counted.new_cache = plain.new_cache
+    prompt = list(range(30)) * 4
+    for beginning, computed in ((prompt, 120), (prompt, 1), (prompt[:90], 1), ([*prompt[:90], 7, 7], 2)):
+        rows.clear()
+        ids_of(engine, beginning, max_new_tokens=1)
+        assert sum(rows) == computed
+    text = prompt + ids_of(engine, prompt, max_new_tokens=20)
+    rows.clear()
+    ids_of(engine, text, max_new_tokens=1)
+    assert sum(rows) == (1 if native else 20), "torch's attention of one row is not bit for bit that of a prompt"
 
 
 def test_the_store_forgets_the_oldest_and_keeps_to_its_bytes():
