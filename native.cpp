@@ -4,7 +4,10 @@
 // products in the order of the inputs, however many rows share a tile, so that a text is the same alone, in a crowd, and when
 // what was sampled is read again as a prompt. WEIGHTS and CACHE are chosen when it is compiled.
 #include <immintrin.h>
+#include <omp.h>
+#include <sched.h>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -60,7 +63,9 @@ struct Float16 : Float32 {
 };
 struct BFloat16 : Float32 {
     using Weight = uint16_t;
-    static f8 get(const Weight* w) { return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)w)), 16); }
+    static f8 get(const Weight* w) {
+        return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)w)), 16);
+    }
 };
 struct Int8 {  // inputs are rounded to 1 to 127 around 64, so that a pair of products fits 16 bits; sums begin by taking 64 off
     using Weight = int8_t; using Input = uint8_t; using Sums = i8;
@@ -71,7 +76,8 @@ struct Int8 {  // inputs are rounded to 1 to 127 around 64, so that a pair of pr
         float scale = largest(most) / 63;
         for (int64_t c = 0; c < C; c += 8) {
             i8 whole = (i8)_mm256_cvtps_epi32((__m256)(load(x + c) / scale)) + 64;
-            for (int i = 0; i < 8; i++) input[c + i] = whole[i];
+            __m128i half = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)whole), _mm256_extracti128_si256((__m256i)whole, 1));
+            _mm_storel_epi64((__m128i*)(input + c), _mm_packus_epi16(half, half));
         }
         return scale;
     }
@@ -91,7 +97,24 @@ struct Int8 {  // inputs are rounded to 1 to 127 around 64, so that a pair of pr
 };
 using Kind = WEIGHTS;
 
-// ---- Products; all threads of a parallel region call these together
+// ---- The threads that share a step
+
+struct Team {
+    std::atomic<int64_t> next{0};
+    std::atomic<int> waiting{0}, turn{0};
+
+    // Calls each(i) for every i < n, `chunk` of them at a time by whoever is free, and goes on when all are done. OpenMP's own
+    // loops end by sleeping once two threads of a program have used it, which takes longer than the loops.
+    template <class Each> void share(int64_t n, int64_t chunk, Each each) {
+        for (int64_t i; (i = next.fetch_add(chunk)) < n;)
+            for (int64_t j = i; j < std::min(n, i + chunk); j++) each(j);
+        int now = turn;
+        if (++waiting == omp_get_num_threads()) waiting = 0, next = 0, turn++;
+        else for (int spins = 0; turn == now; spins++) spins < 10'000 ? _mm_pause() : (void)sched_yield();
+    }
+};
+
+// ---- Products; all threads of the team call these together
 
 struct Buffers { std::vector<Kind::Input> inputs; std::vector<float> scales, normed, a, b; };
 enum After { STORE, ADD, GELU, EXACT_GELU };
@@ -111,6 +134,7 @@ static void tile(const Matrix& m, int64_t first, const Kind::Input* x, const flo
     for (auto& row : sums) row[0] = Kind::begin(m, first), row[1] = Kind::begin(m, first + 8);
     auto w = (const Kind::Weight*)m.weight + first * m.in;
     for (int64_t k = 0; k < m.in; k += Kind::group, w += 16 * Kind::group) {
+        if (M > 1) _mm_prefetch((const char*)(w + 16 * m.in), _MM_HINT_T0);  // the next panel, while this one is computed with
         auto left = Kind::get(w), right = Kind::get(w + 8 * Kind::group);
         for (int i = 0; i < M; i++) {
             auto input = Kind::spread(x + i * m.in + k);
@@ -131,18 +155,20 @@ static void tile(const Matrix& m, int64_t first, const Kind::Input* x, const flo
 }
 
 // y (R, out) of x (R, in), normalized before where there is a norm
-static void linear(const Matrix& m, const Norm* norm, const float* x, int64_t R, float* y, After after, Buffers& buffers) {
-    #pragma omp for
-    for (int64_t r = 0; r < R; r++) {
+static void linear(Team& team, const Matrix& m, const Norm* norm, const float* x, int64_t R, float* y, After after,
+                   Buffers& buffers) {
+    team.share(R, 1, [&](int64_t r) {
         const float* from = x + r * m.in;
         if (norm) normalize(*norm, from, &buffers.normed[r * m.in], m.in), from = &buffers.normed[r * m.in];
         buffers.scales[r] = Kind::prepare(from, &buffers.inputs[r * m.in], m.in);
-    }
+    });
     constexpr decltype(&tile<1>) tiles[] = {tile<1>, tile<2>, tile<3>, tile<4>};
-    #pragma omp for schedule(dynamic, 8)
-    for (int64_t first = 0; first < m.out; first += 16)
-        for (int64_t r = 0; r < R; r += 4)
-            tiles[std::min<int64_t>(4, R - r) - 1](m, first, &buffers.inputs[r * m.in], &buffers.scales[r], y + r * m.out, after);
+    team.share((m.out + 15) / 16, 8, [&](int64_t panel) {
+        for (int64_t r = 0; r < R; r += 4) {
+            auto rows = tiles[std::min<int64_t>(4, R - r) - 1];
+            rows(m, panel * 16, &buffers.inputs[r * m.in], &buffers.scales[r], y + r * m.out, after);
+        }
+    });
 }
 
 // ---- Attention
@@ -156,18 +182,17 @@ static void mean(const float* p, const CACHE* v, int64_t count, int64_t size, fl
 }
 
 // y (R, n_embd) of qkv (R, 3 n_embd): each row attends to its own text's cache, up to itself
-static void attend(const Model& m, int64_t layer, const float* qkv, const Row* rows, int64_t R, float* y) {
+static void attend(Team& team, const Model& m, int64_t layer, const float* qkv, const Row* rows, int64_t R, float* y) {
     int64_t C = m.n_embd, size = C / m.n_head;
     auto place = [&](const Row& row, int64_t head, int64_t t) {  // heads of keys, then heads of values
         return (CACHE*)row.cache + ((layer * 2 * m.n_head + head) * row.places + t) * size;
     };
-    #pragma omp for
-    for (int64_t r = 0; r < R; r++)
+    team.share(R, 1, [&](int64_t r) {
         for (int64_t c = 0; c < 2 * C; c += 8)
             store(place(rows[r], c / size, rows[r].position) + c % size, load(qkv + (3 * r + 1) * C + c));
+    });
     std::vector<float> p;
-    #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < R * m.n_head; i++) {
+    team.share(R * m.n_head, 1, [&](int64_t i) {
         int64_t r = i / m.n_head, head = i % m.n_head, count = rows[r].position + 1;
         const float* q = qkv + 3 * r * C + head * size;
         const CACHE *k = place(rows[r], head, 0), *v = place(rows[r], m.n_head + head, 0);
@@ -193,29 +218,30 @@ static void attend(const Model& m, int64_t layer, const float* qkv, const Row* r
         int64_t d = 0;
         for (; d + 64 <= size; d += 64) mean<8>(p.data(), v + d, count, size, sum(total), y + r * C + head * size + d);
         for (; d < size; d += 8) mean<1>(p.data(), v + d, count, size, sum(total), y + r * C + head * size + d);
-    }
+    });
 }
 
 // ---- A step
 
 // logits (L, vocabulary) of the rows numbered `last`, of embeddings x (R, n_embd), which become the last layer's outputs
-extern "C" void forward(const Model& m, int64_t R, const Row* rows, float* x, int64_t L, const int64_t* last, float* logits, int threads) {
+extern "C" void forward(const Model& m, int64_t R, const Row* rows, float* x, int64_t L, const int64_t* last, float* logits,
+                        int threads) {
     int64_t C = m.n_embd;
     auto floats = [](int64_t n) { return std::vector<float>(n); };
     Buffers buffers{std::vector<Kind::Input>(R * 4 * C), floats(R), floats(R * C), floats(R * 4 * C), floats(R * C)};
     float *a = buffers.a.data(), *b = buffers.b.data();
+    Team team;
     #pragma omp parallel num_threads(threads)
     {
         for (int64_t i = 0; i < m.n_layer; i++) {
             const Layer& layer = m.layers[i];
-            linear(layer.c_attn, &layer.ln_1, x, R, a, STORE, buffers);
-            attend(m, i, a, rows, R, b);
-            linear(layer.c_proj, nullptr, b, R, x, ADD, buffers);
-            linear(layer.c_fc, &layer.ln_2, x, R, a, m.exact_gelu ? EXACT_GELU : GELU, buffers);
-            linear(layer.mlp_c_proj, nullptr, a, R, x, ADD, buffers);
+            linear(team, layer.c_attn, &layer.ln_1, x, R, a, STORE, buffers);
+            attend(team, m, i, a, rows, R, b);
+            linear(team, layer.c_proj, nullptr, b, R, x, ADD, buffers);
+            linear(team, layer.c_fc, &layer.ln_2, x, R, a, m.exact_gelu ? EXACT_GELU : GELU, buffers);
+            linear(team, layer.mlp_c_proj, nullptr, a, R, x, ADD, buffers);
         }
-        #pragma omp for
-        for (int64_t l = 0; l < L; l++) std::copy_n(x + last[l] * C, C, b + l * C);
-        linear(m.head, &m.ln_f, b, L, logits, STORE, buffers);
+        team.share(L, 1, [&](int64_t l) { std::copy_n(x + last[l] * C, C, b + l * C); });
+        linear(team, m.head, &m.ln_f, b, L, logits, STORE, buffers);
     }
 }

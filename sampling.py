@@ -1,13 +1,17 @@
-"""How a token is chosen from a model's logits: the settings of a text, what each does to the logits, and the draw."""
+"""How a token is chosen from a model's logits: the settings of a text, what each does to the logits, and the draw.
+
+Logits are numpy's (V,) in float32: a token takes some twenty small steps here, each of which is a fifth of its price in torch.
+"""
 import dataclasses
 import math
 
-import torch
+import numpy as np
 
 from errors import UserError
 
 BLOCK = 64  # probabilities are added up in blocks of so many, and the draw looks into one of them
 NUCLEUS = 512  # likeliest tokens among which top_p is looked for first: to sort them all takes longer than the model does
+TINY = 1e-30  # a temperature that is as good as none, and that float32 can divide by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +42,19 @@ class Sampling:
                 raise UserError(sentence)
 
 
-def penalize(logits, seen, penalty: float):
-    """Logits (V,) with those of the tokens `seen` (N,), each named once, made less likely (Keskar et al. 2019, section 4.1)."""
-    there = logits[seen]
-    return logits.index_copy(0, seen, torch.where(there > 0, there / penalty, there * penalty))
+def penalize(logits, seen: set[int], penalty: float):
+    """Logits (V,) with those of the tokens `seen` made less likely (Keskar et al. 2019, section 4.1)."""
+    logits, ids = logits.copy(), list(seen)
+    logits[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+    return logits
+
+
+def likeliest(logits, k: int):
+    """The ids (k,) of the k largest of logits (V,), largest first."""
+    largest = logits[:len(logits) // BLOCK * BLOCK].reshape(BLOCK, -1).max(0)  # of each BLOCK numbers: k of them are as large as
+    bound = np.partition(largest if k <= len(largest) else logits, -k)[-k] if k else np.inf  # the k-th largest of these
+    ids = np.flatnonzero(logits >= bound)
+    return ids[np.argsort(-logits[ids], kind="stable")[:k]]
 
 
 def weigh(logits, temperature: float, top_k: int | None = None, top_p: float = 1.0):
@@ -49,34 +62,35 @@ def weigh(logits, temperature: float, top_k: int | None = None, top_p: float = 1
 
     Temperature first, then the top_k likeliest, then the fewest of those that hold top_p of the probability.
     """
-    weights = (logits - logits.max()).div_(temperature).exp_()  # however small the temperature, the largest is 1
-    if not top_k and top_p == 1:
-        return weights, None
-    k = min(top_k or len(weights), len(weights))
-    total = None if top_k else weights.sum(dtype=torch.float64)
-    kept, ids = weights.topk(k if top_k else min(k, NUCLEUS))  # likeliest first
+    def exp(x):
+        return np.exp((x - most) / np.float32(max(temperature, TINY)))  # however small the temperature, the largest is 1
+
+    most, k = logits.max(), min(top_k or len(logits), len(logits))
+    if k == len(logits) and top_p == 1:
+        return exp(logits), None
+    ids = likeliest(logits, k if top_k else min(k, NUCLEUS))
+    weights = exp(logits[ids])
     if top_p < 1:
-        total = kept.sum(dtype=torch.float64) if top_k else total
-        before = kept.cumsum(0, dtype=torch.float64).sub_(kept)
-        if len(kept) < k and before[-1] < top_p * total:
-            kept, ids = weights.sort(descending=True)
-            before = kept.cumsum(0, dtype=torch.float64).sub_(kept)
-        kept = kept[before < top_p * total]
-    return kept, ids
+        total = (weights if top_k else exp(logits)).sum(dtype=np.float64)
+        if len(ids) < k and weights.sum(dtype=np.float64) < top_p * total:
+            ids = likeliest(logits, k)
+            weights = exp(logits[ids])
+        before = np.cumsum(weights, dtype=np.float64) - weights
+        weights = weights[before < top_p * total]
+    return weights, ids[:len(weights)]
 
 
 def sample(logits, uniform: float, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> int:
-    """A token id from logits (V,) in float32, by inverting its distribution at `uniform` in [0, 1). Temperature 0 takes the
-    likeliest."""
+    """A token id from logits (V,), by inverting its distribution at `uniform` in [0, 1). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return int(logits.argmax())
     weights, ids = weigh(logits, temperature, top_k, top_p)
-    blocks = torch.nn.functional.pad(weights, (0, -len(weights) % BLOCK)).view(-1, BLOCK)
-    sums = blocks.sum(1, dtype=torch.float64).cumsum(0)
+    blocks = np.append(weights, np.zeros(-len(weights) % BLOCK, weights.dtype)).reshape(-1, BLOCK)
+    sums = blocks.sum(1, dtype=np.float64).cumsum()
     target = uniform * sums[-1]
-    block = min(int(torch.searchsorted(sums, target, right=True)), len(sums) - 1)
-    within = blocks[block].cumsum(0, dtype=torch.float64)
-    place = int(torch.searchsorted(within, target - (sums[block - 1] if block else 0), right=True))
-    last = int(blocks[block].nonzero()[-1]) if blocks[block].any() else 0  # rounding never draws what cannot be drawn
+    block = min(int(sums.searchsorted(target, side="right")), len(sums) - 1)
+    within = blocks[block].cumsum(dtype=np.float64)
+    place = int(within.searchsorted(target - (sums[block - 1] if block else 0), side="right"))
+    last = int(blocks[block].nonzero()[0][-1])  # rounding never draws what cannot be drawn
     choice = block * BLOCK + min(place, last)
     return choice if ids is None else int(ids[choice])

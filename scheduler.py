@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ddp import seed_of
 from errors import UserError
 from forward import CHUNK, Forward, KVCache, Segment
-from sampling import Sampling, penalize, sample
+from sampling import Sampling, likeliest, penalize, sample
 
 ALONE = 8 * CHUNK  # tokens of prompts in a step when nobody is writing
 LINGER_S = 2  # how long the thread stays when there is nothing to do
@@ -78,25 +79,23 @@ class Text:
 
     def __init__(self, request: "Request", index: int):
         self.request, self.index, self.window = request, index, list(request.ids)
-        self.seen = torch.tensor(sorted(set(request.ids)))
-        self.random = torch.Generator().manual_seed(seed_of(request.seed, index))
+        self.seen = set(request.ids)
+        self.random = np.random.default_rng(seed_of(request.seed, index))
         self.cache, self.prompting, self.made = None, True, 0  # prompting: the window is not in the cache yet
 
     def choose(self, logits) -> Token:
         """The next token by logits (V,)."""
-        options, plain = self.request.sampling, logits
-        if not plain.isfinite().all():
+        options, plain, most = self.request.sampling, logits, logits.max()
+        if not np.isfinite(most):
             raise UserError("The model's predictions are not numbers: its weights are damaged, or its training diverged.")
         if options.repetition_penalty != 1:
             logits = penalize(logits, self.seen, options.repetition_penalty)
-        uniform = torch.rand((), generator=self.random, dtype=torch.float64).item()
-        token = Token(sample(logits, uniform, options.temperature, options.top_k, options.top_p))
+        token = Token(sample(logits, self.random.random(), options.temperature, options.top_k, options.top_p))
         if options.logprobs is not None:
-            logprobs = plain.log_softmax(-1)
-            best = logprobs.topk(min(options.logprobs, len(logprobs)))
-            token = Token(token.id, logprobs[token.id].item(), tuple(zip(best.indices.tolist(), best.values.tolist())))
-        if options.repetition_penalty != 1 and token.id not in self.seen:
-            self.seen = torch.cat([self.seen, torch.tensor([token.id])])
+            total = most + np.log(np.exp(plain - most).sum(dtype=np.float64))
+            top = likeliest(plain, min(options.logprobs, len(plain)))
+            token = Token(token.id, float(plain[token.id] - total), tuple((int(i), float(plain[i] - total)) for i in top))
+        self.seen.add(token.id)
         self.made += 1
         return token
 
@@ -250,7 +249,7 @@ class Scheduler:
                 ready.append((text, len(segments)))
         ends = list(itertools.accumulate(len(segment.ids) for segment in segments))
         logits = self.forward(segments, [ends[count - 1] - 1 for _, count in ready])[:, :self.vocab_size]  # no padding ids
-        for (text, _), row in zip(ready, logits):
+        for (text, _), row in zip(ready, logits.numpy()):
             for each in self.begin(text):
                 self.write(each, row)
 
