@@ -13,7 +13,7 @@
 #include <vector>
 
 struct Norm { const float *weight, *bias; };
-struct Matrix {            // (out, in), kept as (out / 16, in / group, 16, group), so that a tile reads from front to back
+struct Matrix {  // (out, in), kept as panels (out / 16, in / group, 16, group), a multiple of four of them
     const void* weight;
     const float *bias, *scale;  // of each output
     const int32_t* start;       // what an output's sum begins with
@@ -128,29 +128,30 @@ static void normalize(const Norm& norm, const float* x, float* y, int64_t C) {
     for (int64_t c = 0; c < C; c += 8) store(y + c, fma((load(x + c) - mean) * rstd, load(norm.weight + c), load(norm.bias + c)));
 }
 
-template <int M>  // M rows of x (M, in), 16 outputs
+template <int M, int V>  // M rows of x (M, in) times V vectors of 8 outputs, from the panel of output `first` on
 static void tile(const Matrix& m, int64_t first, const Kind::Input* x, const float* scales, float* y, After after) {
-    Kind::Sums sums[M][2];
-    for (auto& row : sums) row[0] = Kind::begin(m, first), row[1] = Kind::begin(m, first + 8);
+    Kind::Sums sums[M][V];
+    for (auto& row : sums)
+        for (int v = 0; v < V; v++) row[v] = Kind::begin(m, first + 8 * v);
     auto w = (const Kind::Weight*)m.weight + first * m.in;
     for (int64_t k = 0; k < m.in; k += Kind::group, w += 16 * Kind::group) {
+        decltype(Kind::get(w)) weights[V];
+        for (int v = 0; v < V; v++) weights[v] = Kind::get(w + v / 2 * 16 * m.in + v % 2 * 8 * Kind::group);
         if (M > 1) _mm_prefetch((const char*)(w + 16 * m.in), _MM_HINT_T0);  // the next panel, while this one is computed with
-        auto left = Kind::get(w), right = Kind::get(w + 8 * Kind::group);
         for (int i = 0; i < M; i++) {
             auto input = Kind::spread(x + i * m.in + k);
-            sums[i][0] = Kind::add(sums[i][0], left, input);
-            sums[i][1] = Kind::add(sums[i][1], right, input);
+            for (int v = 0; v < V; v++) sums[i][v] = Kind::add(sums[i][v], weights[v], input);
         }
     }
     for (int i = 0; i < M; i++)
-        for (int64_t half = 0, n = first; half < 2 && n < m.out; half++, n += 8) {
-            f8 v = Kind::end(sums[i][half], m, n, scales[i]) + load(m.bias + n);
+        for (int64_t v = 0, n = first; v < V && n < m.out; v++, n += 8) {
+            f8 result = Kind::end(sums[i][v], m, n, scales[i]) + load(m.bias + n), z = result;
             float* to = y + i * m.out + n;
-            if (after == GELU) v /= 1 + exp(-1.59576912f * (v + 0.044715f * v * v * v));  // 2 sqrt(2 / pi): tanh by exp
-            if (after == EXACT_GELU) for (int j = 0; j < 8; j++) v[j] *= 0.5f * (1 + std::erf(v[j] * 0.707106781f));
-            if (after == ADD) v += load(to);
-            if (m.out - n >= 8) store(to, v);
-            else std::copy_n((float*)&v, m.out - n, to);
+            if (after == GELU) result /= 1 + exp(-1.59576912f * (z + 0.044715f * z * z * z));  // 2 sqrt(2 / pi): tanh by exp
+            if (after == EXACT_GELU) for (int j = 0; j < 8; j++) result[j] *= 0.5f * (1 + std::erf(z[j] * 0.707106781f));
+            if (after == ADD) result += load(to);
+            if (m.out - n >= 8) store(to, result);
+            else std::copy_n((float*)&result, m.out - n, to);
         }
 }
 
@@ -162,12 +163,14 @@ static void linear(Team& team, const Matrix& m, const Norm* norm, const float* x
         if (norm) normalize(*norm, from, &buffers.normed[r * m.in], m.in), from = &buffers.normed[r * m.in];
         buffers.scales[r] = Kind::prepare(from, &buffers.inputs[r * m.in], m.in);
     });
-    constexpr decltype(&tile<1>) tiles[] = {tile<1>, tile<2>, tile<3>, tile<4>};
-    team.share((m.out + 15) / 16, 8, [&](int64_t panel) {
-        for (int64_t r = 0; r < R; r += 4) {
-            auto rows = tiles[std::min<int64_t>(4, R - r) - 1];
-            rows(m, panel * 16, &buffers.inputs[r * m.in], &buffers.scales[r], y + r * m.out, after);
-        }
+    constexpr decltype(&tile<1, 2>) tiles[] = {tile<1, 2>, tile<2, 2>, tile<3, 2>, tile<4, 2>};
+    team.share((m.out + 63) / 64, 2, [&](int64_t block) {
+        if (R == 1) return tile<1, 8>(m, block * 64, buffers.inputs.data(), buffers.scales.data(), y, after);
+        for (int64_t first = block * 64; first < block * 64 + 64; first += 16)
+            for (int64_t r = 0; r < R; r += 4) {
+                auto rows = tiles[std::min<int64_t>(4, R - r) - 1];
+                rows(m, first, &buffers.inputs[r * m.in], &buffers.scales[r], y + r * m.out, after);
+            }
     });
 }
 

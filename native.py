@@ -21,7 +21,7 @@ from model import GPT
 
 SOURCE = Path(__file__).with_name("native.cpp")
 KINDS = {"float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int8": "Int8"}  # native.cpp's names
-PANEL = 16  # outputs whose weights lie together
+PANEL, BLOCK = 16, 64  # outputs whose weights lie together, and those that a thread computes at a time
 
 
 def forward(model: GPT, dtype: str) -> tuple[Forward, str]:
@@ -83,13 +83,13 @@ class NativeForward(Forward):
     def __init__(self, model: GPT, dtype: str):
         super().__init__(model, dtype)
         self.step = compiled(KINDS[dtype], "float" if self.no_cache.dtype == torch.float32 else "uint16_t")
+        gpt, config = model.transformer, model.config
         self.dtype, self.kept = dtype, []  # what the structures point to
         # All matrices in one piece, as they are read one after another, in the system's large pages where it has them.
-        memory = mmap.mmap(-1, 4 * model.num_parameters() + 2**20)
+        memory = mmap.mmap(-1, 4 * (model.num_parameters() + BLOCK * config.n_embd * (7 * config.n_layer + 1)))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.free = torch.frombuffer(memory, dtype=torch.uint8)
-        gpt, config = model.transformer, model.config
         layers = [Layer(self.norm(block.ln_1), self.matrix(block.attn.c_attn), self.matrix(block.attn.c_proj),
                         self.norm(block.ln_2), self.matrix(block.mlp.c_fc), self.matrix(block.mlp.c_proj)) for block in gpt.h]
         self.structures = Model(config.n_layer, config.n_head, config.n_embd, config.activation == "gelu",
@@ -107,7 +107,7 @@ class NativeForward(Forward):
         """A linear layer, or an embedding as the head, in panels."""
         weight, scale, start, group = layer.weight.detach(), None, None, 1
         outputs, inputs = weight.shape
-        pad = -outputs % PANEL
+        pad = -outputs % BLOCK
         if self.dtype == "int8":
             weight, scales = quantized(weight)
             scale, start = self.keep(F.pad(scales, (0, pad))), self.keep(F.pad(-64 * weight.sum(1, dtype=torch.int32), (0, pad)))

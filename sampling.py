@@ -65,10 +65,12 @@ def weigh(logits, temperature: float, top_k: int | None = None, top_p: float = 1
     def exp(x):
         return np.exp((x - most) / np.float32(max(temperature, TINY)))  # however small the temperature, the largest is 1
 
-    most, k = logits.max(), min(top_k or len(logits), len(logits))
+    k = min(top_k or len(logits), len(logits))
     if k == len(logits) and top_p == 1:
+        most = logits.max()
         return exp(logits), None
     ids = likeliest(logits, k if top_k else min(k, NUCLEUS))
+    most = logits[ids[0]]
     weights = exp(logits[ids])
     if top_p < 1:
         total = (weights if top_k else exp(logits)).sum(dtype=np.float64)

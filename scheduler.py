@@ -249,9 +249,9 @@ class Scheduler:
                 ready.append((text, len(segments)))
         ends = list(itertools.accumulate(len(segment.ids) for segment in segments))
         logits = self.forward(segments, [ends[count - 1] - 1 for _, count in ready])[:, :self.vocab_size]  # no padding ids
-        for (text, _), row in zip(ready, logits.numpy()):
-            for each in self.begin(text):
-                self.write(each, row)
+        chosen = [(each, each.choose(row)) for (text, _), row in zip(ready, logits.numpy()) for each in self.begin(text)]
+        for text, token in chosen:  # readers wake up now, and have the next step's time
+            self.write(text, token)
 
     def begin(self, text: Text) -> list[Text]:
         """The texts that go on from here: this one, and where its prompt has just been processed, its request's others too."""
@@ -266,13 +266,12 @@ class Scheduler:
             each.prompting = False
         return texts
 
-    def write(self, text: Text, logits):
-        """Chooses the next token of a text by logits (V,), and ends it where it ends."""
-        token, options = text.choose(logits), text.request.sampling
+    def write(self, text: Text, token: Token):
+        """Adds a token to a text, and ends it where it ends."""
         if token.id == self.eot:
             return self.end(text, "stop")
         text.request.put((text.index, token))
-        if text.made == options.max_new_tokens:
+        if text.made == text.request.sampling.max_new_tokens:
             return self.end(text, "length")
         text.window.append(token.id)
         if len(text.window) > self.block_size:  # the last half of the context, processed again

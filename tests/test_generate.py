@@ -269,16 +269,22 @@ def test_the_store_forgets_the_oldest_and_keeps_to_its_bytes():
 
 
 def test_a_long_prompt_does_not_stall_who_is_writing():
-    engine = wide_engine(block_size=1024)
-    order, writer = [], engine.submit([1, 2], max_new_tokens=400)
-    events = iter(writer)
-    next(events)
-    late = engine.submit((torch.arange(1000) % 30).tolist(), max_new_tokens=1)
-    late.wake = lambda: order.append(writer.events.qsize())
-    before = writer.events.qsize()
-    next(iter(late))
-    assert order and order[0] - before >= 1000 // scheduler.CHUNK - 1, "a token of the other for each chunk of the prompt"
+    engine, steps = wide_engine(block_size=1024), []
+
+    def counted(segments, wanted):
+        steps.append(([len(segment.ids) for segment in segments if segment.sampled],
+                      sum(len(segment.ids) for segment in segments if not segment.sampled)))
+        return plain(segments, wanted)
+
+    plain, engine.scheduler.forward = engine.scheduler.forward, counted
+    counted.new_cache = plain.new_cache
+    writer = engine.submit([1, 2], max_new_tokens=10**9)
+    next(iter(writer.events.get, None))
+    list(engine.submit((torch.arange(1000) % 30).tolist(), max_new_tokens=1))
     writer.cancel()
+    with_prompt = [(sampled, prompt) for sampled, prompt in steps if prompt > 2]
+    assert len(with_prompt) >= 1000 // scheduler.CHUNK, "a chunk of the prompt at a time"
+    assert all(sampled == [1] and prompt <= scheduler.CHUNK for sampled, prompt in with_prompt), "and a token of the other"
 
 
 def test_who_leaves_leaves_at_once_and_who_waits_comes_in():
