@@ -49,14 +49,14 @@ class Segment(NamedTuple):
 
 
 class Forward:
-    """A model's steps, in the precision `dtype`."""
+    """A model's steps, in the precision `dtype`; `how` says by what they are computed."""
 
     def __init__(self, model: GPT, dtype: str):
         config, weight = model.config, model.transformer.wte.weight
         exact = dtype == "float32" or weight.device.type != "cpu"
         self.no_cache = torch.zeros(config.n_layer, 2, config.n_head, 0, config.n_embd // config.n_head, device=weight.device,
                                     dtype=getattr(torch, dtype) if exact else torch.float16)
-        self.embed, self.pack = model.transformer, (model, dtype)
+        self.embed, self.pack, self.how = model.transformer, (model, dtype), "by torch"
 
     @functools.cached_property
     def model(self) -> GPT:

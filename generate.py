@@ -100,11 +100,8 @@ class Engine:
 
     @functools.cached_property
     def forward(self) -> Forward:
-        """The model's steps; with `self.kernel` it says how they are computed."""
-        if not self.native:
-            return Forward(self.model, self.dtype)
-        forward, self.kernel = native.forward(self.model, self.dtype)
-        return forward
+        """The model's steps, made when they are first needed, as packing the weights takes a while."""
+        return native.forward(self.model, self.dtype) if self.native else Forward(self.model, self.dtype)
 
     @property
     def packed(self) -> GPT:
@@ -245,7 +242,7 @@ def main(config: GenerateConfig):
     use_allowed_cores()
     model, tokenizer, info = load_model(config.model, pick_device(config.device))
     engine = Engine(model, tokenizer, config.dtype)
-    print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}", file=sys.stderr)
+    print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}, {engine.forward.how}", file=sys.stderr)
     if "train_config" in info:
         recipe = ", ".join(f"{name} {value!r:.60}" for name, value in info["train_config"].items())
         print(f"trained with {recipe!r:.2000}", file=sys.stderr)

@@ -4,12 +4,13 @@
 // products in the order of the inputs, however many rows share a tile, so that a text is the same alone, in a crowd, and when
 // what was sampled is read again as a prompt. WEIGHTS and CACHE are chosen when it is compiled.
 #include <immintrin.h>
-#include <omp.h>
-#include <sched.h>
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 struct Norm { const float *weight, *bias; };
@@ -99,22 +100,50 @@ using Kind = WEIGHTS;
 
 // ---- The threads that share a step
 
-struct Team {
-    std::atomic<int64_t> next{0};
-    std::atomic<int> waiting{0}, turn{0};
+struct Phase { std::atomic<int64_t> taken{0}, done{0}; };  // of its items
 
-    // Calls each(i) for every i < n, `chunk` of them at a time by whoever is free, and goes on when all are done. OpenMP's own
-    // loops end by sleeping once two threads of a program have used it, which takes longer than the loops.
+struct Thread {  // every thread goes through the same phases
+    Phase* phase;
+
+    // Calls each(i) for every i < n, `chunk` of them at a time by whoever is free. It waits for what is being done, and not for
+    // threads that do nothing: where other programs use the cores, one may come late, and finds its work done.
     template <class Each> void share(int64_t n, int64_t chunk, Each each) {
-        for (int64_t i; (i = next.fetch_add(chunk)) < n;)
-            for (int64_t j = i; j < std::min(n, i + chunk); j++) each(j);
-        int now = turn;
-        if (++waiting == omp_get_num_threads()) waiting = 0, next = 0, turn++;
-        else for (int spins = 0; turn == now; spins++) spins < 10'000 ? _mm_pause() : (void)sched_yield();
+        for (int64_t i; (i = phase->taken.fetch_add(chunk)) < n;) {
+            int64_t stop = std::min(n, i + chunk);
+            for (int64_t j = i; j < stop; j++) each(j);
+            phase->done += stop - i;
+        }
+        for (int spins = 0; phase->done < n; spins++) spins < 1000 ? _mm_pause() : std::this_thread::yield();
+        phase++;
     }
 };
 
-// ---- Products; all threads of the team call these together
+struct Team {
+    std::mutex in_use;
+    std::function<void()> work;
+    std::atomic<int> call{0}, inside{0}, members{1};  // call is odd while there is work; inside are the members at it
+
+    void run(int threads, std::function<void()> each_thread) {
+        std::unique_lock lock(in_use, std::try_to_lock);
+        if (!lock || threads == 1) return each_thread();  // somebody else has the team: alone, to the same end
+        for (; members < threads; members++) std::thread([this] { serve(); }).detach();
+        work = each_thread;
+        call++, call.notify_all();
+        work();
+        call++;
+        while (inside) std::this_thread::yield();
+    }
+
+    void serve() {
+        for (int seen = 0;; call.wait(seen)) {
+            inside++;
+            if ((seen = call) % 2) work();
+            inside--;
+        }
+    }
+};
+
+// ---- Products; all threads call these together
 
 struct Buffers { std::vector<Kind::Input> inputs; std::vector<float> scales, normed, a, b; };
 enum After { STORE, ADD, GELU, EXACT_GELU };
@@ -156,15 +185,15 @@ static void tile(const Matrix& m, int64_t first, const Kind::Input* x, const flo
 }
 
 // y (R, out) of x (R, in), normalized before where there is a norm
-static void linear(Team& team, const Matrix& m, const Norm* norm, const float* x, int64_t R, float* y, After after,
+static void linear(Thread& thread, const Matrix& m, const Norm* norm, const float* x, int64_t R, float* y, After after,
                    Buffers& buffers) {
-    team.share(R, 1, [&](int64_t r) {
+    thread.share(R, 1, [&](int64_t r) {
         const float* from = x + r * m.in;
         if (norm) normalize(*norm, from, &buffers.normed[r * m.in], m.in), from = &buffers.normed[r * m.in];
         buffers.scales[r] = Kind::prepare(from, &buffers.inputs[r * m.in], m.in);
     });
     constexpr decltype(&tile<1, 2>) tiles[] = {tile<1, 2>, tile<2, 2>, tile<3, 2>, tile<4, 2>};
-    team.share((m.out + 63) / 64, 2, [&](int64_t block) {
+    thread.share((m.out + 63) / 64, 2, [&](int64_t block) {
         if (R == 1) return tile<1, 8>(m, block * 64, buffers.inputs.data(), buffers.scales.data(), y, after);
         for (int64_t first = block * 64; first < block * 64 + 64; first += 16)
             for (int64_t r = 0; r < R; r += 4) {
@@ -185,17 +214,17 @@ static void mean(const float* p, const CACHE* v, int64_t count, int64_t size, fl
 }
 
 // y (R, n_embd) of qkv (R, 3 n_embd): each row attends to its own text's cache, up to itself
-static void attend(Team& team, const Model& m, int64_t layer, const float* qkv, const Row* rows, int64_t R, float* y) {
+static void attend(Thread& thread, const Model& m, int64_t layer, const float* qkv, const Row* rows, int64_t R, float* y) {
     int64_t C = m.n_embd, size = C / m.n_head;
     auto place = [&](const Row& row, int64_t head, int64_t t) {  // heads of keys, then heads of values
         return (CACHE*)row.cache + ((layer * 2 * m.n_head + head) * row.places + t) * size;
     };
-    team.share(R, 1, [&](int64_t r) {
+    thread.share(R, 1, [&](int64_t r) {
         for (int64_t c = 0; c < 2 * C; c += 8)
             store(place(rows[r], c / size, rows[r].position) + c % size, load(qkv + (3 * r + 1) * C + c));
     });
     std::vector<float> p;
-    team.share(R * m.n_head, 1, [&](int64_t i) {
+    thread.share(R * m.n_head, 1, [&](int64_t i) {
         int64_t r = i / m.n_head, head = i % m.n_head, count = rows[r].position + 1;
         const float* q = qkv + 3 * r * C + head * size;
         const CACHE *k = place(rows[r], head, 0), *v = place(rows[r], m.n_head + head, 0);
@@ -233,18 +262,19 @@ extern "C" void forward(const Model& m, int64_t R, const Row* rows, float* x, in
     auto floats = [](int64_t n) { return std::vector<float>(n); };
     Buffers buffers{std::vector<Kind::Input>(R * 4 * C), floats(R), floats(R * C), floats(R * 4 * C), floats(R * C)};
     float *a = buffers.a.data(), *b = buffers.b.data();
-    Team team;
-    #pragma omp parallel num_threads(threads)
-    {
+    std::vector<Phase> phases(10 * m.n_layer + 3);
+    static Team& team = *new Team;  // its threads end with the program
+    team.run(threads, [&] {
+        Thread thread{phases.data()};
         for (int64_t i = 0; i < m.n_layer; i++) {
             const Layer& layer = m.layers[i];
-            linear(team, layer.c_attn, &layer.ln_1, x, R, a, STORE, buffers);
-            attend(team, m, i, a, rows, R, b);
-            linear(team, layer.c_proj, nullptr, b, R, x, ADD, buffers);
-            linear(team, layer.c_fc, &layer.ln_2, x, R, a, m.exact_gelu ? EXACT_GELU : GELU, buffers);
-            linear(team, layer.mlp_c_proj, nullptr, a, R, x, ADD, buffers);
+            linear(thread, layer.c_attn, &layer.ln_1, x, R, a, STORE, buffers);
+            attend(thread, m, i, a, rows, R, b);
+            linear(thread, layer.c_proj, nullptr, b, R, x, ADD, buffers);
+            linear(thread, layer.c_fc, &layer.ln_2, x, R, a, m.exact_gelu ? EXACT_GELU : GELU, buffers);
+            linear(thread, layer.mlp_c_proj, nullptr, a, R, x, ADD, buffers);
         }
-        team.share(L, 1, [&](int64_t l) { std::copy_n(x + last[l] * C, C, b + l * C); });
-        linear(team, m.head, &m.ln_f, b, L, logits, STORE, buffers);
-    }
+        thread.share(L, 1, [&](int64_t l) { std::copy_n(x + last[l] * C, C, b + l * C); });
+        linear(thread, m.head, &m.ln_f, b, L, logits, STORE, buffers);
+    });
 }

@@ -24,25 +24,27 @@ KINDS = {"float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "in
 PANEL, BLOCK = 16, 64  # outputs whose weights lie together, and those that a thread computes at a time
 
 
-def forward(model: GPT, dtype: str) -> tuple[Forward, str]:
-    """(what steps the model, in words how)."""
+def forward(model: GPT, dtype: str) -> Forward:
+    """The steps of a model, by the fastest way there is."""
     config, weight = model.config, model.transformer.wte.weight
+    plain = Forward(model, dtype)
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or ddp.is_sharded(model):
-        return Forward(model, dtype), "by torch"
+        return plain
     try:
         if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
             raise OSError("this CPU has no AVX2")
         if config.n_embd // config.n_head % 8:
             raise OSError("a head's size is not a multiple of 8")
-        return NativeForward(model, dtype), "by native.cpp"
+        return NativeForward(model, dtype)
     except OSError as error:
-        return Forward(model, dtype), f"by torch, several times slower than native.cpp: {error}"
+        plain.how = f"by torch, several times slower than by native.cpp: {error}"
+        return plain
 
 
 @functools.cache
 def compiled(kind: str, cache: str):
     """native.cpp's function for a kind of weights and of caches. Raises OSError where it cannot be made."""
-    flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx2", "-mfma", "-mf16c",
+    flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", "-mavx2", "-mfma", "-mf16c",
              f"-DWEIGHTS={kind}", f"-DCACHE={cache}"]
     if torch.cpu._is_vnni_supported():
         flags += ["-mavx512vl", "-mavx512vnni"]
@@ -84,7 +86,7 @@ class NativeForward(Forward):
         super().__init__(model, dtype)
         self.step = compiled(KINDS[dtype], "float" if self.no_cache.dtype == torch.float32 else "uint16_t")
         gpt, config = model.transformer, model.config
-        self.dtype, self.kept = dtype, []  # what the structures point to
+        self.how, self.dtype, self.kept = "by native.cpp", dtype, []  # kept: what the structures point to
         # All matrices in one piece, as they are read one after another, in the system's large pages where it has them.
         memory = mmap.mmap(-1, 4 * (model.num_parameters() + BLOCK * config.n_embd * (7 * config.n_layer + 1)))
         if hasattr(mmap, "MADV_HUGEPAGE"):

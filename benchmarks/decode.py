@@ -3,6 +3,7 @@ costs in quality.
 
     python benchmarks/decode.py                                       # everything; needs requirements-interop.txt
     python benchmarks/decode.py --rounds 5 --new-tokens 256
+    python benchmarks/decode.py --device cuda --crowds 64 256 --bandwidth 4.8e12    # H200; --bandwidth is its data sheet's
     python benchmarks/decode.py --quality bundled --text input.txt    # perplexity and greedy tokens of a trained model
 
 The speeds are of GPT-2 124M with random weights, sampling with temperature 0.8 and top-k 50. Machines drift: read the ratios,
@@ -28,12 +29,12 @@ from checkpoint import load_model
 from formats import save_gguf, save_huggingface
 from generate import Engine
 from kernels import use_allowed_cores
-from likelihood import perplexity
 from model import GPT, SIZES
 from tokenizer import gpt2_tokenizer
 
-PRECISIONS = ["float32", "float16", "int8"]
-PEER_PRECISIONS = ["float32"] + ["bfloat16"] * torch.ops.mkldnn._is_mkldnn_bf16_supported()  # others emulate it
+PRECISIONS = {"cpu": ["float32", "float16", "int8"], "cuda": ["bfloat16"]}  # ours, the best last
+PEER_PRECISIONS = {"cpu": ["float32"] + ["bfloat16"] * torch.ops.mkldnn._is_mkldnn_bf16_supported(),  # others emulate it
+                   "cuda": ["bfloat16"]}
 LLAMA = {"float32": "llama.cpp f32", "float16": "llama.cpp f16", "q8_0": "llama.cpp q8_0"}
 
 
@@ -43,6 +44,11 @@ class Config:
     rounds: int = 3
     prompt_tokens: int = 64
     new_tokens: int = 256
+    device: str = "cpu"
+    crowds: tuple[int, ...] = (8, 32)
+    """Numbers of streams."""
+    bandwidth: float | None = None
+    """Bytes a second that memory can be read with; measured on a CPU when not given."""
     crowd_tokens: int = 96
     """New tokens of each stream, where there are several."""
     peers: bool = True
@@ -107,7 +113,7 @@ class Llama:
 
 def transformers_decode(model, ids: list[int], streams: int, new_tokens: int) -> float:
     """Tokens a second after the first of each stream."""
-    batch = torch.tensor([[i, *ids[1:]] for i in range(streams)])
+    batch = torch.tensor([[i, *ids[1:]] for i in range(streams)], device=model.device)
     options = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": 50256, "eos_token_id": None}
     times = []
     for length in 1, new_tokens:
@@ -129,84 +135,107 @@ def positions(engine: Engine, ids: list[int]) -> dict[str, float]:
     return {"at 100": speed(70, 130), "at 1000": speed(960, 1020), "past the context": speed(1023, 1535)}
 
 
+def read_bandwidth() -> float:
+    """Bytes a second that a sum reads from memory, all threads together; the best of a few."""
+    numbers, best = torch.ones(2**27), 0
+    for _ in range(8):
+        began = time.perf_counter()
+        numbers.sum()
+        best = max(best, numbers.nbytes / (time.perf_counter() - began))
+    return best
+
+
 def speeds(config: Config):
+    """Each of our ways with the peers' that it is compared with beside it, round after round."""
     torch.manual_seed(0)
     gpt, tokenizer = GPT(SIZES["gpt2"]).eval(), gpt2_tokenizer()
     ids = torch.randint(0, 50_000, (512,)).tolist()
-    start, new = ids[:config.prompt_tokens], config.new_tokens
-    ways = {}
-    engines = {dtype: Engine(gpt, tokenizer, dtype) for dtype in PRECISIONS}
-    for dtype, engine in engines.items():
-        ways[f"ours {dtype}, 1 stream"] = lambda e=engine: decode(e, start, 1, new)
-        ways[f"ours {dtype}, prompt of 512"] = lambda e=engine: prompt(e, ids)
-    for dtype in "float32", "int8":
-        for streams in 8, 32:
-            ways[f"ours {dtype}, {count(streams)}"] = (
-                lambda e=engines[dtype], n=streams: decode(e, start, n, config.crowd_tokens))
+    start, new, crowd = ids[:config.prompt_tokens], config.new_tokens, config.crowd_tokens
+    precisions, crowds = PRECISIONS[config.device], config.crowds
+    engines = {dtype: Engine(gpt.to(config.device), tokenizer, dtype) for dtype in precisions}
+    best = precisions[-1]
+    ways, peers = {}, {}
+
+    def add(name: str, way, theirs: dict | None = None, wanted: float = 0.0):
+        ways[name] = way
+        if config.peers and theirs:
+            ways.update(theirs)
+            peers[name] = list(theirs), wanted
+
     with tempfile.TemporaryDirectory() as folder:
+        save_huggingface(folder, gpt, tokenizer, torch.float32)
+        llama, hf = {}, {}
         if config.peers:
             import transformers  # noqa: PLC0415
-            save_huggingface(folder, gpt, tokenizer, torch.float32)
-            for dtype in PEER_PRECISIONS:
-                theirs, name = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)), dtype
-                for streams in 1, 8:
-                    ways[f"transformers {name}, {count(streams)}"] = (
-                        lambda m=theirs, n=streams: transformers_decode(m, start, n, config.crowd_tokens))
-            for dtype, name in LLAMA.items():
-                save_gguf(Path(folder, f"{dtype}.gguf"), gpt, tokenizer, dtype)
-                llama = Llama(Path(folder, f"{dtype}.gguf"))
-                ways[f"{name}, 1 stream"] = lambda m=llama: m.decode(start, new)
-                ways[f"{name}, prompt of 512"] = lambda m=llama: m.prompt(ids)
+            hf = {dtype: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(config.device)
+                  for dtype in PEER_PRECISIONS[config.device]}
+            for dtype, name in LLAMA.items() if config.device == "cpu" else ():
+                save_gguf(Path(folder, f"{dtype}.gguf"), gpt.cpu(), tokenizer, dtype)
+                llama[name] = Llama(Path(folder, f"{dtype}.gguf"))
+
+        def generate(streams: int) -> dict:
+            return {f"transformers {dtype}, {count(streams)}": lambda m=m: transformers_decode(m, start, streams, crowd)
+                    for dtype, m in hf.items()}
+        for dtype, wanted in ("float32", 0.85), ("float16", 1.1), ("int8", 1.0), ("bfloat16", 0.0):
+            if dtype in engines:
+                name = LLAMA.get(dtype, LLAMA["q8_0"])
+                theirs = {f"{name}, 1 stream": lambda m=name: llama[m].decode(start, new)} if llama else generate(1)
+                add(f"ours {dtype}, 1 stream", lambda e=engines[dtype]: decode(e, start, 1, new), theirs, wanted)
+        if config.device == "cpu":
+            by_torch = Engine(gpt, tokenizer, "int8", native=False)
+            add("ours int8 by torch, 1 stream", lambda: decode(by_torch, start, 1, new), generate(1))
+        for streams in crowds:
+            add(f"ours {best}, {count(streams)}", lambda n=streams: decode(engines[best], start, n, crowd), generate(streams),
+                8.0 if streams == 8 else 1.0)
+        add(f"ours {best}, prompt of 512", lambda: prompt(engines[best], ids),
+            {f"{name}, prompt of 512": lambda m=m: m.prompt(ids) for name, m in llama.items()}, 1.5)
         for way in ways.values():
             way()  # the first time is slower
         rounds = [{name: way() for name, way in ways.items()} for _ in range(config.rounds)]
     for name in ways:
         values = [each[name] for each in rounds]
         print(f"{statistics.median(values):8.1f} tokens/s  {name:36} ({min(values):.1f} to {max(values):.1f})")
-    for dtype in "int8", "float32":
-        measured = [positions(engines[dtype], ids) for _ in range(max(1, config.rounds // 2))]
-        for name in measured[0]:
-            print(f"{statistics.median(each[name] for each in measured):8.1f} tokens/s  ours {dtype}, 1 stream, {name}")
-    clear(engines["int8"])
+    for name, (theirs, wanted) in peers.items():
+        say_ratio([each[name] / max(each[other] for other in theirs) for each in rounds],
+                  f"{name} against {' and '.join(theirs)}", wanted)
+    few, many = (f"ours {best}, {count(streams)}" for streams in crowds[:2])
+    say_ratio([each[many] / each[few] for each in rounds], f"{many} in total against {few}", 1.0)
+    bandwidth = config.bandwidth or read_bandwidth()
+    for dtype in engines:
+        size = gpt.num_parameters() * {"int8": 1, "float32": 4}.get(dtype, 2)
+        say_ratio([each[f"ours {dtype}, 1 stream"] * size / bandwidth for each in rounds],
+                  f"ours {dtype}, 1 stream, of {bandwidth / size:.0f} tokens/s that {bandwidth / 1e9:.0f} GB/s allow", 0.7)
+    measured = [positions(engines[best], ids) for _ in range(config.rounds)]
+    for name, wanted in ("at 1000", 0.7), ("past the context", 0.5):
+        say_ratio([each[name] / each["at 100"] for each in measured], f"ours {best}, 1 stream, {name} against at 100", wanted)
     first = []
+    clear(engines[best])
     for _ in range(2):
         began = time.perf_counter()
-        next(iter(engines["int8"].submit(ids, max_new_tokens=1)))
-        first.append(time.perf_counter() - began)
-    print(f"first token of a 512-token prompt, int8: {first[0] * 1000:.0f} ms; again, from the cache: {first[1] * 1000:.0f} ms")
-
-    def ratio(ours: str, theirs: list[str], wanted: float):
-        if config.peers:
-            values = [each[ours] / max(each[name] for name in theirs) for each in rounds]
-            print(f"{statistics.median(values):6.2f} times ({min(values):.2f} to {max(values):.2f}), wanted {wanted}: "
-                  f"{ours} against {' and '.join(theirs)}")
-
-    ratio("ours float16, 1 stream", ["llama.cpp f16, 1 stream"], 1.1)
-    ratio("ours int8, 1 stream", ["llama.cpp q8_0, 1 stream"], 1.0)
-    ratio("ours float32, 1 stream", ["llama.cpp f32, 1 stream"], 0.85)
-    ratio("ours int8, 8 streams", [f"transformers {dtype}, 8 streams" for dtype in PEER_PRECISIONS], 8)
-    ratio("ours int8, 32 streams", ["ours int8, 8 streams"], 1)
-    ratio("ours int8, prompt of 512", [f"{name}, prompt of 512" for name in LLAMA.values()], 1.5)
+        next(iter(engines[best].submit(ids, max_new_tokens=1)))
+        first.append((time.perf_counter() - began) * 1000)
+    print(f"first token of a 512-token prompt, {best}: {first[0]:.0f} ms; again, from the cache: {first[1]:.0f} ms")
 
 
-@torch.inference_mode()
+def say_ratio(values: list[float], what: str, wanted: float):
+    print(f"{statistics.median(values):6.2f} times ({min(values):.2f} to {max(values):.2f}), wanted {wanted}: {what}")
+
+
 def quality(config: Config):
     """Perplexity of a text, and how many of the float32 model's greedy tokens each precision chooses, given the same before."""
     gpt, tokenizer, info = load_model(config.quality)
     text = config.text.read_text(encoding="utf-8")
     text = text[-len(text) // 10:][:40_000]  # of what a model was trained on, its validation part
-    ids = tokenizer.encode(text)
-    windows = torch.tensor([ids[i:i + gpt.config.block_size] for i in range(0, len(ids) - gpt.config.block_size,
-                                                                            gpt.config.block_size)])
     exact = None
     for dtype in "float32", "bfloat16", "float16", "int8":
-        model = Engine(gpt, tokenizer, dtype).packed
-        nats = perplexity(model, tokenizer, text)["nats_per_token"]
-        logits = (model.logits(model.hidden(window[None]))[..., :tokenizer.vocab_size] for window in windows)
-        greedy = torch.cat([rows.argmax(-1) for rows in logits])
+        engine = Engine(gpt, tokenizer, dtype)
+        tokens = engine.inspect(text, top=1)[1:]
+        nats = -statistics.fmean(token["logprob"] for token in tokens)
+        greedy = [token["top"][0][0] for token in tokens]
         exact = exact or (nats, greedy)
-        print(f"{info['name']}, {dtype}: perplexity {math.exp(nats):.4f} ({100 * math.expm1(nats - exact[0]):+.3f}%), "
-              f"greedy tokens equal to float32's: {100 * (greedy == exact[1]).double().mean():.2f}%")
+        equal = statistics.fmean(a == b for a, b in zip(greedy, exact[1]))
+        print(f"{info['name']}, {dtype}, {engine.forward.how}: perplexity {math.exp(nats):.4f} "
+              f"({100 * math.expm1(nats - exact[0]):+.3f}%), greedy tokens equal to float32's: {100 * equal:.2f}%")
 
 
 def main(config: Config):

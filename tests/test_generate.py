@@ -182,8 +182,8 @@ SHAPES = [{}, {"n_head": 8}, {"n_head": 1}, {"n_head": 1, "n_embd": 72, "vocab_s
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_the_native_step_is_torchs(dtype, shape):
     model = tiny_gpt(**{"block_size": 160, "n_head": 4, "n_embd": 64, **shape})
-    (ours, how), plain = native.forward(model, dtype), Forward(model, dtype)
-    assert how == "by native.cpp", "a machine that runs these tests has AVX2 and g++"
+    ours, plain = native.forward(model, dtype), Forward(model, dtype)
+    assert ours.how == "by native.cpp", "a machine that runs these tests has AVX2 and g++"
     ids, caches, logits = (torch.arange(140) * 7 % 27).tolist(), (ours.new_cache(), plain.new_cache()), ([], [])
     for start, stop, sampled in (0, 64, False), (64, 100, False), (100, 101, True), (101, 128, False), (128, 129, True):
         for step, cache, rows in zip((ours, plain), caches, logits):
@@ -198,20 +198,20 @@ def test_the_native_step_is_torchs(dtype, shape):
 def test_torch_steps_where_the_native_step_cannot_be(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "compiled", native.compiled.__wrapped__)  # what was compiled before is forgotten
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert native.forward(tiny_gpt(n_head=4), "int8")[1].endswith("a head's size is not a multiple of 8")
+    assert native.forward(tiny_gpt(n_head=4), "int8").how.endswith("a head's size is not a multiple of 8")
     prompts = {"prompt": [3, 1, 4], "max_new_tokens": 12, "temperature": 0}
     expected = ids_of(wide_engine(), **prompts)
     assert len(list(tmp_path.glob("cache/*/native-*.so"))) == 1, "compiled once, into the cache folder"
     monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
     native.SOURCE.write_text("no C++")
-    assert native.forward(tiny_gpt(), "int8")[1].endswith("g++ cannot compile it")
+    assert native.forward(tiny_gpt(), "int8").how.endswith("g++ cannot compile it")
     monkeypatch.setenv("PATH", str(tmp_path))
     engine = wide_engine()
-    assert ids_of(engine, **prompts) == expected and engine.kernel.endswith("there is no g++ to compile it")
+    assert ids_of(engine, **prompts) == expected and engine.forward.how.endswith("there is no g++ to compile it")
     monkeypatch.setenv("XDG_CACHE_HOME", str(native.SOURCE))
     assert ids_of(wide_engine(), **prompts) == expected
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert native.forward(tiny_gpt(), "int8")[1].endswith("this CPU has no AVX2")
+    assert native.forward(tiny_gpt(), "int8").how.endswith("this CPU has no AVX2")
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
