@@ -218,7 +218,7 @@ def speeds(config: Config):
 
 
 def say_ratio(values: list[float], what: str, wanted: float):
-    print(f"{statistics.median(values):6.2f} times ({min(values):.2f} to {max(values):.2f}), wanted {wanted}: {what}")
+    print(f"= {statistics.median(values):.2f} {what}; {min(values):.2f} to {max(values):.2f}, wanted {wanted}")
 
 
 def quality(config: Config):

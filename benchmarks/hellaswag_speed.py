@@ -71,8 +71,8 @@ def main(config: Config):
         print(f"{name:>8}: {len(examples) / statistics.median(seconds):8.2f} examples/s "
               f"(rounds: {', '.join(f'{s:.1f} s' for s in seconds)})")
     ratios = [theirs / own for own, theirs in zip(*times.values())]
-    print(f"ours in {config.dtype}: {statistics.median(ratios):.2f} times the script "
-          f"({min(ratios):.2f} to {max(ratios):.2f}); equal verdicts: {equal} of {len(examples)}")
+    print(f"= {statistics.median(ratios):.2f} HellaSwag in {config.dtype} against build-nanogpt's script; "
+          f"{min(ratios):.2f} to {max(ratios):.2f}; equal verdicts: {equal} of {len(examples)}")
 
 
 def load_script(path: Path):

@@ -14,7 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from model import ChunkedCrossEntropy
+from model import ROWS, ChunkedCrossEntropy
 
 N, C, V = 2048, 768, 50_304
 ROUNDS = 3
@@ -39,6 +39,9 @@ def main():
             taken[way].append(time.perf_counter() - began)
     for way, seconds in taken.items():
         print(f"{way:42} {statistics.median(seconds):6.2f} s {6 * N * C * V / statistics.median(seconds) / 1e9:6.0f} GFLOP/s")
+    ratios = [whole / chunks for whole, chunks in zip(taken["all at once"], taken[f"{ROWS['cpu']} rows at a time"])]
+    print(f"= {statistics.median(ratios):.2f} the loss in chunks against all logits at once; "
+          f"{min(ratios):.2f} to {max(ratios):.2f}")
 
 
 if __name__ == "__main__":

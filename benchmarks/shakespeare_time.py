@@ -66,6 +66,7 @@ def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path],
     last = np.median([curve[-1][0] for curve in theirs])
     at_188 = np.median([reached(curve, 1.88) for curve in ours])
     print(f"nanoGPT's whole run takes {last:.0f} s; 1.88 is reached here after {at_188:.0f} s, {at_188 / last:.2f} of that")
+    print(f"= {last / at_188:.2f} tiny Shakespeare to a loss of 1.88 against nanoGPT's laptop run")
 
 
 def reached(curve: Curve, loss: float) -> float:

@@ -102,7 +102,9 @@ def main():
             print(f"round {number + 1}: {name:12} {rates[name][-1]:6.1f} MB/s", flush=True)
     for name in ways:
         ratio = statistics.median(mine / other for mine, other in zip(rates["prepare.py"], rates[name]))
-        print(f"{name:12} {statistics.median(rates[name]):6.1f} MB/s; prepare.py does {ratio:.2f} times that")
+        print(f"{name:12} {statistics.median(rates[name]):6.1f} MB/s")
+        if name != "prepare.py":
+            print(f"= {ratio:.2f} text into shards by prepare.py against {name}")
 
 
 if __name__ == "__main__":

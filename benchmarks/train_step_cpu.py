@@ -55,10 +55,15 @@ def main():
     if hasattr(torch.optim, "Muon"):
         hidden = optimizers["our Muon, hidden matrices"][0].param_groups[0]["params"]
         optimizers["torch.optim.Muon, the same"] = [torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")]
+    taken = {}
     for name, parts in optimizers.items():
         set_learning_rate(parts, 1e-6)
-        taken = [seconds(lambda: [part.step() for part in parts]) for _ in range(ROUNDS + 1)][1:]  # noqa: B023
-        print(f"{name:28} {statistics.median(taken) * 1000:8,.1f} ms a step")
+        steps = [seconds(lambda: [part.step() for part in parts]) for _ in range(ROUNDS + 1)][1:]  # noqa: B023
+        taken[name] = statistics.median(steps)
+        print(f"{name:28} {taken[name] * 1000:8,.1f} ms a step")
+    if "torch.optim.Muon, the same" in taken:
+        ratio = taken["torch.optim.Muon, the same"] / taken["our Muon, hidden matrices"]
+        print(f"= {ratio:.2f} our Muon against torch.optim.Muon")
 
 
 if __name__ == "__main__":
