@@ -1,5 +1,4 @@
 """The Write tab: a prompt, the text that a model makes of it while it is made, and what that took."""
-import contextlib
 import functools
 import secrets
 import time
@@ -7,6 +6,7 @@ import time
 import gradio as gr
 
 from errors import UserError
+from ui.models import Models, sentences
 
 MAX_PROMPT = 20_000  # characters
 MAX_LENGTH = 2_000  # tokens
@@ -17,10 +17,8 @@ WARNING = ("A base model continues a text; it does not answer questions. What it
            "offensive.")
 
 
-def build(models: list[str], engine, describe):
-    """Lays the tab out and connects it. `engine(name)` gives the engine of one of `models`, `describe(name)` a line on it and
-    its training's configuration."""
-    line, recipe = describe(models[0])
+def build(models: Models):
+    """Lays the tab out and connects it."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], lines=3, max_lines=10, max_length=MAX_PROMPT, autofocus=True,
@@ -36,7 +34,7 @@ def build(models: list[str], engine, describe):
                                 placeholder="Time to the first token and tokens a second appear here.")
             gr.Markdown(WARNING)
         with gr.Column(scale=3, min_width=300):
-            model = gr.Dropdown(models, value=models[0], label="Model", info=line, elem_id="model")
+            model = gr.Dropdown(models.names, value=models.names[0], label="Model", info="Loading …", elem_id="model")
             temperature = gr.Slider(0.1, 2.0, value=0.8, step=0.05, label="Temperature", elem_id="temperature",
                                     info="Low: the likeliest words. High: surprises.")
             top_k = gr.Slider(0, 200, value=0, step=1, precision=0, label="Top-k", elem_id="top-k",
@@ -46,27 +44,25 @@ def build(models: list[str], engine, describe):
             seed = gr.Number(value=42, precision=0, minimum=0, maximum=2**53, label="Seed", elem_id="seed",
                              info="The same seed and settings give the same text again.")
             fresh = gr.Checkbox(value=True, label="A new seed each time", elem_id="fresh")
-            with gr.Accordion("How this model was trained", open=False, visible=bool(recipe)) as training:
-                train_config = gr.JSON(recipe, label="train_config", max_height=300)
 
     def next_seed(seed: int | None, fresh: bool) -> int:
         return secrets.randbits(32) if fresh or seed is None else seed
 
     def show_description(name: str):
         with sentences():
-            line, recipe = describe(name)
-            return gr.update(info=line), gr.update(visible=bool(recipe)), recipe
+            return gr.update(info=models.describe(name))
 
     settings = [model, temperature, top_k, length, seed]
     events = []
     for triggers, start, api in (([generate_button.click, prompt.submit], prompt, {"api_name": "generate"}),
                                  ([continue_button.click], text, {"api_visibility": "private"})):
         picked = gr.on(triggers, next_seed, [seed, fresh], seed, api_visibility="private", show_progress="hidden")
-        written = picked.then(functools.partial(write, engine), [start, *settings], [text, status], show_progress="hidden",
+        written = picked.then(functools.partial(write, models.engine), [start, *settings], [text, status], show_progress="hidden",
                               concurrency_limit=32, concurrency_id="engine", **api)
         events += [picked, written]
     stop_button.click(None, cancels=events)
-    model.change(show_description, model, [model, training, train_config], api_visibility="private", show_progress="hidden")
+    gr.on([model.change, gr.context.Context.root_block.load], show_description, model, model, api_visibility="private",
+          show_progress="hidden")
 
 
 def write(engine, prompt: str, model: str, temperature: float, top_k: int, length: int, seed: int | None):
@@ -91,15 +87,6 @@ def write(engine, prompt: str, model: str, temperature: float, top_k: int, lengt
                 yield "".join(pieces), measured(len(pieces) - 1, first - began, now - first, seed, notices)
     now = time.perf_counter()
     yield "".join(pieces), measured(len(pieces) - 1, (first or now) - began, now - (first or now), seed, notices)
-
-
-@contextlib.contextmanager
-def sentences():
-    """What a person can cause reaches them as the one sentence that says it."""
-    try:
-        yield
-    except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from None
 
 
 def measured(tokens: int, first_s: float, rest_s: float, seed: int, notices: list[str]) -> str:
