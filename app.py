@@ -10,7 +10,8 @@ import dataclasses
 import os
 import socket
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # read when gradio is imported
+               "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000"}  # else it makes a table of its events at each of them
 
 import gradio as gr
 import tyro
@@ -51,6 +52,7 @@ def build(models: Models) -> gr.Blocks:
             for name, tab in TABS.items():
                 with gr.Tab(name, id=name):
                     tab.build(models)
+        gr.api(models.list, api_name="models")
     return page
 
 
@@ -58,8 +60,8 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     check_port(config.host, config.port)
     use_allowed_cores()
     models = Models(config.model, config.device, config.dtype)
-    models.load_in_background()
     page = build(models)
+    models.load_in_background()
     page.queue(max_size=64)
     api = serve.routes(models.names, models.engine)
     page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
