@@ -20,7 +20,7 @@ import serve
 from errors import UserError, one_sentence
 from generate import Dtype
 from kernels import use_allowed_cores
-from ui import write
+from ui import chat, compare, write
 from ui.models import Models
 
 
@@ -41,7 +41,7 @@ class AppConfig:
     """auto is bfloat16 on CUDA; on a CPU int8 for models of 20 million parameters or more, and float32 for smaller ones."""
 
 
-TABS = {"Write": write}  # in the page's order
+TABS = {"Write": write, "Chat": chat, "Compare": compare}  # in the page's order
 
 
 def build(models: Models) -> gr.Blocks:

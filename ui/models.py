@@ -3,6 +3,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import sys
 import threading
 import time
@@ -66,12 +67,17 @@ class Models:
         with self.lock:
             future = self.loaded.get(key)
             if future is None or (future.done() and future.exception()):
-                future = self.loaded[key] = concurrent.futures.Future()
-                threading.Thread(target=self.load, args=(*key, future), daemon=True).start()
+                future = self.loaded[key] = self.start_loading(*key)
             self.loaded.move_to_end(key)
             while len(set(self.loaded.values())) > KEPT:
                 self.loaded.popitem(last=False)
             return future
+
+    def start_loading(self, name: str, dtype: str) -> concurrent.futures.Future[Loaded]:
+        """Loads a model in a thread of its own, which ends: OpenMP keeps workers for each that computed."""
+        future = concurrent.futures.Future()
+        threading.Thread(target=self.load, args=(name, dtype, future), daemon=True).start()
+        return future
 
     def load(self, name: str, dtype: str, future: concurrent.futures.Future[Loaded]):
         try:
@@ -80,9 +86,10 @@ class Models:
             engine.forward  # noqa: B018 (compiles and packs)
             size = model.num_parameters() * WEIGHT_BYTES[engine.dtype]
             limit = read_bandwidth(size) / size if engine.device.type == "cpu" else None
+            with self.lock:
+                if self.loaded.get((name, dtype)) is future:  # "auto" and what it came to are one model
+                    self.loaded.setdefault((name, engine.dtype), future)
             future.set_result(Loaded(engine, info, limit))
-            with self.lock:  # "auto" and what it came to are one model
-                self.loaded.setdefault((name, engine.dtype), future)
         except Exception as error:  # whoever waits for it is told
             future.set_exception(error)
 
@@ -108,6 +115,7 @@ class Models:
         self.future(self.names[0]).add_done_callback(say)
 
 
+@functools.cache
 def read_bandwidth(size: int) -> float:
     """Bytes a second at which this machine's cores read so many bytes over and over: what fits a cache is read from there, as a
     model's weights are. A matrix is multiplied by a vector, as they are too; of what is larger than 64 MiB, only so much."""
