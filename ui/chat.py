@@ -1,6 +1,7 @@
 """The Chat tab: a base model plays the other side of a written conversation."""
 import asyncio
 import dataclasses
+import html
 import secrets
 from types import MethodType
 
@@ -90,6 +91,8 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
         length = min(length, loaded.engine.block_size // 2)
         text, left_out = await asyncio.to_thread(fit, loaded.engine, turns, it, length)
         writing = Writing(loaded, text, dataclasses.replace(sampling, max_new_tokens=length))
+        if left_out:
+            writing.notices.append(f"The {left_out} oldest turns are past the model's context: it no longer reads them.")
         async for _ in follow(writing):
             yield {"text": writing.texts[0].strip(), "left_out": left_out, "figures": writing.figures()}
 
@@ -99,6 +102,7 @@ async def say(models: Models, talk: list[dict], message: str, *settings):
     history = [{"role": turn["role"], "content": content(turn)} for turn in talk]
     async for said in chat(models, message or "", history, *settings):
         shown = [*history, {"role": "user", "content": message}, {"role": "assistant", "content": said["text"] or "…"}]
+        shown = [{**turn, "content": html.escape(turn["content"], quote=False)} for turn in shown]  # Gradio takes it for HTML
         for turn in shown[:said["left_out"]]:
             turn["metadata"] = {"title": "No longer read by the model", "status": "done"}
         yield shown, "", said["figures"]
@@ -108,7 +112,7 @@ async def say_again(models: Models, data: gr.EventData, talk: list[dict], *setti
     """Another answer to a turn, which may have been edited; what came after it is gone."""
     index = max(i for i in range(data.index + 1) if talk[i]["role"] == "user")
     edited = hasattr(data, "previous_value")
-    async for outputs in say(models, talk[:index], data.value if edited else content(talk[index]), *settings):
+    async for outputs in say(models, talk[:index], html.unescape(data.value) if edited else content(talk[index]), *settings):
         yield outputs
 
 
@@ -117,4 +121,4 @@ def undo(data: gr.UndoData, talk: list[dict]):
 
 
 def content(turn: dict) -> str:
-    return "".join(part.get("text", "") for part in turn["content"])
+    return html.unescape("".join(part.get("text", "") for part in turn["content"]))

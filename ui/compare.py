@@ -21,33 +21,28 @@ def build(models: Models):
     with gr.Row():
         sliders = [slider(name, "compare-", info=None, **changes) for name, changes in (
             ("temperature", {}), ("top_k", {}), ("top_p", {}), ("length", {"value": 200}), ("seed", {}))]
-    names, sides = with_checkpoints(models), []
+    names = with_checkpoints(models)
     with gr.Row():
-        for i, label in enumerate(("One", "The other")):
-            with gr.Column(min_width=300):
-                with gr.Row():
-                    sides.append((
-                        gr.Dropdown(names, value=models.names[0], label=label, scale=3, elem_id=f"compare-model-{i}"),
-                        gr.Dropdown(DTYPES, value=["float32", "int8"][i], label="Precision", min_width=110, elem_id=f"dtype-{i}"),
-                        gr.Textbox(label="Text", lines=10, max_lines=24, interactive=False, buttons=["copy"], render=False,
-                                   elem_id=f"side-{i}")))
-                sides[-1][2].render()
+        one, one_dtype, other, other_dtype = (each for i, label in enumerate(("One", "The other")) for each in (
+            gr.Dropdown(names, value=models.names[0], label=label, scale=3, elem_id=f"compare-model-{i}"),
+            gr.Dropdown(DTYPES, value=["float32", "int8"][i], label="Precision", min_width=110, elem_id=f"compare-dtype-{i}")))
     with gr.Row():
         start = gr.Button("Compare", variant="primary", min_width=90, elem_id="compare")
         stop = gr.Button("Stop", variant="stop", min_width=90, elem_id="compare-stop")
+    with gr.Row():
+        texts = [gr.Textbox(label=label, lines=10, max_lines=24, interactive=False, min_width=300, buttons=["copy"],
+                            elem_id=f"side-{i}") for i, label in enumerate(("One", "The other"))]
     figures = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=4, elem_id="compare-status",
                          placeholder="How far the two agree appears here.")
     gr.Markdown("### A run through time\nThe same prompt, settings and draws at every checkpoint that the run has kept.")
-    with gr.Row(equal_height=True):
-        run = gr.Dropdown(runs(models), label="Run", elem_id="timeline-run")
-        show_all = gr.Button("Write with each", min_width=90, elem_id="timeline")
-    table = gr.Dataframe(headers=["step", "loss", "text"], datatype=["number", "number", "str"], interactive=False, wrap=True,
-                         column_widths=["90px", "90px", "auto"], buttons=["copy"], elem_id="timeline-table")
+    run = gr.Dropdown(runs(models), label="Run", elem_id="timeline-run")
+    show_all = gr.Button("Write with each", elem_id="timeline")
+    table = gr.Dataframe(headers=["step", "loss", "text"], interactive=False, wrap=True, column_widths=["70px", "80px", "auto"],
+                         buttons=["copy"], elem_id="timeline-table")
 
-    (one, one_dtype, one_text), (other, other_dtype, other_text) = sides
     options = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
     events = [start.click(MethodType(side_by_side, models), [prompt, one, other, one_dtype, other_dtype, *sliders],
-                          [one_text, other_text, figures], **options),
+                          [*texts, figures], **options),
               show_all.click(MethodType(rows, models), [prompt, run, *sliders], table, **options)]
     stop.click(None, cancels=events)
     page = gr.context.Context.root_block
@@ -116,4 +111,4 @@ async def timeline(models: Models, prompt: str, run: str, temperature: float = 0
 async def rows(models: Models, prompt: str, run: str, *values):
     """`timeline` for the page's components."""
     async for lines in timeline(models, prompt or "", run or "", *values):
-        yield [[line["step"], line["val_loss"], line["text"]] for line in lines]
+        yield [[line["step"], "" if line["val_loss"] is None else f"{line['val_loss']:.3f}", line["text"]] for line in lines]

@@ -68,6 +68,7 @@ def build(models: Models) -> Tab:
                 uses = [gr.Button("Use", size="sm") for _ in range(RANGES["versions"][1])]
                 versions = [gr.Textbox(visible=False, lines=8, max_lines=16, min_width=220, buttons=["copy", use],
                                        interactive=False, elem_id=f"version-{i}") for i, use in enumerate(uses)]
+            look = gr.Button("Look inside this text", size="sm", elem_id="look")
             gr.Examples(EXAMPLES, text, label="Beginnings")
             gr.Markdown(WARNING)
         with gr.Column(scale=3, min_width=300):
@@ -85,7 +86,6 @@ def build(models: Models) -> Tab:
                                   info="It holds prompt, settings and seed, and writes the same text again.")
                 with gr.Row():
                     downloads = [gr.Button(f"Download {kind}", size="sm") for kind in ("txt", "json")]
-            look = gr.Button("Look inside", elem_id="look")
     made = gr.Textbox(visible="hidden", elem_id="made")
     opened = gr.Textbox(visible="hidden")
 
