@@ -41,6 +41,7 @@ class AppConfig:
     """auto is bfloat16 on CUDA; on a CPU int8 for models of 20 million parameters or more, and float32 for smaller ones."""
 
 
+SESSIONS = 200  # visitors whose page the server remembers, at 150 kB each: Gradio would ten thousand
 TABS = {"Write": write, "Chat": chat, "Compare": compare}  # in the page's order
 
 
@@ -66,7 +67,7 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     api = serve.routes(models.names, models.engine)
     page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
                 run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False,
-                max_threads=100, app_kwargs={"routes": api.routes}, **launch_options)
+                max_threads=100, state_session_capacity=SESSIONS, app_kwargs={"routes": api.routes}, **launch_options)
     return page
 
 

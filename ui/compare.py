@@ -27,17 +27,17 @@ def build(models: Models):
             gr.Dropdown(names, value=models.names[0], label=label, scale=3, elem_id=f"compare-model-{i}"),
             gr.Dropdown(DTYPES, value=["float32", "int8"][i], label="Precision", min_width=110, elem_id=f"compare-dtype-{i}")))
     with gr.Row():
-        start = gr.Button("Compare", variant="primary", min_width=90, elem_id="compare")
-        stop = gr.Button("Stop", variant="stop", min_width=90, elem_id="compare-stop")
+        start = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
+        stop = gr.Button("Stop", variant="stop", min_width=120, elem_id="compare-stop")
     with gr.Row():
         texts = [gr.Textbox(label=label, lines=10, max_lines=24, interactive=False, min_width=300, buttons=["copy"],
                             elem_id=f"side-{i}") for i, label in enumerate(("One", "The other"))]
-    figures = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=4, elem_id="compare-status",
+    figures = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=8, elem_id="compare-status",
                          placeholder="How far the two agree appears here.")
     gr.Markdown("### A run through time\nThe same prompt, settings and draws at every checkpoint that the run has kept.")
     run = gr.Dropdown(runs(models), label="Run", elem_id="timeline-run")
     show_all = gr.Button("Write with each", elem_id="timeline")
-    table = gr.Dataframe(headers=["step", "loss", "text"], interactive=False, wrap=True, column_widths=["70px", "80px", "auto"],
+    table = gr.Dataframe(headers=["step", "loss", "text"], interactive=False, wrap=True, column_widths=["15%", "15%", "70%"],
                          buttons=["copy"], elem_id="timeline-table")
 
     options = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}

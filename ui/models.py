@@ -20,6 +20,7 @@ from generate import Dtype, Engine
 
 KEPT = 2  # models in memory, those used last
 MAX_TIME_S = 300  # of one text, its wait in the queue included
+PREFIX_BYTES = 2**26  # of beginnings that a model keeps for texts that begin alike
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -82,7 +83,7 @@ class Models:
     def load(self, name: str, dtype: str, future: concurrent.futures.Future[Loaded]):
         try:
             model, tokenizer, info = checkpoint.load_model(name, pick_device(self.device))
-            engine = Engine(model, tokenizer, dtype, deadline_s=MAX_TIME_S)
+            engine = Engine(model, tokenizer, dtype, deadline_s=MAX_TIME_S, prefix_bytes=PREFIX_BYTES)
             engine.forward  # noqa: B018 (compiles and packs)
             size = model.num_parameters() * WEIGHT_BYTES[engine.dtype]
             limit = read_bandwidth(size) / size if engine.device.type == "cpu" else None

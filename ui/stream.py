@@ -45,7 +45,8 @@ def checked(prompt: str, stop: list[str] = (), **numbers) -> Sampling:
         if not number or not lowest <= value <= highest:
             kind = "a whole number" if step == 1 else "a number"
             raise UserError(f"{RANGES[name][4]} is {kind} from {lowest} to {highest}, not {value!r:.40}.")
-    if not isinstance(stop, list | tuple) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and len(s) <= MAX_STOP for s in stop):
+    strings = isinstance(stop, list | tuple) and all(isinstance(s, str) and len(s) <= MAX_STOP for s in stop)
+    if not strings or len(stop) > MAX_STOPS:
         raise UserError(f"There are at most {MAX_STOPS} stop strings, of at most {MAX_STOP} characters each.")
     values = {name: int(value) if RANGES[name][2] == 1 else float(value) for name, value in numbers.items()}
     versions, length, top_k = values.pop("versions", 1), values.pop("length"), values.pop("top_k", 0)
@@ -116,8 +117,9 @@ class Writing:
         parts = [f"{tokens:,} tokens", f"first after {((self.first or self.last) - self.began) * 1000:,.0f} ms"]
         if tokens > len(self.texts) and took > 0:
             speed = (tokens - len(self.texts)) / took
-            share = f" ({100 * speed / len(self.texts) / self.limit:.2g}% of what reading the weights allows here)" if self.limit else ""
-            parts.append(f"{speed:,.0f} tokens/s{share}")
+            share = 100 * speed / len(self.texts) / self.limit if self.limit else None
+            limit = f" ({share:.2g}% of what reading the weights allows here)" if share else ""
+            parts.append(f"{speed:,.0f} tokens/s{limit}")
         ends = ["ended after the longest time a text may take"] * ("deadline" in self.reasons)
         return "  ".join([" · ".join([*parts, self.context(), f"seed {self.request.seed}", *ends]), *self.notices])
 

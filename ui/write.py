@@ -58,10 +58,10 @@ def build(models: Models) -> Tab:
                               buttons=["copy"], elem_id="text", placeholder="Write a beginning; the model goes on.",
                               info="Edit it freely; Shift+Enter generates.")
             with gr.Row():
-                generate = gr.Button("Generate", variant="primary", min_width=90, elem_id="generate")
-                go_on = gr.Button("Continue", min_width=90, elem_id="continue")
-                again = gr.Button("Regenerate", min_width=90, elem_id="regenerate")
-                stop_button = gr.Button("Stop", variant="stop", min_width=90, elem_id="stop")
+                generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+                go_on = gr.Button("Continue", min_width=120, elem_id="continue")
+                again = gr.Button("Regenerate", min_width=120, elem_id="regenerate")
+                stop_button = gr.Button("Stop", variant="stop", min_width=120, elem_id="stop")
             figures = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=4, elem_id="status",
                                  placeholder="Time to the first token and tokens a second appear here.")
             with gr.Row():
