@@ -10,7 +10,7 @@ import gradio as gr
 from errors import UserError
 from generate import Engine
 from ui.models import Models, sentences
-from ui.stream import MAX_BYTES, Writing, checked, follow, slider
+from ui.stream import MAX_BYTES, Writing, checked, figures_box, follow, slider
 
 MAX_NAME = 40  # characters
 NOTE = ("This is no assistant: a base model goes on with what looks like a conversation, and knows nothing of being asked. The "
@@ -29,8 +29,7 @@ def build(models: Models):
             with gr.Row():
                 stop = gr.Button("Stop", variant="stop", min_width=90, elem_id="chat-stop")
                 clear = gr.Button("New conversation", min_width=90, elem_id="chat-clear")
-            figures = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=4, elem_id="chat-status",
-                                 placeholder="What an answer took appears here.")
+            figures = figures_box("chat-status", "What an answer took appears here.")
             gr.Markdown(NOTE)
         with gr.Column(scale=3, min_width=300):
             model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="chat-model")

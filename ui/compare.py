@@ -10,7 +10,7 @@ import gradio as gr
 
 from errors import UserError
 from ui.models import Models, sentences
-from ui.stream import DTYPES, MAX_BYTES, Writing, checked, follow, slider
+from ui.stream import DTYPES, MAX_BYTES, Writing, checked, figures_box, follow, slider
 
 MAX_LINE = 200  # tokens that a checkpoint of the timeline writes
 
@@ -32,8 +32,7 @@ def build(models: Models):
     with gr.Row():
         texts = [gr.Textbox(label=label, lines=10, max_lines=24, interactive=False, min_width=300, buttons=["copy"],
                             elem_id=f"side-{i}") for i, label in enumerate(("One", "The other"))]
-    figures = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=8, elem_id="compare-status",
-                         placeholder="How far the two agree appears here.")
+    figures = figures_box("compare-status", "How far the two agree appears here.")
     gr.Markdown("### A run through time\nThe same prompt, settings and draws at every checkpoint that the run has kept.")
     run = gr.Dropdown(runs(models), label="Run", elem_id="timeline-run")
     show_all = gr.Button("Write with each", elem_id="timeline")

@@ -35,6 +35,12 @@ def slider(name: str, tab: str = "", **changes) -> gr.Slider | gr.Number:
     return gr.Slider(lowest, highest, step=step, precision=0 if step == 1 else None, **common)
 
 
+def figures_box(elem_id: str, placeholder: str) -> gr.Textbox:
+    """Where a tab tells what its texts took."""
+    return gr.Textbox(label="Figures", show_label=False, container=False, interactive=False, max_lines=8, elem_id=elem_id,
+                      placeholder=placeholder)
+
+
 def checked(prompt: str, stop: list[str] = (), **numbers) -> Sampling:
     """The settings of a text, each of which is in its range. Raises UserError, naming the one that is not."""
     if not isinstance(prompt, str) or len(prompt.encode("utf-8", "replace")) > MAX_BYTES:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import gradio as gr
 
 from ui.models import Models, sentences
-from ui.stream import DTYPES, MAX_BYTES, RANGES, Writing, checked, follow, slider, stop_strings
+from ui.stream import DTYPES, MAX_BYTES, RANGES, Writing, checked, figures_box, follow, slider, stop_strings
 
 EXAMPLES = ["ROMEO:\n", "First Citizen:\nBefore we proceed any further, hear me speak.\n", "KING RICHARD III:\nNow is the"]
 WARNING = ("A base model continues a text; it does not answer questions. What it writes is invented and can be false or "
@@ -62,8 +62,7 @@ def build(models: Models) -> Tab:
                 go_on = gr.Button("Continue", min_width=120, elem_id="continue")
                 again = gr.Button("Regenerate", min_width=120, elem_id="regenerate")
                 stop_button = gr.Button("Stop", variant="stop", min_width=120, elem_id="stop")
-            figures = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=4, elem_id="status",
-                                 placeholder="Time to the first token and tokens a second appear here.")
+            figures = figures_box("status", "Time to the first token and tokens a second appear here.")
             with gr.Row():
                 uses = [gr.Button("Use", size="sm") for _ in range(RANGES["versions"][1])]
                 versions = [gr.Textbox(visible=False, lines=8, max_lines=16, min_width=220, buttons=["copy", use],
