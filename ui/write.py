@@ -1,7 +1,7 @@
 """The Write tab: one text, which the model continues in place.
 
-The page keeps what was asked for last, in `made`: from it come Regenerate, the link and the downloads, without the server. It is
-empty when the text has been changed by hand since.
+The page itself keeps what was asked for last, in `made`: from it come Regenerate, the link and the downloads. The server keeps
+nothing.
 """
 import json
 import secrets
@@ -19,23 +19,25 @@ WARNING = ("A base model continues a text; it does not answer questions. What it
 SETTINGS = ["model", "dtype", "temperature", "top_k", "top_p", "length", "seed", "versions", "stop"]
 
 # What the browser does by itself. An event's functions get the values of its inputs, and return those of its outputs.
-FRESH = "fresh ? Math.floor(Math.random() * 2 ** 32) : seed"
-FROM_PROMPT = f"""(text, made, seed, fresh) => {{
-    const prompt = made ? JSON.parse(made).prompt : text;
-    return [text.startsWith(prompt) ? prompt : text, {FRESH}];
-}}"""
-FROM_TEXT = f"(text, made, seed, fresh) => [text, {FRESH}]"
-OTHER_SEED = FROM_PROMPT.replace(FRESH, "Math.floor(Math.random() * 2 ** 32)")
+ANY = "Math.floor(Math.random() * 2 ** 32)"
+BEGIN = """(text, made, seed, fresh) => {
+    const prompt = made && !window.edited && %s ? JSON.parse(made).prompt : text;
+    window.edited = false;
+    return [text.startsWith(prompt) ? prompt : text, %s];
+}"""
+FROM_PROMPT, FROM_TEXT = BEGIN % ("true", f"fresh ? {ANY} : seed"), BEGIN % ("false", f"fresh ? {ANY} : seed")
+OTHER_SEED = BEGIN % ("true", ANY)
 LINK = """made => made ? location.href.split('#')[0] + '#' + encodeURIComponent(made) : ''"""
 FROM_LINK = f"""(...values) => {{
     onhashchange = () => location.reload();
+    document.addEventListener('input', event => {{ window.edited ||= Boolean(event.target.closest('#text')); }});
     try {{
         const said = JSON.parse(decodeURIComponent(location.hash.slice(1)));
         return {["prompt", *SETTINGS]}.map((name, i) => said[name] ?? values[i]).concat(location.hash);
     }} catch {{ return values; }}
 }}"""
 DOWNLOAD = """(text, made) => {
-    const all = made ? {...JSON.parse(made), text} : {text}, kind = '%s';
+    const all = made && !window.edited ? {...JSON.parse(made), text} : {text}, kind = '%s';
     const link = document.createElement('a');
     link.href = URL.createObjectURL(new Blob([kind == 'json' ? JSON.stringify(all, null, 2) : text], {type: 'text/plain'}));
     link.download = 'text.' + kind;
@@ -96,7 +98,6 @@ def build(models: Models) -> Tab:
         picked = gr.on(triggers, None, [text, made, seed, fresh], [text, seed], js=js)
         events.append(picked.then(**run))
     stop_button.click(None, cancels=events)
-    text.input(None, None, made, js="() => ''")
     made.change(None, made, link, js=LINK)
     for use, version in zip(uses, versions):
         use.click(None, [made, version], text, js="(made, version) => JSON.parse(made).prompt + version")
