@@ -1,4 +1,5 @@
 import asyncio
+import concurrent.futures
 import json
 import os
 import re
@@ -473,7 +474,8 @@ def test_who_leaves_leaves_nothing_behind():
             await stream.aclose()
     models = Models("bundled")
     scheduler = models.engine("bundled:shakespeare").scheduler
-    asyncio.run(leave_all(models))
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # playwright has a loop of its own in this one
+        thread.submit(asyncio.run, leave_all(models)).result()
     time.sleep(0.5)
     assert not scheduler.running and not scheduler.waiting
     assert sum(cache.kv.nbytes for _, cache in scheduler.prefixes.entries) <= 2**26
