@@ -394,7 +394,11 @@ def test_every_action_has_its_name_and_the_rest_is_private(client):
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert set(named) >= {"/generate", "/chat", "/compare", "/timeline", "/models"}
     assert not [name for name in named if re.search(r"lambda|_\d+$|load|change|say|show|undo|rows|side", name)]
-    assert "likeliest" in named["/generate"]["description"] if "description" in named["/generate"] else True
+
+
+def test_the_examples_of_the_documentation_run(url):
+    code = re.search(r"```python\n(.*?)```", (checkpoint.BUNDLED.parents[1] / "docs" / "api.md").read_text(), re.DOTALL)[1]
+    exec(code.replace("http://127.0.0.1:7860", url), {})
 
 
 def test_the_endpoint_streams_what_the_engine_writes(client, bundled):

@@ -10,7 +10,7 @@ import gradio as gr
 from errors import UserError
 from generate import Engine
 from ui.models import Models, sentences
-from ui.stream import MAX_BYTES, Writing, checked, figures_box, follow, slider
+from ui.stream import MAX_BYTES, Writing, checked, figures_box, follow, model_box, slider
 
 MAX_NAME = 40  # characters
 NOTE = ("This is no assistant: a base model goes on with what looks like a conversation, and knows nothing of being asked. The "
@@ -32,7 +32,7 @@ def build(models: Models):
             figures = figures_box("chat-status", "What an answer took appears here.")
             gr.Markdown(NOTE)
         with gr.Column(scale=3, min_width=300):
-            model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="chat-model")
+            model = model_box(models, "chat-")
             with gr.Row():
                 you = gr.Textbox("ROMEO", label="You are", max_length=MAX_NAME, min_width=120, elem_id="chat-you")
                 it = gr.Textbox("JULIET", label="The model is", max_length=MAX_NAME, min_width=120, elem_id="chat-it")

@@ -21,7 +21,7 @@ def build(models: Models):
     with gr.Row():
         sliders = [slider(name, "compare-", info=None, **changes) for name, changes in (
             ("temperature", {}), ("top_k", {}), ("top_p", {}), ("length", {"value": 200}), ("seed", {}))]
-    names = with_checkpoints(models)
+    names = models.with_checkpoints()
     with gr.Row():
         one, one_dtype, other, other_dtype = (each for i, label in enumerate(("One", "The other")) for each in (
             gr.Dropdown(names, value=models.names[0], label=label, scale=3, elem_id=f"compare-model-{i}"),
@@ -45,14 +45,10 @@ def build(models: Models):
               show_all.click(MethodType(rows, models), [prompt, run, *sliders], table, **options)]
     stop.click(None, cancels=events)
     page = gr.context.Context.root_block
-    page.load(lambda: [gr.update(choices=with_checkpoints(models))] * 2 + [gr.update(choices=runs(models))], None,
+    page.load(lambda: [gr.update(choices=models.with_checkpoints())] * 2 + [gr.update(choices=runs(models))], None,
               [one, other, run], api_visibility="private", show_progress="hidden")
     gr.api(MethodType(compare, models), api_name="compare", concurrency_limit=None)
     gr.api(MethodType(timeline, models), api_name="timeline", concurrency_limit=None)
-
-
-def with_checkpoints(models: Models) -> list[str]:
-    return [each for name in models.list() for each in (name, *models.checkpoints(name).values())]
 
 
 def runs(models: Models) -> list[str]:

@@ -36,7 +36,8 @@ class Models:
     def __init__(self, asked: str | None, device: str = "auto", dtype: str = "auto"):
         self.asked, self.device, self.dtype = asked, device, dtype
         self.lock, self.loaded = threading.RLock(), collections.OrderedDict()  # (name, dtype) -> Future of Loaded
-        self.names = self.list()
+        self.names = []
+        self.list()
 
     def list(self) -> list[str]:
         """The one asked for, the runs, the bundled ones; anew, as a run may have begun since the page was opened."""
@@ -45,18 +46,20 @@ class Models:
         names = [*asked, *checkpoint.list_runs(), *bundled]
         if not names:
             raise UserError("There is no model to show: train one, or name one with --model.")
-        return list(dict.fromkeys(names))
+        self.names[:] = dict.fromkeys(names)  # the same list: serve.py has it too
+        return self.names
 
     def checkpoints(self, run: str) -> dict[int, str]:
         """step -> name, of the models that a run has saved."""
         path = Path(run) if run in checkpoint.list_runs() else None
         return {step: str(checkpoint.model_path(path, step)) for step in checkpoint.model_steps(path)} if path else {}
 
+    def with_checkpoints(self) -> list[str]:
+        return [each for name in self.list() for each in (name, *self.checkpoints(name).values())]
+
     def known(self, name: str) -> str:
         """The name, where it is one of ours: what a request names is never a path. Raises UserError."""
-        if name not in self.names:
-            self.names[:] = self.list()  # the same list: serve.py has it too
-        if name not in self.names and not any(name in self.checkpoints(run).values() for run in self.names):
+        if name not in self.names and name not in self.list() and name not in self.with_checkpoints():
             raise UserError("Choose a model of the list.")
         return name
 

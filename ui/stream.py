@@ -9,7 +9,7 @@ import gradio as gr
 from errors import UserError
 from generate import Dtype, Reader
 from sampling import Sampling
-from ui.models import Loaded
+from ui.models import Loaded, Models, sentences
 
 MAX_BYTES = 40_000  # of a prompt
 MAX_LENGTH = 2_000  # tokens
@@ -33,6 +33,16 @@ def slider(name: str, tab: str = "", **changes) -> gr.Slider | gr.Number:
     if name == "seed":
         return gr.Number(minimum=lowest, maximum=highest, precision=0, **common)
     return gr.Slider(lowest, highest, step=step, precision=0 if step == 1 else None, **common)
+
+
+def model_box(models: Models, tab: str = "") -> gr.Dropdown:
+    """Where a model is chosen; a line on it stands above, as soon as it is loaded."""
+    def describe(name: str):
+        with sentences():
+            return gr.update(info=models.describe(name), choices=models.list())
+    box = gr.Dropdown(models.names, value=models.names[0], label="Model", info="Loading …", elem_id=f"{tab}model")
+    gr.on([gr.context.Context.root_block.load, box.change], describe, box, box, api_visibility="private", show_progress="hidden")
+    return box
 
 
 def figures_box(elem_id: str, placeholder: str) -> gr.Textbox:
@@ -70,11 +80,15 @@ class Writing:
     def __init__(self, loaded: Loaded, prompt: str | list[int], sampling: Sampling, versions: int = 1):
         self.engine, self.limit, self.began, self.first = loaded.engine, loaded.limit, time.perf_counter(), None
         self.ids, self.notices = (prompt, []) if isinstance(prompt, list) else self.engine.encode(prompt)
-        self.request = self.engine.scheduler.submit(self.ids, versions, sampling)
-        self.request.wake = self.tick
-        self.reader = Reader(self.engine.tokenizer, self.request)
+        self.sampling, self.request = sampling, None
         self.texts, self.tokens, self.logprobs, self.reasons = ([x] * versions for x in ("", 0, 0.0, None))
         self.last = self.began
+
+    def submit(self):
+        """Asks the scheduler. Raises Busy."""
+        self.request = self.engine.scheduler.submit(self.ids, len(self.texts), self.sampling)
+        self.request.wake = self.tick
+        self.reader = Reader(self.engine.tokenizer, self.request)
 
     def tick(self):
         """The scheduler's thread says when there is something new."""
@@ -131,8 +145,11 @@ class Writing:
 
 
 async def follow(*writings: Writing) -> AsyncIterator[None]:
-    """Comes back whenever there may be more to show, until all texts have ended; they end too when nobody reads on."""
+    """Has the texts written, and comes back whenever there may be more to show, until all have ended; they end too when nobody
+    reads on. Raises what befalls them: Busy, say."""
     try:
+        for writing in writings:
+            writing.submit()
         while True:
             for writing in writings:
                 writing.read()
@@ -142,4 +159,5 @@ async def follow(*writings: Writing) -> AsyncIterator[None]:
             await asyncio.sleep(REFRESH_S * max(1, max(len(writing.engine.scheduler.running) for writing in writings) / CROWD))
     finally:
         for writing in writings:
-            writing.request.cancel()
+            if writing.request:
+                writing.request.cancel()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import gradio as gr
 
 from ui.models import Models, sentences
-from ui.stream import DTYPES, MAX_BYTES, RANGES, Writing, checked, figures_box, follow, slider, stop_strings
+from ui.stream import DTYPES, MAX_BYTES, RANGES, Writing, checked, figures_box, follow, model_box, slider, stop_strings
 
 EXAMPLES = ["ROMEO:\n", "First Citizen:\nBefore we proceed any further, hear me speak.\n", "KING RICHARD III:\nNow is the"]
 WARNING = ("A base model continues a text; it does not answer questions. What it writes is invented and can be false or "
@@ -73,7 +73,7 @@ def build(models: Models) -> Tab:
             gr.Examples(EXAMPLES, text, label="Beginnings")
             gr.Markdown(WARNING)
         with gr.Column(scale=3, min_width=300):
-            model = gr.Dropdown(models.names, value=models.names[0], label="Model", info="Loading …", elem_id="model")
+            model = model_box(models)
             sliders = [slider(name) for name in ("temperature", "top_k", "top_p", "length")]
             seed = slider("seed")
             fresh = gr.Checkbox(value=True, label="A new seed each time", elem_id="fresh")
@@ -103,17 +103,9 @@ def build(models: Models) -> Tab:
         use.click(None, [made, version], text, js="(made, version) => JSON.parse(made).prompt + version")
     for kind, button in zip(("txt", "json"), downloads):
         button.click(None, [text, made], [], js=DOWNLOAD % kind)
-    page = gr.context.Context.root_block
-    page.load(None, [text, *settings, opened], [text, *settings, opened], js=FROM_LINK)
-    gr.on([page.load, model.change], MethodType(describe, models), model, model, api_visibility="private",
-          show_progress="hidden")
+    gr.context.Context.root_block.load(None, [text, *settings, opened], [text, *settings, opened], js=FROM_LINK)
     gr.api(MethodType(write, models), api_name="generate", concurrency_limit=None)
     return Tab(text, model, look)
-
-
-def describe(models: Models, name: str):
-    with sentences():
-        return gr.update(info=models.describe(name), choices=models.list())
 
 
 async def write(models: Models, prompt: str = "", model: str | None = None, dtype: str | None = None, temperature: float = 0.8,
