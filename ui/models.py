@@ -39,6 +39,9 @@ class Models:
         self.names = []
         self.list()
 
+    def with_checkpoints(self) -> list[str]:
+        return [each for name in self.list() for each in (name, *self.checkpoints(name).values())]
+
     def list(self) -> list[str]:
         """The one asked for, the runs, the bundled ones; anew, as a run may have begun since the page was opened."""
         bundled = [f"bundled:{name}" for name in checkpoint.list_bundled()]
@@ -53,9 +56,6 @@ class Models:
         """step -> name, of the models that a run has saved."""
         path = Path(run) if run in checkpoint.list_runs() else None
         return {step: str(checkpoint.model_path(path, step)) for step in checkpoint.model_steps(path)} if path else {}
-
-    def with_checkpoints(self) -> list[str]:
-        return [each for name in self.list() for each in (name, *self.checkpoints(name).values())]
 
     def known(self, name: str) -> str:
         """The name, where it is one of ours: what a request names is never a path. Raises UserError."""
