@@ -259,13 +259,18 @@ def test_the_selector_changes_the_model(open_page, url):
 # ----------------------------------------------------------------------------------------------------------------
 # Chat and Compare
 
+def settled(page):
+    """Waits until an answer has ended: nothing changes any more."""
+    before, deadline = None, time.monotonic() + 30
+    while (now := page.input_value("#chat-status textarea")) != before and time.monotonic() < deadline:
+        before = now
+        page.wait_for_timeout(600)
+
+
 def answered(page, turns: int) -> list[str]:
     page.wait_for_function("""n => document.querySelectorAll('#talk .message-content').length == n
         && / tokens · first/.test(document.querySelector('#chat-status textarea').value)""", arg=turns, timeout=30_000)
-    length, deadline = -1, time.monotonic() + 30
-    while (now := len(page.inner_text("#talk"))) != length and time.monotonic() < deadline:
-        length = now
-        page.wait_for_timeout(300)
+    settled(page)
     return page.locator("#talk .message-content").all_inner_texts()
 
 
@@ -290,6 +295,7 @@ def test_a_conversation_is_edited_tried_again_and_never_overflows(open_page):
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('#talk').innerText.includes('No longer read by the model')", timeout=30_000)
     expect(page.locator("#chat-status textarea")).to_have_value(re.compile("oldest turns are past the model's context"))
+    settled(page)
     page.fill("#say textarea", "I did but jest, and thou art angry. " * 8)
     page.keyboard.press("Enter")
     expect(page.get_by_text("say less")).to_be_visible(timeout=10_000)
