@@ -1,5 +1,6 @@
 """What the tabs share: the settings of a text, checked on the server, and texts while they are written."""
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 from typing import get_args
@@ -86,7 +87,7 @@ class Writing:
 
     def submit(self):
         """Asks the scheduler. Raises Busy."""
-        self.request = self.engine.scheduler.submit(self.ids, len(self.texts), self.sampling)
+        self.request = self.engine.submit(self.ids, len(self.texts), **dataclasses.asdict(self.sampling))
         self.request.wake = self.tick
         self.reader = Reader(self.engine.tokenizer, self.request)
 
@@ -131,7 +132,7 @@ class Writing:
         """What the texts took so far, in a line; or what they wait for."""
         place, tokens, took = self.request.place(), sum(self.tokens), self.last - (self.first or self.last)
         if place:
-            return f"Number {place} in the queue: {len(self.engine.scheduler.running)} texts are being written."
+            return f"Number {place} in the queue: {len(self.request.scheduler.running)} texts are being written."
         if not tokens and not self.done:
             return "Reading the prompt …"
         parts = [f"{tokens:,} tokens", f"first after {((self.first or self.last) - self.began) * 1000:,.0f} ms"]
@@ -156,7 +157,7 @@ async def follow(*writings: Writing) -> AsyncIterator[None]:
             yield
             if all(writing.done for writing in writings):
                 return
-            await asyncio.sleep(REFRESH_S * max(1, max(len(writing.engine.scheduler.running) for writing in writings) / CROWD))
+            await asyncio.sleep(REFRESH_S * max(1, max(len(writing.request.scheduler.running) for writing in writings) / CROWD))
     finally:
         for writing in writings:
             if writing.request:
