@@ -133,16 +133,16 @@ def finish(page, characters: int) -> str:
 def test_a_person_types_generates_and_watches_the_text_stream(open_page):
     page = open_page()
     page.fill("#text textarea", "JULIET:\nO ")
-    set_number(page, "length", 300)
+    set_number(page, "length", 1000)
     page.click("#generate")
     seen, deadline = {text_of(page)}, time.monotonic() + 60
-    while not page.input_value("#status textarea").startswith("300 tokens") and time.monotonic() < deadline:
+    while not page.input_value("#status textarea").startswith("1,000 tokens") and time.monotonic() < deadline:
         seen.add(text_of(page))
     assert len({len(text) for text in seen}) > 3, "it grew in several pieces"
     text = text_of(page)
-    assert text.startswith("JULIET:\nO ") and len(text) == len("JULIET:\nO ") + 300
-    assert re.fullmatch(r"300 tokens · first after [\d,]+ ms · [\d,]+ tokens/s \([\d.e+]+% of what reading the weights allows "
-                        r"here\) · context 181 of 256 · seed \d+", page.input_value("#status textarea"))
+    assert text.startswith("JULIET:\nO ") and len(text) == len("JULIET:\nO ") + 1000
+    assert re.fullmatch(r"1,000 tokens · first after [\d,]+ ms · [\d,]+ tokens/s \([\d.e+]+% of what reading the weights allows "
+                        r"here\) · context 236 of 256 · seed \d+", page.input_value("#status textarea"))
 
 
 def test_stop_stops_the_computation_and_so_does_leaving(open_page, steps):
@@ -489,6 +489,12 @@ def test_who_leaves_leaves_nothing_behind():
     time.sleep(0.5)
     assert not scheduler.running and not scheduler.waiting
     assert sum(cache.kv.nbytes for _, cache in scheduler.prefixes.entries) <= 2**26
+
+
+@pytest.mark.parametrize("wrong", [{"model": "bundled:nosuch"}, {"model": __file__}, {"device": "cuda:9"}])
+def test_a_page_without_a_model_does_not_open(wrong):
+    with pytest.raises(UserError, match=r"no bundled model|is no model|no device"):
+        app.main(app.AppConfig(**wrong, port=free_port()), prevent_thread_lock=True, quiet=True)
 
 
 def test_a_port_in_use_or_impossible_gets_one_sentence(url):

@@ -34,7 +34,9 @@ class Models:
     """What can be written with: `names`, the default first. Each is loaded once, in a thread, and KEPT of them stay."""
 
     def __init__(self, asked: str | None, device: str = "auto", dtype: str = "auto"):
-        self.asked, self.device, self.dtype = asked, device, dtype
+        if asked and (asked.startswith("bundled") or Path(asked).exists()):
+            checkpoint.find_model(asked)  # says at once what is wrong with it; one of the Hub is fetched while the page is there
+        self.asked, self.device, self.dtype = asked, pick_device(device), dtype
         self.lock, self.loaded = threading.RLock(), collections.OrderedDict()  # (name, dtype) -> Future of Loaded
         self.names = []
         self.list()
@@ -85,7 +87,7 @@ class Models:
 
     def load(self, name: str, dtype: str, future: concurrent.futures.Future[Loaded]):
         try:
-            model, tokenizer, info = checkpoint.load_model(name, pick_device(self.device))
+            model, tokenizer, info = checkpoint.load_model(name, self.device)
             engine = Engine(model, tokenizer, dtype, deadline_s=MAX_TIME_S, prefix_bytes=PREFIX_BYTES)
             engine.forward  # noqa: B018 (compiles and packs)
             size = model.num_parameters() * WEIGHT_BYTES[engine.dtype]
