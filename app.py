@@ -7,22 +7,21 @@ It assembles the tabs of ui/; each asks the sampling engine, as does OpenAI's AP
 or reported to, anywhere else.
 """
 import dataclasses
-import functools
 import os
 import socket
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # read when gradio is imported
+               "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000"}  # else it makes a table of its events at each of them
 
 import gradio as gr
 import tyro
 
-import checkpoint
 import serve
-from ddp import pick_device
 from errors import UserError, one_sentence
-from generate import Dtype, Engine
+from generate import Dtype
 from kernels import use_allowed_cores
-from ui import write
+from ui import chat, compare, write
+from ui.models import Models
 
 
 @dataclasses.dataclass
@@ -42,46 +41,33 @@ class AppConfig:
     """auto is bfloat16 on CUDA; on a CPU int8 for models of 20 million parameters or more, and float32 for smaller ones."""
 
 
-@functools.lru_cache(maxsize=2)  # the last two models stay in memory
-def load(name: str, device: str, dtype: str) -> tuple[Engine, dict]:
-    model, tokenizer, info = checkpoint.load_model(name, pick_device(device))
-    return Engine(model, tokenizer, dtype), info
+SESSIONS = 200  # visitors whose page the server remembers, at 150 kB each: Gradio would ten thousand
+TABS = {"Write": write, "Chat": chat, "Compare": compare}  # in the page's order
 
 
-def model_names(config: AppConfig) -> list[str]:
-    """The models that the page offers, the default first: the one asked for, the runs, the bundled ones."""
-    bundled = [f"bundled:{name}" for name in checkpoint.list_bundled()]
-    asked = bundled[:1] if config.model == "bundled" else [config.model] if config.model else []
-    names = [*asked, *checkpoint.list_runs(), *bundled]
-    if not names:
-        raise UserError("There is no model to show: train one, or name one with --model.")
-    return list(dict.fromkeys(names))
-
-
-def describe(engine: Engine, info: dict) -> tuple[str, dict | None]:
-    """(a line on the model, the configuration that it was trained with where that is known)."""
-    return (f"{checkpoint.describe(info)}, reads {engine.block_size:,} tokens at a time; "
-            f"{engine.dtype} on {engine.device}", info.get("train_config"))
-
-
-def build(config: AppConfig) -> gr.Blocks:
+def build(models: Models) -> gr.Blocks:
     with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False) as page:
         gr.Markdown("# GPT-2 From Scratch\nA small language model and the whole road to it, from raw text to this page, in "
                     "plain PyTorch.")
-        write.build(model_names(config), engine=lambda name: load(name, config.device, config.dtype)[0],
-                    describe=lambda name: describe(*load(name, config.device, config.dtype)))
+        with gr.Tabs():
+            for name, tab in TABS.items():
+                with gr.Tab(name, id=name):
+                    tab.build(models)
+        gr.api(models.list, api_name="models")
     return page
 
 
 def main(config: AppConfig, **launch_options) -> gr.Blocks:
     check_port(config.host, config.port)
     use_allowed_cores()
-    page = build(config)
+    models = Models(config.model, config.device, config.dtype)
+    page = build(models)
+    models.load_in_background()
     page.queue(max_size=64)
-    api = serve.routes(model_names(config), lambda name: load(name, config.device, config.dtype)[0])
+    api = serve.routes(models.names, models.engine)
     page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
                 run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False,
-                max_threads=100, app_kwargs={"routes": api.routes}, **launch_options)
+                max_threads=100, state_session_capacity=SESSIONS, app_kwargs={"routes": api.routes}, **launch_options)
     return page
 
 
