@@ -23,7 +23,7 @@ COLOURS = dict(zip(BINS, ("#5eead4", "#bef264", "#fde047", "#fdba74", "#fca5a5")
 
 def build(models: Models) -> gr.Textbox:
     """Lays the tab out and connects it; the box with its text, which is read anew whenever it changes."""
-    narrow = {"min_width": 150, "buttons": []}
+    narrow = {"min_width": 180, "buttons": []}
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             text = gr.Textbox(SAMPLE, label="Text", lines=4, max_lines=10, max_length=MAX_TEXT, elem_id="look-text",
@@ -34,17 +34,17 @@ def build(models: Models) -> gr.Textbox:
                                         color_map=COLOURS, show_legend=True, elem_id="look-tokens")
             surprisal = gr.BarPlot(x="token", y="bits", label="Surprisal of each token, bits", x_title="place", y_title="bits",
                                    height=170, tooltip="all", elem_id="look-surprisal")
+            with gr.Row():
+                temperature = gr.Slider(0.1, 2.0, value=0.8, step=0.05, label="Temperature", **narrow, elem_id="look-temperature")
+                top_k = gr.Slider(0, 200, value=0, step=1, precision=0, label="Top-k", **narrow, elem_id="look-top-k")
+                top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.01, label="Top-p", **narrow, elem_id="look-top-p")
         with gr.Column(scale=4, min_width=320):
             place = gr.Number(1, label="Place", info="Of the token, from 1; the arrow keys go on to the next.", precision=0,
                               minimum=1, maximum=MAX_TEXT, elem_id="look-place")
             found = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=3, elem_id="look-found")
             with gr.Row():
-                temperature = gr.Slider(0.1, 2.0, value=0.8, step=0.05, label="Temperature", **narrow, elem_id="look-temperature")
-                top_k = gr.Slider(0, 200, value=0, step=1, precision=0, label="Top-k, 0 is all", **narrow, elem_id="look-top-k")
-                top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.01, label="Top-p", **narrow, elem_id="look-top-p")
-            with gr.Row():
-                expected = gr.Label(label="What the model expected", show_heading=False, min_width=150, elem_id="look-expected")
-                drawn = gr.Label(label="What is drawn from", show_heading=False, min_width=150, elem_id="look-drawn")
+                expected = gr.Label(label="By the model", show_heading=False, min_width=150, elem_id="look-expected")
+                drawn = gr.Label(label="As drawn", show_heading=False, min_width=150, elem_id="look-drawn")
             fork = gr.Textbox(label="Fork: click on an alternative, and the text goes on from it", lines=4, max_lines=10,
                               interactive=False, buttons=["copy"], elem_id="look-fork")
             again = gr.Button("Look inside the fork", size="sm", elem_id="look-again")
@@ -149,9 +149,9 @@ def alternatives(models: Models, text: str, model: str, place: int, temperature:
     found = "This is the end of the text: what may follow?"
     if here is not None:
         rank = 1 + (logprobs > logprobs[here]).sum()
-        found = (f"{shown(engine, here)} has probability {np.exp(logprobs[here]):.2%} and is number {rank:,} of {len(logprobs):,}; "
-                 f"surprisal {-logprobs[here] / math.log(2):.2f} bits. With these settings {drawn[here]:.2%}, of "
-                 f"{(drawn > 0).sum():,} tokens that can be drawn.")
+        found = (f"{shown(engine, here)} has probability {np.exp(logprobs[here]):.2%}, number {rank:,} of {len(logprobs):,}; its "
+                 f"surprisal is {-logprobs[here] / math.log(2):.2f} bits. It is drawn with probability {drawn[here]:.2%}, of "
+                 f"{(drawn > 0).sum():,} tokens that can be.")
     names = choices(engine, logprobs)
     return found, *({name: float(p[i]) for name, i in names.items()} for p in (np.exp(logprobs), drawn))
 

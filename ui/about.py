@@ -1,0 +1,54 @@
+"""The About tab: the card of each model, with what it learned, how well, under which licence; and how to show others here."""
+import json
+import re
+from pathlib import Path
+
+import gradio as gr
+
+import publish
+from ui.models import Models, sentences
+
+HERE = """
+## What this is
+
+A GPT-2, exactly, and the whole road to it in plain PyTorch: tokenizer, data, model, training, sampling, this page. A model of
+this kind continues texts; it was not taught to answer, and what it writes is invented. What you write here is sent to the machine
+that this page runs on, and neither kept nor logged there.
+
+## Another model here
+
+```sh
+python app.py --model gpt2                                # OpenAI's GPT-2 124M, from the Hugging Face Hub; gpt2-xl and so on
+python app.py --model log/gpt2-124m                       # a run of your own; without --model the newest is the first in the list
+python app.py --model allenporter/gpt2                    # others' models in Hugging Face's layout, by their name there or a folder
+```
+
+On a Space the variable `MODEL` says it, as `gpt2` or `me/my-gpt2`. GPT-2 124M itself is trained with `python fineweb.py` and
+`torchrun --standalone --nproc_per_node=8 train.py`. The programs are under the MIT licence; each model has its own, which its
+card names.
+"""
+
+
+def build(models: Models):
+    """Lays the tab out."""
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="about-model")
+            gr.Markdown(lambda name: card(models, name), inputs=model, elem_id="about-card")
+        with gr.Column(scale=2, min_width=320):
+            gr.Markdown(HERE)
+
+
+def card(models: Models, name: str) -> str:
+    """A model's card as Markdown: the README of its folder, or what publish.py would write of it, with the metadata as a list."""
+    with sentences():
+        engine, info = models.engine(name), models.info(name)
+    readme = Path(info["path"]) / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else publish.card(
+        engine.model, engine.tokenizer, info, publish.run_of(info), name)
+    _, metadata, body = text.split("---\n", 2) if text.startswith("---\n") else ("", "", text)
+    facts = re.findall(r"^(license|language|datasets): *(\S.*)$", metadata, re.MULTILINE)
+    body = re.sub(r"<!--.*?-->|^!\[.*?\]\(.*?\)$", "", body, flags=re.DOTALL | re.MULTILINE)  # plots are under Training
+    recipe = info.get("train_config")
+    return "\n\n".join([body.strip(), " · ".join(f"{key}: {value}" for key, value in facts), models.describe(name),
+                        f"```json\n{json.dumps(recipe, indent=1)}\n```" if recipe and readme.is_file() else ""])
