@@ -1,4 +1,5 @@
 """The About tab: the card of each model, with what it learned, how well, under which licence; and how to show others here."""
+import functools
 import json
 import re
 from pathlib import Path
@@ -17,11 +18,9 @@ that this page runs on, and neither kept nor logged there.
 
 ## Another model here
 
-```sh
-python app.py --model gpt2                                # OpenAI's GPT-2 124M, from the Hugging Face Hub; gpt2-xl and so on
-python app.py --model log/gpt2-124m                       # a run of your own; without --model the newest is the first in the list
-python app.py --model allenporter/gpt2                    # others' models in Hugging Face's layout, by their name there or a folder
-```
+- `python app.py --model gpt2` shows OpenAI's GPT-2 124M, `gpt2-xl` the largest; they come from the Hugging Face Hub.
+- `python app.py --model log/gpt2-124m` shows a run of your own; without `--model` the newest stands first in the list.
+- `python app.py --model allenporter/gpt2` shows others' models in Hugging Face's layout, by their name there or their folder.
 
 On a Space the variable `MODEL` says it, as `gpt2` or `me/my-gpt2`. GPT-2 124M itself is trained with `python fineweb.py` and
 `torchrun --standalone --nproc_per_node=8 train.py`. The programs are under the MIT licence; each model has its own, which its
@@ -34,9 +33,11 @@ def build(models: Models):
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="about-model")
-            gr.Markdown(lambda name: card(models, name), inputs=model, elem_id="about-card")
+            text = gr.Markdown(elem_id="about-card")
         with gr.Column(scale=2, min_width=320):
             gr.Markdown(HERE)
+    gr.on([gr.context.Context.root_block.load, model.change], functools.partial(card, models), model, text,
+          api_visibility="private", show_progress="hidden")
 
 
 def card(models: Models, name: str) -> str:

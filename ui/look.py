@@ -54,15 +54,11 @@ def build(models: Models) -> gr.Textbox:
 
     settings = [text, model, place, temperature, top_k, top_p]
     begin = gr.context.Context.root_block.load
-    quiet = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look"}
-    read_event = {"fn": functools.partial(inspect, models), "inputs": [text, model], "outputs": [summary, tokens, surprisal],
-                  **quiet}
-    place_event = {"fn": functools.partial(alternatives, models), "inputs": settings, "outputs": [found, expected, drawn],
-                   **quiet}
-    begin(**read_event, api_visibility="private")
-    begin(**place_event, api_visibility="private")
-    gr.on([text.change, model.change], **read_event, api_name="inspect", trigger_mode="always_last")
-    gr.on([each.change for each in settings], **place_event, api_name="alternatives", trigger_mode="always_last")
+    quiet = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look", "trigger_mode": "always_last"}
+    gr.on([begin, text.change, model.change], functools.partial(inspect, models), [text, model], [summary, tokens, surprisal],
+          api_name="inspect", **quiet)
+    gr.on([begin, *(each.change for each in settings)], functools.partial(alternatives, models), settings,
+          [found, expected, drawn], api_name="alternatives", **quiet)
     tokens.select(place_of, None, place, api_visibility="private", show_progress="hidden")
     gr.on([expected.select, drawn.select], show_fork, settings, fork, api_visibility="private", show_progress="hidden",
           concurrency_limit=32, concurrency_id="engine")

@@ -203,7 +203,8 @@ class Started:
         self.name, self.output = name, checkpoint.LOG / f".{name}.out"
         with open(self.output, "w") as output:
             self.process = subprocess.Popen([sys.executable, TRAIN, preset, f"--run={name}", f"--max-steps={steps or 1}"],
-                                            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+                                            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                            cwd=checkpoint.LOG.absolute().parent)
         runs = [name, *(run for run in runs or () if run != name)]
         return f"{name} begins.", gr.Dropdown(choices=list(dict.fromkeys([name, *list_runs()])), value=runs)
 
