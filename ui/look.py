@@ -29,7 +29,8 @@ def build(models: Models) -> gr.Textbox:
             text = gr.Textbox(SAMPLE, label="Text", lines=4, max_lines=10, max_length=MAX_TEXT, elem_id="look-text",
                               info="Written by a model or by anybody; it is read again as you type.")
             model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="look-model")
-            summary = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=3, elem_id="look-summary")
+            summary = gr.Textbox(label="Of the text", show_label=False, container=False, interactive=False, max_lines=3,
+                                 elem_id="look-summary")
             tokens = gr.HighlightedText(label="Tokens, by the probability that the model gave them: click on one",
                                         color_map=COLOURS, show_legend=True, elem_id="look-tokens")
             surprisal = gr.BarPlot(x="token", y="bits", label="Surprisal of each token, bits", x_title="place", y_title="bits",
@@ -41,7 +42,8 @@ def build(models: Models) -> gr.Textbox:
         with gr.Column(scale=4, min_width=320):
             place = gr.Number(1, label="Place", info="Of the token, from 1; the arrow keys go on to the next.", precision=0,
                               minimum=1, maximum=MAX_TEXT, elem_id="look-place")
-            found = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=3, elem_id="look-found")
+            found = gr.Textbox(label="Of the token", show_label=False, container=False, interactive=False, max_lines=3,
+                               elem_id="look-found")
             with gr.Row():
                 expected = gr.Label(label="By the model", show_heading=False, min_width=150, elem_id="look-expected")
                 drawn = gr.Label(label="As drawn", show_heading=False, min_width=150, elem_id="look-drawn")

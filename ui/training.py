@@ -46,8 +46,8 @@ def build(training: bool = "SPACE_ID" not in os.environ):
                               elem_id="train-steps")
             start = gr.Button("Start", variant="primary", min_width=90, elem_id="train-start")
             stop = gr.Button("Stop and save", variant="stop", min_width=90, elem_id="train-stop")
-        said = gr.Textbox(show_label=False, container=False, interactive=False, max_lines=3, elem_id="train-said",
-                          placeholder="What the run says appears here.")
+        said = gr.Textbox(label="What the run says", show_label=False, container=False, interactive=False, max_lines=3,
+                          placeholder="What the run says appears here.", elem_id="train-said")
     runs = gr.Dropdown(list_runs(), value=list_runs()[:1], multiselect=True, allow_custom_value=True, label="Runs",
                        info="Several are drawn over each other.", elem_id="runs")
     where = gr.Dataframe(headers=["run", "step", "validation loss", "tokens/s", "state"], label="Where they are",
