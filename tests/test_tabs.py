@@ -20,6 +20,7 @@ from likelihood import perplexity
 from tokenizer import CharTokenizer
 from ui import about, look, training
 from ui.models import Models
+from ui.training import Started
 
 MARKUP = "<img src=x onerror=window.hacked=1>"
 TEXT = "the fox went out on a chilly night"
@@ -49,13 +50,13 @@ def place(tmp_path_factory):
 def url(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "LOG", place / "log")
-        models, started = Models("bundled"), training.Started()
+        models, started = Models("bundled"), Started()
         patch.setattr(training, "Started", lambda: started)
         with gr.Blocks(analytics_enabled=False) as page:
-            for title, build in (("Look inside", lambda: look.build(models)), ("Training", lambda: training.build(training=True)),
-                                 ("About", lambda: about.build(models))):
+            for title, build in {"Look inside": look.build, "About": about.build,
+                                 "Training": lambda models: training.build(models, training=True)}.items():
                 with gr.Tab(title):
-                    build()
+                    build(models)
         page.queue()
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
@@ -193,7 +194,7 @@ def test_a_person_trains_stops_and_writes_with_what_was_saved(open_tab, place):
     page.fill("#train-steps input", "100000")
     page.keyboard.press("Tab")
     page.click("#train-start")
-    cells = page.locator("#runs-where td:visible")
+    cells = page.locator("#runs-where [role=gridcell]")
     expect(cells.filter(has_text=re.compile("goes on, .* left"))).to_have_count(1, timeout=120_000)
     expect(page.locator("#plot-train_loss img")).to_be_visible(timeout=60_000)
     before = page.locator("#plot-train_loss img").get_attribute("src")
@@ -214,7 +215,7 @@ def test_runs_are_drawn_over_each_other_with_what_they_wrote(open_tab, client):
     assert [row[:2] for row in where["data"]] == [["bpe", "6 of 6"], ["markup", "6 of 6"]]
     assert [row[0] for row in samples["data"]] == ["bpe", "markup"]
     page = open_tab("Training")
-    expect(page.locator("#runs-samples td:visible").filter(has_text=MARKUP)).to_have_count(1, timeout=60_000)
+    expect(page.locator("#runs-samples [role=gridcell]").filter(has_text=MARKUP)).to_have_count(1, timeout=60_000)
     assert page.locator("img[src=x]").count() == 0 and page.evaluate("window.hacked") is None
 
 
@@ -224,7 +225,7 @@ def test_a_request_names_runs_of_the_list_and_no_paths(client, place):
     for name in "../elsewhere", str(place / "elsewhere"), "..", "", MARKUP:
         assert client.predict([name], api_name="/runs")[0]["data"] in ([], [[""] * 5])
         with pytest.raises(gr.Error, match="no checkpoint"):
-            list(training.write_with([name], "a"))
+            list(training.write_with(Models("bundled"), [name], "a"))
 
 
 @pytest.mark.parametrize("preset, name, steps, said", [
@@ -232,7 +233,7 @@ def test_a_request_names_runs_of_the_list_and_no_paths(client, place):
     (training.SMALL[0], "../out", 5, "--run"), (training.SMALL[0], "", 5, "--run"), 
     (training.SMALL[0], "a b", 5, "--run"), (training.SMALL[0], None, 5, "--run")])
 def test_what_a_run_is_started_with_is_checked(preset, name, steps, said):
-    started = training.Started()
+    started = Started()
     with pytest.raises(gr.Error, match=said):
         started.start(preset, name, steps, [])
     assert started.process is None
@@ -240,7 +241,7 @@ def test_what_a_run_is_started_with_is_checked(preset, name, steps, said):
 
 def test_a_run_that_cannot_begin_says_why_in_its_own_words(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "LOG", tmp_path / "log")
-    started = training.Started()
+    started = Started()
     started.start(training.SMALL[0], "-x", 5, [])
     started.process.wait()
     assert re.search("There is no data in .*: make it with", started.says())
@@ -248,7 +249,7 @@ def test_a_run_that_cannot_begin_says_why_in_its_own_words(tmp_path, monkeypatch
 
 def test_a_public_space_trains_nothing():
     with gr.Blocks() as page:
-        training.build(training=False)
+        training.build(Models("bundled"), training=False)
     buttons = {c["id"] for c in page.config["components"] if c["props"].get("elem_id") in ("train-start", "train-stop")}
     assert not any(target in buttons for each in page.config["dependencies"] for target, _ in each["targets"])
 

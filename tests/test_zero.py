@@ -31,9 +31,9 @@ def engines(monkeypatch):
     model, tokenizer, info = checkpoint.load_model("bundled")
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
     monkeypatch.setattr(zero, "events", in_a_fork(zero.events))
-    assert type(zero.engine(model, tokenizer, "auto", info["path"])) is Engine, "a small model writes on the CPU"
+    assert type(zero.engine(info["path"], model, tokenizer, "auto")) is Engine, "a small model writes on the CPU"
     monkeypatch.setattr(zero, "LARGE", 1)
-    return zero.engine(model, tokenizer, "auto", info["path"]), Engine(model, tokenizer)
+    return zero.engine(info["path"], model, tokenizer, "auto"), Engine(model, tokenizer)
 
 
 def test_a_large_model_writes_in_the_decorated_call_what_it_writes_here(engines):

@@ -13,11 +13,12 @@ import pandas as pd
 
 import checkpoint
 import report
+from ddp import pick_device
 from errors import UserError
 from generate import Engine
 from presets import PRESETS, check
 from runs import locked
-from ui.models import sentences
+from ui.models import Models, sentences
 
 EVERY_S = 2  # how often the page asks whether a run has written
 POINTS = 1000  # of a curve that are drawn
@@ -33,7 +34,7 @@ CURVES = {"val_loss": "validation loss, nats a token", "train_loss": "training l
 GREY = "0.5"
 
 
-def build(training: bool = "SPACE_ID" not in os.environ):
+def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
     """Lays the tab out and connects it; with `training` people start runs, which the visitors of a public Space should not."""
     started = Started()
     with gr.Accordion("Train a model here", open=not list_runs(), visible=training):
@@ -78,7 +79,7 @@ def build(training: bool = "SPACE_ID" not in os.environ):
     runs.change(show, runs, shown, api_name="runs", **in_order)
     gr.on([gr.context.Context.root_block.load, timer.tick], tick, [runs, seen], [said, runs, seen, *shown], **in_order,
           api_visibility="private")
-    write.click(write_with, [runs, prompt], text, concurrency_limit=4, **quiet)
+    write.click(functools.partial(write_with, models), [runs, prompt], text, concurrency_limit=4, **quiet)
     if training:
         start.click(started.start, [preset, name, steps, runs], [said, runs], **quiet)
         stop.click(started.stop, None, said, **quiet)
@@ -205,8 +206,8 @@ class Started:
             self.process = subprocess.Popen([sys.executable, TRAIN, preset, f"--run={name}", f"--max-steps={steps or 1}"],
                                             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                             cwd=checkpoint.LOG.absolute().parent)
-        runs = [name, *(run for run in runs or () if run != name)]
-        return f"{name} begins.", gr.Dropdown(choices=list(dict.fromkeys([name, *list_runs()])), value=runs)
+        others, there = ([run for run in some if run != name] for some in (runs or [], list_runs()))
+        return f"{name} begins.", gr.Dropdown(choices=[name, *there], value=[name, *others], allow_custom_value=True)
 
     def stop(self) -> str:
         """Has it save the step that it is at, and end; waits until it has."""
@@ -225,18 +226,18 @@ class Started:
 
 
 @functools.lru_cache(maxsize=1)
-def engine_of(path: Path, written: float) -> Engine:
-    return Engine(*checkpoint.load_model(path)[:2])
+def engine_of(path: Path, written: float, device: str) -> Engine:
+    return Engine(*checkpoint.load_model(path, pick_device(device))[:2])
 
 
-def write_with(runs: list[str], prompt: str):
+def write_with(models: Models, runs: list[str], prompt: str):
     """Streams what the newest checkpoint of the first of the runs makes of a prompt."""
     with sentences():
         run = next(iter(folders(runs)), None)
         if run is None or not checkpoint.model_steps(run):
             raise UserError("There is no checkpoint yet: wait for the run's first, or stop the run, which saves one.")
         path = checkpoint.model_path(run, checkpoint.model_steps(run)[-1])
-        engine, written = engine_of(path, path.stat().st_mtime), prompt or ""
+        engine, written = engine_of(path, path.stat().st_mtime, models.device), prompt or ""
         ids, _ = engine.encode(written[:2_000])
         for count, piece in enumerate(engine.stream(ids, max_new_tokens=LENGTH, temperature=0.8)):
             written += piece

@@ -62,10 +62,10 @@ class ZeroEngine(Engine):
         return Call(self.path, self.prompt_ids(prompt), n, Sampling(**sampling))
 
 
-def engine(model: GPT, tokenizer: Tokenizer, dtype: Dtype, path: str) -> Engine:
+def engine(path: str, model: GPT, tokenizer: Tokenizer, dtype: Dtype, **limits) -> Engine:
     """The engine for a model, which was loaded from `path`, on this machine."""
     if not os.environ.get("SPACES_ZERO_GPU") or model.num_parameters() < LARGE:
-        return Engine(model, tokenizer, dtype)
-    here = ZeroEngine(model, tokenizer, dtype)
+        return Engine(model, tokenizer, dtype, **limits)
+    here = ZeroEngine(model, tokenizer, dtype, **limits)
     here.path = path
     return here
