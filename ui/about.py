@@ -9,23 +9,7 @@ import gradio as gr
 import publish
 from ui.models import Models, sentences
 
-HERE = """
-## What this is
-
-A GPT-2, exactly, and the whole road to it in plain PyTorch: tokenizer, data, model, training, sampling, this page. A model of
-this kind continues texts; it was not taught to answer, and what it writes is invented. What you write here is sent to the machine
-that this page runs on, and neither kept nor logged there.
-
-## Another model here
-
-- `python app.py --model gpt2` shows OpenAI's GPT-2 124M, `gpt2-xl` the largest; they come from the Hugging Face Hub.
-- `python app.py --model log/gpt2-124m` shows a run of your own; without `--model` the newest stands first in the list.
-- `python app.py --model allenporter/gpt2` shows others' models in Hugging Face's layout, by their name there or their folder.
-
-On a Space the variable `MODEL` says it, as `gpt2` or `me/my-gpt2`. GPT-2 124M itself is trained with `python fineweb.py` and
-`torchrun --standalone --nproc_per_node=8 train.py`. The programs are under the MIT licence; each model has its own, which its
-card names.
-"""
+HERE = Path(__file__).parent.parent / "assets" / "about.md"
 
 
 def build(models: Models):
@@ -35,7 +19,7 @@ def build(models: Models):
             model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="about-model")
             text = gr.Markdown(elem_id="about-card")
         with gr.Column(scale=2, min_width=320):
-            gr.Markdown(HERE)
+            gr.Markdown(HERE.read_text(encoding="utf-8"))
     gr.on([gr.context.Context.root_block.load, model.change], functools.partial(card, models), model, text,
           api_visibility="private", show_progress="hidden")
 
