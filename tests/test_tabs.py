@@ -266,6 +266,7 @@ def test_the_card_says_what_a_model_learned_how_well_and_under_which_licence(ope
     page.get_by_role("option", name=re.compile("markup$")).click()
     expect(card).to_contain_text("last validation loss", timeout=60_000)
     expect(card).to_contain_text("step 6")
+    expect(card).to_contain_text(f"{MARKUP}, by character")
     assert page.locator("img[src=x]").count() == 0 and page.evaluate("window.hacked") is None
 
 
