@@ -51,7 +51,7 @@ def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
                           placeholder="What the run says appears here.", elem_id="train-said")
     runs = gr.Dropdown(list_runs(), value=list_runs()[:1], multiselect=True, allow_custom_value=True, label="Runs",
                        info="Several are drawn over each other.", elem_id="runs")
-    where = gr.Dataframe(headers=["run", "step", "validation loss", "tokens/s", "state"], label="Where they are",
+    where = gr.Dataframe(headers=["run", "step", "state", "validation loss", "tokens/s"], label="Where they are",
                          interactive=False, wrap=True, elem_id="runs-where")
     plots = []
     for columns in list(CURVES)[:3], list(CURVES)[3:]:
@@ -72,8 +72,11 @@ def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
 
     def tick(chosen: list[str], seen):
         now = {run: [path.stat().st_mtime for path in folders([run])[0].glob("*.jsonl")] for run in list_runs()}
-        fresh = [gr.Dropdown(choices=list(now)), now, *show(chosen)] if now != seen else [gr.skip()] * (2 + len(shown))
-        return started.says(), *fresh
+        if now == seen:
+            return started.says(), *[gr.skip()] * (2 + len(shown))
+        if seen is None and not folders(chosen):  # a page that was just opened
+            chosen = list(now)[:1]
+        return started.says(), gr.Dropdown(choices=list(now), value=chosen, allow_custom_value=True), now, *show(chosen)
 
     in_order = {"concurrency_limit": 1, "concurrency_id": "runs", "show_progress": "hidden"}  # what was asked last is seen last
     runs.change(show, runs, shown, api_name="runs", **in_order)
@@ -158,15 +161,15 @@ def measurements(run: Path) -> pd.DataFrame:
 def standing(run: Path, frame: pd.DataFrame) -> list[str]:
     """A run's row in the table: how far it is, its last measurements, whether it goes on and for how long."""
     if frame.empty:
-        return [run.name, "0", "", "", "begins"]
+        return [run.name, "0", "begins", "", ""]
     step, last = int(frame["step"].iloc[-1]), report.read_config(run).get("max_steps", 0)
     losses, speeds = (frame.reindex(columns=[column])[column].dropna() for column in ("val_loss", "tokens_per_s"))
     state = "complete" if step >= last else "stopped"
     if step < last and goes_on(run):
         pace = (frame["time"].diff() / frame["step"].diff())[frame["step"].diff() > 0].tail(20).median()  # s a step
         state = f"goes on, {duration(pace * (last - step))} left" if pace > 0 else "goes on"
-    return [run.name, f"{step:,} of {last:,}", f"{losses.iloc[-1]:.4f}, best {losses.min():.4f}" if len(losses) else "",
-            f"{speeds.iloc[-1]:,.0f}" if len(speeds) else "", state]
+    return [run.name, f"{step:,} of {last:,}", state, f"{losses.iloc[-1]:.4f}, best {losses.min():.4f}" if len(losses) else "",
+            f"{speeds.iloc[-1]:,.0f}" if len(speeds) else ""]
 
 
 def goes_on(run: Path) -> bool:
