@@ -74,9 +74,10 @@ def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
         now = {run: [path.stat().st_mtime for path in folders([run])[0].glob("*.jsonl")] for run in list_runs()}
         if now == seen:
             return started.says(), *[gr.skip()] * (2 + len(shown))
+        choices = {"choices": list(now)}
         if seen is None and not folders(chosen):  # a page that was just opened
-            chosen = list(now)[:1]
-        return started.says(), gr.Dropdown(choices=list(now), value=chosen, allow_custom_value=True), now, *show(chosen)
+            choices["value"] = chosen = list(now)[:1]
+        return started.says(), gr.update(**choices), now, *show(chosen)
 
     in_order = {"concurrency_limit": 1, "concurrency_id": "runs", "show_progress": "hidden"}  # what was asked last is seen last
     runs.change(show, runs, shown, api_name="runs", **in_order)
