@@ -1,0 +1,71 @@
+"""ZeroGPU, a Space whose GPU is there only while a decorated call runs, in a process that is forked for it.
+
+Small models write on the CPU there as everywhere; a request to a large one is such a call, in which the same engine runs.
+"""
+import dataclasses
+import functools
+import os
+
+import checkpoint
+from ddp import pick_device
+from generate import LARGE, Dtype, Engine
+from model import GPT
+from sampling import Sampling
+from tokenizer import Tokenizer
+
+if os.environ.get("SPACES_ZERO_GPU"):
+    import spaces
+    gpu = spaces.GPU(duration=60)  # seconds of a visitor's quota that a call may take
+else:
+    def gpu(function):
+        return function
+
+
+@functools.lru_cache(maxsize=1)  # of that process, which serves one call after another
+def engine_there(path: str) -> Engine:
+    return Engine(*checkpoint.load_model(path, pick_device("auto"))[:2])
+
+
+@gpu
+def events(path: str, ids: list[int], n: int, sampling: dict):
+    yield from engine_there(path).submit(ids, n, **sampling)
+
+
+class Call:
+    """What a scheduler's `Request` is to its reader."""
+
+    def __init__(self, path: str, ids: list[int], n: int, sampling: Sampling):
+        self.n, self.sampling, self.left = n, sampling, set(range(n))
+        self.events = events(path, ids, n, dataclasses.asdict(sampling))
+
+    def __iter__(self):
+        for index, event in self.events:
+            if index in self.left:
+                if isinstance(event, str):
+                    self.left.discard(index)
+                yield index, event
+            if not self.left:
+                return
+
+    def cancel(self, index: int | None = None):
+        self.left -= self.left if index is None else {index}
+
+    def place(self) -> int:
+        return 0  # the Space has its own queue
+
+
+class ZeroEngine(Engine):
+    """Looks into texts here, on the CPU, and writes where the GPU is."""
+    path: str
+
+    def submit(self, prompt: str | list[int], n: int = 1, **sampling) -> Call:
+        return Call(self.path, self.prompt_ids(prompt), n, Sampling(**sampling))
+
+
+def engine(path: str, model: GPT, tokenizer: Tokenizer, dtype: Dtype, **limits) -> Engine:
+    """The engine for a model, which was loaded from `path`, on this machine."""
+    if not os.environ.get("SPACES_ZERO_GPU") or model.num_parameters() < LARGE:
+        return Engine(model, tokenizer, dtype, **limits)
+    here = ZeroEngine(model, tokenizer, dtype, **limits)
+    here.path = path
+    return here
