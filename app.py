@@ -20,7 +20,7 @@ import serve
 from errors import UserError, one_sentence
 from generate import Dtype
 from kernels import use_allowed_cores
-from ui import chat, compare, write
+from ui import about, chat, compare, look, training, write
 from ui.models import Models
 
 
@@ -42,17 +42,20 @@ class AppConfig:
 
 
 SESSIONS = 200  # visitors whose page the server remembers, at 150 kB each: Gradio would ten thousand
-TABS = {"Write": write, "Chat": chat, "Compare": compare}  # in the page's order
+TABS = {"Write": write, "Chat": chat, "Look inside": look, "Compare": compare, "Training": training, "About": about}
 
 
 def build(models: Models) -> gr.Blocks:
     with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False) as page:
         gr.Markdown("# GPT-2 From Scratch\nA small language model and the whole road to it, from raw text to this page, in "
                     "plain PyTorch.")
-        with gr.Tabs():
+        built = {}
+        with gr.Tabs() as tabs:
             for name, tab in TABS.items():
                 with gr.Tab(name, id=name):
-                    tab.build(models)
+                    built[name] = tab.build(models)
+        built["Write"].look.click(lambda text: (text, gr.Tabs(selected="Look inside")), built["Write"].text,
+                                  [built["Look inside"], tabs], api_visibility="private", show_progress="hidden")
         gr.api(models.list, api_name="models")
     return page
 

@@ -17,6 +17,7 @@ import checkpoint
 from ddp import pick_device
 from errors import UserError
 from generate import Dtype, Engine
+from ui import zero
 
 KEPT = 2  # models in memory, those used last
 MAX_TIME_S = 300  # of one text, its wait in the queue included
@@ -88,7 +89,7 @@ class Models:
     def load(self, name: str, dtype: str, future: concurrent.futures.Future[Loaded]):
         try:
             model, tokenizer, info = checkpoint.load_model(name, self.device)
-            engine = Engine(model, tokenizer, dtype, deadline_s=MAX_TIME_S, prefix_bytes=PREFIX_BYTES)
+            engine = zero.engine(info["path"], model, tokenizer, dtype, deadline_s=MAX_TIME_S, prefix_bytes=PREFIX_BYTES)
             engine.forward  # noqa: B018 (compiles and packs)
             size = model.num_parameters() * WEIGHT_BYTES[engine.dtype]
             limit = read_bandwidth(size) / size if engine.device.type == "cpu" else None

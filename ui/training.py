@@ -13,7 +13,6 @@ import pandas as pd
 
 import checkpoint
 import report
-from ddp import pick_device
 from errors import UserError
 from generate import Engine
 from presets import PRESETS, check
@@ -71,7 +70,7 @@ def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
     shown, quiet = [where, *plots, samples], {"show_progress": "hidden", "api_visibility": "private"}
 
     def tick(chosen: list[str], seen):
-        now = {run: [path.stat().st_mtime for path in folders([run])[0].glob("*.jsonl")] for run in list_runs()}
+        now = {run.name: [goes_on(run), *(path.stat().st_mtime for path in run.glob("*.jsonl"))] for run in folders(list_runs())}
         if now == seen:
             return started.says(), *[gr.skip()] * (2 + len(shown))
         choices = {"choices": list(now)}
@@ -230,8 +229,8 @@ class Started:
 
 
 @functools.lru_cache(maxsize=1)
-def engine_of(path: Path, written: float, device: str) -> Engine:
-    return Engine(*checkpoint.load_model(path, pick_device(device))[:2])
+def engine_of(path: Path, written: float, device) -> Engine:
+    return Engine(*checkpoint.load_model(path, device)[:2])
 
 
 def write_with(models: Models, runs: list[str], prompt: str):

@@ -2,15 +2,18 @@
 
 Small models write on the CPU there as everywhere; a request to a large one is such a call, in which the same engine runs.
 """
+import contextvars
 import dataclasses
 import functools
 import os
+import threading
 
 import checkpoint
 from ddp import pick_device
 from generate import LARGE, Dtype, Engine
 from model import GPT
 from sampling import Sampling
+from scheduler import Request, Scheduler
 from tokenizer import Tokenizer
 
 if os.environ.get("SPACES_ZERO_GPU"):
@@ -31,27 +34,23 @@ def events(path: str, ids: list[int], n: int, sampling: dict):
     yield from engine_there(path).submit(ids, n, **sampling)
 
 
-class Call:
-    """What a scheduler's `Request` is to its reader."""
+class Call(Request):
+    """A request that is written there: a thread hands on what comes."""
 
-    def __init__(self, path: str, ids: list[int], n: int, sampling: Sampling):
-        self.n, self.sampling, self.left = n, sampling, set(range(n))
-        self.events = events(path, ids, n, dataclasses.asdict(sampling))
+    def __init__(self, path: str, scheduler: Scheduler, ids: list[int], n: int, sampling: Sampling):
+        super().__init__(scheduler, ids, n, sampling)
+        visitor = contextvars.copy_context()  # whose quota it is
+        threading.Thread(target=visitor.run, args=(self.read, path), daemon=True).start()
 
-    def __iter__(self):
-        for index, event in self.events:
-            if index in self.left:
-                if isinstance(event, str):
-                    self.left.discard(index)
-                yield index, event
-            if not self.left:
-                return
-
-    def cancel(self, index: int | None = None):
-        self.left -= self.left if index is None else {index}
-
-    def place(self) -> int:
-        return 0  # the Space has its own queue
+    def read(self, path: str):
+        try:
+            options = dataclasses.asdict(self.sampling) | {"seed": self.seed}
+            for event in events(path, self.ids, self.n, options):
+                if not self.left:  # nobody reads on
+                    return
+                self.put(event)
+        except Exception as error:  # whatever it is, the reader is told
+            self.put(error)
 
 
 class ZeroEngine(Engine):
@@ -59,7 +58,7 @@ class ZeroEngine(Engine):
     path: str
 
     def submit(self, prompt: str | list[int], n: int = 1, **sampling) -> Call:
-        return Call(self.path, self.prompt_ids(prompt), n, Sampling(**sampling))
+        return Call(self.path, self.scheduler, self.prompt_ids(prompt), n, Sampling(**sampling))
 
 
 def engine(path: str, model: GPT, tokenizer: Tokenizer, dtype: Dtype, **limits) -> Engine:
