@@ -138,8 +138,9 @@ class Writing:
         parts = [f"{tokens:,} tokens", f"first after {((self.first or self.last) - self.began) * 1000:,.0f} ms"]
         if tokens > len(self.texts) and took > 0:
             speed = (tokens - len(self.texts)) / took
-            share = 100 * speed / len(self.texts) / self.limit if self.limit else None
-            limit = f" ({share:.2g}% of what reading the weights allows here)" if share else ""
+            share = 100 * speed / len(self.texts) / self.limit if self.limit else 0
+            # Above 100 the cores were busy with something else when reading was measured, which then says nothing.
+            limit = f" ({share:.2g}% of what reading the weights allows here)" if 0 < share <= 100 else ""
             parts.append(f"{speed:,.0f} tokens/s{limit}")
         ends = ["ended after the longest time a text may take"] * ("deadline" in self.reasons)
         return "  ".join([" · ".join([*parts, self.context(), f"seed {self.request.seed}", *ends]), *self.notices])
