@@ -204,7 +204,8 @@ def speeds(config: Config):
     for dtype in engines:
         size = gpt.num_parameters() * {"int8": 1, "float32": 4}.get(dtype, 2)
         say_ratio([each[f"ours {dtype}, 1 stream"] * size / bandwidth for each in rounds],
-                  f"ours {dtype}, 1 stream, of what memory allows; {bandwidth / size:.0f} tokens/s at {bandwidth / 1e9:.0f} GB/s", 0.7)
+                  f"ours {dtype}, 1 stream, of what memory allows; {bandwidth / size:.0f} tokens/s at "
+                  f"{bandwidth / 1e9:.0f} GB/s", 0.7)
     measured = [positions(engines[best], ids) for _ in range(config.rounds)]
     for name, wanted in ("at 1000", 0.7), ("past the context", 0.5):
         say_ratio([each[name] / each["at 100"] for each in measured], f"ours {best}, 1 stream, {name} against at 100", wanted)
