@@ -3,6 +3,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from playwright.sync_api import Error as PlaywrightError
+from playwright.sync_api import sync_playwright
 
 import train
 from generate import Engine
@@ -218,3 +221,18 @@ def web(on_loopback):
         return on_loopback(Handler)
 
     return serve
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The browser that the page's tests open."""
+    with sync_playwright() as playwright:
+        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        try:
+            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-background-networking"])
+        except PlaywrightError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"no Chromium to open the page with: {error}")
+        yield browser
+        browser.close()

@@ -1,9 +1,7 @@
 import asyncio
 import concurrent.futures
 import json
-import os
 import re
-import shutil
 import socket
 import time
 import urllib.parse
@@ -12,8 +10,7 @@ import httpx
 import pytest
 from conftest import tiny_gpt
 from gradio_client import Client
-from playwright.sync_api import Error as PlaywrightError
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 import app
 import checkpoint
@@ -64,20 +61,6 @@ def url(steps, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundled():
     return Engine(*checkpoint.load_model("bundled")[:2])
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        try:
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-background-networking"])
-        except PlaywrightError as error:
-            if os.environ.get("CI"):
-                raise
-            pytest.skip(f"no Chromium to open the page with: {error}")
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The tabs Look inside, Training and About, as a person's browser and a program's client see them."""
 import json
-import os
 import re
-import shutil
 import socket
 
 import gradio as gr
@@ -11,8 +9,7 @@ import pytest
 import torch
 from conftest import PROSE, small_bpe, tiny_gpt
 from gradio_client import Client
-from playwright.sync_api import Error as PlaywrightError
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 import checkpoint
 import prepare
@@ -64,20 +61,6 @@ def url(place):
         yield f"http://127.0.0.1:{port}/"
         started.stop()
         page.close()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        try:
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-background-networking"])
-        except PlaywrightError as error:
-            if os.environ.get("CI"):
-                raise
-            pytest.skip(f"no Chromium to open the page with: {error}")
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
