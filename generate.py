@@ -1,11 +1,11 @@
 """The sampling engine: a model and its tokenizer in, text out as it is made.
 
-    python generate.py -p "ROMEO:" -n 3 --seed 42            # without -p: interactive
+    python generate.py -p "The history of" -n 3 --seed 42    # without -p: interactive
     python generate.py -m log/shakespeare-char-cpu --temperature 0.8 --top-k 50
     python generate.py --file beginning.txt --stop "\n\n" --json
 
     engine = Engine(*load_model("bundled")[:2])
-    for piece in engine.stream("ROMEO:", max_new_tokens=200, seed=42):
+    for piece in engine.stream("The history of", max_new_tokens=200, seed=42):
         print(piece, end="", flush=True)
 
 Any number of threads may ask at once: scheduler.py steps all texts together, sampling.py chooses their tokens.

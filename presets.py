@@ -113,7 +113,7 @@ GPT2_124M = TrainConfig(vocab_size=50_304, hellaswag="auto", samples=4)
 SHAKESPEARE_CHAR = TrainConfig(
     data=Path("data/tiny_shakespeare_char"), n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
     batch_tokens=64 * 256, max_steps=5000, learning_rate=1e-3, warmup_steps=100, beta2=0.99,
-    eval_every=250, sample_every=500, save_every=500, sample_prompt="\n")
+    eval_every=250, sample_every=500, save_every=500, sample_prompt="ROMEO:\n")
 
 # The same text for two CPU cores, where few layers, small batches and Muon bring the loss down soonest.
 SHAKESPEARE_CHAR_CPU = dataclasses.replace(
@@ -128,7 +128,7 @@ PRESETS = {
     "shakespeare-bundled": dataclasses.replace(  # assets/bundled/shakespeare, under 4 MB in float16
         SHAKESPEARE_CHAR, n_layer=4, n_head=6, n_embd=192, batch_tokens=8 * 256, micro_batch=8, dropout=0.1, max_steps=4500,
         optimizer="muon", learning_rate=3e-3, min_lr_ratio=0.02),
-    "pushkin-char": dataclasses.replace(SHAKESPEARE_CHAR, data=Path("data/tiny_pushkin_char")),
+    "pushkin-char": dataclasses.replace(SHAKESPEARE_CHAR, data=Path("data/tiny_pushkin_char"), sample_prompt="Я вас любил"),
     "finetune": TrainConfig(
         data=Path("data/finetune"), init_from="bundled", batch_tokens=32 * 1024, micro_batch=8, max_steps=200,
         learning_rate=3e-5, schedule="constant", warmup_steps=0, dropout=0.1, eval_every=20, sample_every=100,
@@ -148,7 +148,8 @@ PRESETS |= {
         micro_batch=16, max_steps=5000, optimizer="muon", learning_rate=8e-3, schedule="wsd", warmup_steps=50, min_lr_ratio=0.0,
         eval_every=100, eval_tokens=2**16, sample_every=500, save_every=50, sample_prompt="The history of"),
     "pushkin-bundled": dataclasses.replace(
-        PRESETS["shakespeare-bundled"], data=Path("data/tiny_pushkin_char"), save_every=50),
+        PRESETS["shakespeare-bundled"], data=Path("data/tiny_pushkin_char"), save_every=50,
+        sample_prompt="Я вас любил"),
 }
 
 

@@ -1,7 +1,7 @@
 """The engine under OpenAI's API: any of its clients writes with our models.
 
     python serve.py -m bundled --port 8000                   # and app.py serves the same beside the page
-    curl http://127.0.0.1:8000/v1/completions -d '{"model": "bundled", "prompt": "ROMEO:", "seed": 1, "stream": true}'
+    curl http://127.0.0.1:8000/v1/completions -d '{"model": "bundled", "prompt": "Once", "seed": 1, "stream": true}'
 
 `/v1/completions` and `/v1/models`, as https://platform.openai.com/docs/api-reference/completions has them.
 """

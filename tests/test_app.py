@@ -18,12 +18,13 @@ from errors import UserError
 from generate import Engine
 from scheduler import Scheduler
 from tokenizer import CharTokenizer
-from ui.models import Models
+from ui.models import BEGINNINGS, Models
 from ui.stream import MAX_BYTES
-from ui.write import EXAMPLES, write
+from ui.write import write
 
 MARKUP = "<img src=x onerror=alert(1)>"
 TABS = ["Write", "Chat", "Compare"]
+BEGINNING = BEGINNINGS["bundled:shakespeare"][0]
 
 
 def free_port() -> int:
@@ -53,14 +54,14 @@ def url(steps, tmp_path_factory):
         (log / "abc").mkdir(parents=True)
         for step in 5, 7:
             checkpoint.save(log / "abc", step, tiny_gpt(vocab_size=3, seed=step), {}, CharTokenizer("abc"), {}, step / 4)
-        page = app.main(app.AppConfig(model="bundled", port=port), prevent_thread_lock=True, quiet=True)
+        page = app.main(app.AppConfig(model="bundled:shakespeare", port=port), prevent_thread_lock=True, quiet=True)
         yield f"http://127.0.0.1:{port}/"
     page.close()
 
 
 @pytest.fixture(scope="module")
 def bundled():
-    return Engine(*checkpoint.load_model("bundled")[:2])
+    return Engine(*checkpoint.load_model("bundled:shakespeare")[:2])
 
 
 @pytest.fixture
@@ -184,9 +185,9 @@ def test_a_new_seed_is_drawn_and_the_text_can_be_kept(open_page, bundled):
     page = open_page()
     set_number(page, "length", 30)
     page.click("#generate")
-    text = finish(page, len(EXAMPLES[0]) + 30)
+    text = finish(page, len(BEGINNING) + 30)
     seed = int(page.input_value("#seed input"))
-    assert seed != 42 and text == EXAMPLES[0] + bundled.generate(EXAMPLES[0], max_new_tokens=30, temperature=0.8, seed=seed)[0]
+    assert seed != 42 and text == BEGINNING + bundled.generate(BEGINNING, max_new_tokens=30, temperature=0.8, seed=seed)[0]
     page.click("#keep button")
     kept = {}
     for kind in "txt", "json":
@@ -195,7 +196,7 @@ def test_a_new_seed_is_drawn_and_the_text_can_be_kept(open_page, bundled):
         kept[kind] = download.value.path().read_text(encoding="utf-8")
     said = json.loads(kept["json"])
     assert kept["txt"] == said["text"] == text
-    assert said["seed"] == seed and said["prompt"] == EXAMPLES[0] and said["dtype"] == "float32"
+    assert said["seed"] == seed and said["prompt"] == BEGINNING and said["dtype"] == "float32"
 
 
 def test_continue_goes_on_from_the_text_and_generate_begins_again(open_page):
@@ -223,12 +224,12 @@ def test_versions_stream_side_by_side_and_the_likeliest_comes_first(open_page):
     set_number(page, "versions", 3)
     set_number(page, "length", 40)
     page.click("#generate")
-    text = finish(page, len(EXAMPLES[0]) + 40)
+    text = finish(page, len(BEGINNING) + 40)
     versions = [page.input_value(f"#version-{i} textarea") for i in range(3)]
     means = [float(re.search(r"\d: (-[\d.]+) a token", page.inner_text(f"#version-{i}"))[1]) for i in range(3)]
-    assert text == EXAMPLES[0] + versions[0] and len(set(versions)) == 3 and means == sorted(means, reverse=True)
+    assert text == BEGINNING + versions[0] and len(set(versions)) == 3 and means == sorted(means, reverse=True)
     page.locator("#version-2").get_by_role("button", name="Use").click()
-    page.wait_for_function("text => document.querySelector('#text textarea').value == text", arg=EXAMPLES[0] + versions[2])
+    page.wait_for_function("text => document.querySelector('#text textarea').value == text", arg=BEGINNING + versions[2])
 
 
 def test_the_selector_changes_the_model(open_page, url):
@@ -365,7 +366,7 @@ def test_the_page_is_there_before_its_model(monkeypatch, tmp_path):
         time.sleep(1.5)
         return slow(*arguments)
     monkeypatch.setattr(checkpoint, "load_model", load)
-    page = app.main(app.AppConfig(model="bundled", port=free_port()), prevent_thread_lock=True, quiet=True)
+    page = app.main(app.AppConfig(model="bundled:shakespeare", port=free_port()), prevent_thread_lock=True, quiet=True)
     try:
         assert httpx.get(page.local_url).status_code == 200 and time.monotonic() < loads[0] + 1.5
         job = Client(page.local_url, verbose=False).submit("ROMEO:", length=5, api_name="/generate")
@@ -469,7 +470,7 @@ def test_who_leaves_leaves_nothing_behind():
                 if said["text"] and n % 3:
                     break
             await stream.aclose()
-    models = Models("bundled")
+    models = Models("bundled:shakespeare")
     scheduler = models.engine("bundled:shakespeare").scheduler
     with concurrent.futures.ThreadPoolExecutor(1) as thread:  # playwright has a loop of its own in this one
         thread.submit(asyncio.run, leave_all(models)).result()
@@ -487,4 +488,4 @@ def test_a_page_without_a_model_does_not_open(wrong):
 def test_a_port_in_use_or_impossible_gets_one_sentence(url):
     for port in int(url.rsplit(":", 1)[1].strip("/")), 0, 99_999, -1:
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
-            app.main(app.AppConfig(model="bundled", port=port))
+            app.main(app.AppConfig(model="bundled:shakespeare", port=port))

@@ -480,21 +480,22 @@ def test_auto_is_a_rule_of_the_models_size(monkeypatch):
 # The command line
 
 def test_a_seed_prints_the_same_texts_each_time(command):
-    once, again = (command("generate.py", "-m", "bundled", "-p", "ROMEO:", "-n", 3, "--seed", 42).stdout for _ in range(2))
+    once, again = (command("generate.py", "-m", "bundled:shakespeare", "-p", "ROMEO:", "-n", 3, "--seed", 42).stdout
+                   for _ in range(2))
     assert once == again
     texts = once.removesuffix("\n").split("\n--------\n")
     assert len(set(texts)) == 3 and all(text.startswith("ROMEO:") and len(text) == len("ROMEO:") + 256 for text in texts)
 
 
 def test_without_a_prompt_it_asks_for_prompts(command):
-    done = command("generate.py", "-m", "bundled", "--seed", 1, "--max-new-tokens", 20, typed="ROMEO:\nЯ\n")
+    done = command("generate.py", "-m", "bundled:shakespeare", "--seed", 1, "--max-new-tokens", 20, typed="ROMEO:\nЯ\n")
     assert re.fullmatch(r"\n> ROMEO:[^Я]{20}\n\n> Я[^Я]{20}\n\n> \n", done.stdout), done.stdout
     assert "alphabet lacks" in done.stderr and done.stderr.count("seed 1") == 2
 
 
 def test_a_file_or_the_standard_input_is_a_prompt_and_json_says_all(command, tmp_path):
     (tmp_path / "beginning.txt").write_text("ROMEO:\nWhat")
-    options = ["-m", "bundled", "--seed", 3, "--max-new-tokens", 40]
+    options = ["-m", "bundled:shakespeare", "--seed", 3, "--max-new-tokens", 40]
     plain = command("generate.py", *options, "--file", "beginning.txt").stdout
     assert plain == command("generate.py", *options, "--file", "-", typed="ROMEO:\nWhat").stdout
     lines = command("generate.py", *options, "--file", "beginning.txt", "-n", 2, "--json", "--stop", "\\n").stdout.splitlines()

@@ -266,7 +266,7 @@ def test_a_model_that_knows_nothing_needs_all_the_bits_of_a_letter():
 
 def test_the_command_prints_the_figures_beside_the_published_ones(command, tmp_path):
     (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
-    done = command("hellaswag.py", "-m", "bundled", "-d", "cpu", "--data", "h.jsonl", "--limit", 5, "--show", 1,
+    done = command("hellaswag.py", "-m", "bundled:shakespeare", "-d", "cpu", "--data", "h.jsonl", "--limit", 5, "--show", 1,
                    "--json", "h.json")
     for said in "0.2955", "0.5089", "0.337", "do not compare", "runs backwards while", "predicted", "seconds", "alphabet lacks":
         assert said in done.stdout
@@ -275,13 +275,13 @@ def test_the_command_prints_the_figures_beside_the_published_ones(command, tmp_p
     assert f"{written['nanogpt']['acc_norm']:.4f}" in done.stdout
     (tmp_path / "t.txt").write_text(PROSE)
     (tmp_path / "h.bin").write_bytes(b"\xff\xfe\x00")
-    assert "bits_per_byte" in command("hellaswag.py", "-m", "bundled", "--text", "t.txt").stdout
+    assert "bits_per_byte" in command("hellaswag.py", "-m", "bundled:shakespeare", "--text", "t.txt").stdout
     for arguments, sentence in ((["--data", "none.jsonl"], "none.jsonl"), (["--data", "h.jsonl", "--limit", "0"], "at least 1"),
                                 (["--text", "none.txt"], "none.txt"), (["--text", "h.bin"], "not UTF-8"),
                                 (["--data", "h.jsonl", "--json", "no/h.json"], "a folder that there is"),
                                 (["--data", "h.jsonl", "--stride", "3"], "belongs to --text"),
                                 (["--text", "t.txt", "--limit", "3"], "leave --data")):
-        done = command("hellaswag.py", "-m", "bundled", *arguments, check=False)
+        done = command("hellaswag.py", "-m", "bundled:shakespeare", *arguments, check=False)
         assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -159,7 +159,7 @@ def test_a_crowd_is_served_together(client):
 
 def test_the_page_serves_it_too():
     port = free_port()
-    page = app.main(app.AppConfig(model="bundled", port=port), prevent_thread_lock=True, quiet=True)
+    page = app.main(app.AppConfig(model="bundled:shakespeare", port=port), prevent_thread_lock=True, quiet=True)
     try:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         name = next(iter(client.models.list())).id

@@ -47,7 +47,7 @@ def place(tmp_path_factory):
 def url(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "LOG", place / "log")
-        models, started = Models("bundled"), Started()
+        models, started = Models("bundled:shakespeare"), Started()
         patch.setattr(training, "Started", lambda: started)
         with gr.Blocks(analytics_enabled=False) as page:
             for title, build in {"Look inside": look.build, "About": about.build,
@@ -208,7 +208,7 @@ def test_a_request_names_runs_of_the_list_and_no_paths(client, place):
     for name in "../elsewhere", str(place / "elsewhere"), "..", "", MARKUP:
         assert client.predict([name], api_name="/runs")[0]["data"] in ([], [[""] * 5])
         with pytest.raises(gr.Error, match="no checkpoint"):
-            list(training.write_with(Models("bundled"), [name], "a"))
+            list(training.write_with(Models("bundled:shakespeare"), [name], "a"))
 
 
 @pytest.mark.parametrize("preset, name, steps, said", [
@@ -232,7 +232,7 @@ def test_a_run_that_cannot_begin_says_why_in_its_own_words(tmp_path, monkeypatch
 
 def test_a_public_space_trains_nothing():
     with gr.Blocks() as page:
-        training.build(Models("bundled"), training=False)
+        training.build(Models("bundled:shakespeare"), training=False)
     buttons = {c["id"] for c in page.config["components"] if c["props"].get("elem_id") in ("train-start", "train-stop")}
     assert not any(target in buttons for each in page.config["dependencies"] for target, _ in each["targets"])
 

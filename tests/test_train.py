@@ -565,7 +565,7 @@ def test_pruning_spares_the_checkpoint_just_written_whatever_else_lies_there(run
 
 def test_an_export_never_lands_in_a_run(run):
     with pytest.raises(UserError, match="holds a run"):
-        publish.export("bundled", run)
+        publish.export("bundled:shakespeare", run)
     assert checkpoint.load_model(run)[2]["step"] == 1
 
 

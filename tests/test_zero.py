@@ -28,7 +28,7 @@ def in_a_fork(function):
 
 @pytest.fixture
 def engines(monkeypatch):
-    model, tokenizer, info = checkpoint.load_model("bundled")
+    model, tokenizer, info = checkpoint.load_model("bundled:shakespeare")
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
     monkeypatch.setattr(zero, "events", in_a_fork(zero.events))
     assert type(zero.engine(info["path"], model, tokenizer, "auto")) is Engine, "a small model writes on the CPU"

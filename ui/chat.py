@@ -13,6 +13,7 @@ from ui.models import Models, sentences
 from ui.stream import MAX_BYTES, Writing, checked, figures_box, follow, model_box, slider
 
 MAX_NAME = 40  # characters
+SPEAKERS = [["Student", "Teacher"], ["ROMEO", "JULIET"]]
 NOTE = ("This is no assistant: a base model goes on with what looks like a conversation, and knows nothing of being asked. The "
         "text that it reads is each turn below the speaker's name, and its turn ends where it would name the next speaker.")
 
@@ -25,7 +26,7 @@ def build(models: Models):
                               feedback_options=None, allow_tags=False, buttons=["copy", "copy_all"], elem_id="talk",
                               placeholder="Say something below. Your turns can be edited, and an answer tried again.")
             said = gr.Textbox(label="Your turn", lines=1, max_lines=6, max_length=MAX_BYTES, submit_btn="Say", elem_id="say",
-                              placeholder="Good morrow to you, friend.")
+                              placeholder="What have you learned today?")
             with gr.Row():
                 stop = gr.Button("Stop", variant="stop", min_width=90, elem_id="chat-stop")
                 clear = gr.Button("New conversation", min_width=90, elem_id="chat-clear")
@@ -34,9 +35,9 @@ def build(models: Models):
         with gr.Column(scale=3, min_width=300):
             model = model_box(models, "chat-")
             with gr.Row():
-                you = gr.Textbox("ROMEO", label="You are", max_length=MAX_NAME, min_width=120, elem_id="chat-you")
-                it = gr.Textbox("JULIET", label="The model is", max_length=MAX_NAME, min_width=120, elem_id="chat-it")
-            gr.Examples([["ROMEO", "JULIET"], ["Student", "Teacher"]], [you, it], label="Speakers")
+                you = gr.Textbox(SPEAKERS[0][0], label="You are", max_length=MAX_NAME, min_width=120, elem_id="chat-you")
+                it = gr.Textbox(SPEAKERS[0][1], label="The model is", max_length=MAX_NAME, min_width=120, elem_id="chat-it")
+            gr.Examples(SPEAKERS, [you, it], label="Speakers")
             sliders = [slider(name, "chat-", **changes) for name, changes in (
                 ("temperature", {}), ("top_k", {}), ("top_p", {"value": 0.95}), ("length", {"value": 120}))]
 
@@ -69,7 +70,7 @@ def fit(engine: Engine, turns: list[tuple[str, str]], speaker: str, length: int)
 
 
 async def chat(models: Models, message: str, history: list[dict[str, str]] | None = None, model: str | None = None,
-               you: str = "ROMEO", it: str = "JULIET", temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95,
+               you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1], temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95,
                length: int = 120, seed: int | None = None) -> dict:
     """Answers a message. `history` holds the turns before it, {"role": "user" or "assistant", "content": text} each. Streams
     "text", the answer so far; "left_out", how many of the oldest turns the model no longer reads; "figures", in words. An answer

@@ -17,7 +17,7 @@ MAX_LINE = 200  # tokens that a checkpoint of the timeline writes
 
 def build(models: Models):
     """Lays the tab out and connects it."""
-    prompt = gr.Textbox(label="Prompt", value="ROMEO:\n", lines=3, max_lines=10, max_length=MAX_BYTES, elem_id="compare-prompt")
+    prompt = gr.Textbox(models.beginning(), label="Prompt", lines=3, max_lines=10, max_length=MAX_BYTES, elem_id="compare-prompt")
     with gr.Row():
         sliders = [slider(name, "compare-", info=None, **changes) for name, changes in (
             ("temperature", {}), ("top_k", {}), ("top_p", {}), ("length", {"value": 200}), ("seed", {}))]

@@ -16,7 +16,7 @@ CHOICES = 10  # alternatives that are shown
 LENGTH = 100  # tokens of a fork
 REFRESH_TOKENS = 4  # a fork is sent after so many
 
-SAMPLE = "ROMEO:\nWhat light is this that through the window breaks? It is the east, and Juliet is the sun.\n"
+SAMPLE = "It is the east, and Juliet is the sun. The sun is a star, and the earth moves around it.\n"
 BINS = {"above 50%": 0.5, "10 to 50%": 0.1, "1 to 10%": 0.01, "0.1 to 1%": 0.001, "below 0.1%": 0.0}
 COLOURS = dict(zip(BINS, ("#5eead4", "#bef264", "#fde047", "#fdba74", "#fca5a5")))
 

@@ -14,14 +14,21 @@ import gradio as gr
 import numpy as np
 
 import checkpoint
+import report
 from ddp import pick_device
 from errors import UserError
 from generate import Dtype, Engine
+from presets import TrainConfig
 from ui import zero
 
 KEPT = 2  # models in memory, those used last
 MAX_TIME_S = 300  # of one text, its wait in the queue included
 PREFIX_BYTES = 2**26  # of beginnings that a model keeps for texts that begin alike
+BEGINNINGS = {  # of texts such as a model learned
+    "bundled:edu": ["The history of", "Photosynthesis is the process by which", "It was a cold evening, and the old man"],
+    "bundled:pushkin": ["Я вас любил", "Мороз и солнце; "],
+    "bundled:shakespeare": ["ROMEO:\n", "First Citizen:\nBefore we proceed any further, hear me speak.\n",
+                            "KING RICHARD III:\nNow is the"]}
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -42,6 +49,10 @@ class Models:
         self.names = []
         self.list()
 
+    def examples(self) -> list[tuple[str, str]]:
+        """(a beginning, the model that it is for) of the bundled models."""
+        return [(text, name) for name in self.names for text in BEGINNINGS.get(name, ())]
+
     def with_checkpoints(self) -> list[str]:
         return [each for name in self.list() for each in (name, *self.checkpoints(name).values())]
 
@@ -54,6 +65,14 @@ class Models:
             raise UserError("There is no model to show: train one, or name one with --model.")
         self.names[:] = dict.fromkeys(names)  # the same list: serve.py has it too
         return self.names
+
+    def beginning(self) -> str:
+        """A text for the first model to go on with."""
+        if self.names[0] in BEGINNINGS:
+            return BEGINNINGS[self.names[0]][0]
+        with contextlib.suppress(OSError, UserError, KeyError):  # of what is no run
+            return report.read_config(self.names[0])["sample_prompt"]
+        return TrainConfig.sample_prompt
 
     def checkpoints(self, run: str) -> dict[int, str]:
         """step -> name, of the models that a run has saved."""

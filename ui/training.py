@@ -61,7 +61,8 @@ def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
                            elem_id="runs-samples")
     with gr.Row():
         with gr.Column(scale=2, min_width=240):
-            prompt = gr.Textbox("ROMEO:\n", label="Prompt", lines=3, max_length=2_000, elem_id="runs-prompt")
+            prompt = gr.Textbox(label="Prompt", lines=3, max_length=2_000, placeholder="The run's own when empty",
+                                elem_id="runs-prompt")
             write = gr.Button("Write with the first run's newest checkpoint", elem_id="runs-write")
         text = gr.Textbox(label="Text", lines=6, max_lines=12, interactive=False, scale=3, min_width=240, buttons=["copy"],
                           elem_id="runs-text")
@@ -240,7 +241,8 @@ def write_with(models: Models, runs: list[str], prompt: str):
         if run is None or not checkpoint.model_steps(run):
             raise UserError("There is no checkpoint yet: wait for the run's first, or stop the run, which saves one.")
         path = checkpoint.model_path(run, checkpoint.model_steps(run)[-1])
-        engine, written = engine_of(path, path.stat().st_mtime, models.device), prompt or ""
+        engine = engine_of(path, path.stat().st_mtime, models.device)
+        written = prompt or report.read_config(run).get("sample_prompt", "")
         ids, _ = engine.encode(written[:2_000])
         for count, piece in enumerate(engine.stream(ids, max_new_tokens=LENGTH, temperature=0.8)):
             written += piece

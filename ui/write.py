@@ -13,7 +13,6 @@ import gradio as gr
 from ui.models import Models, sentences
 from ui.stream import DTYPES, MAX_BYTES, RANGES, Writing, checked, figures_box, follow, model_box, slider, stop_strings
 
-EXAMPLES = ["ROMEO:\n", "First Citizen:\nBefore we proceed any further, hear me speak.\n", "KING RICHARD III:\nNow is the"]
 WARNING = ("A base model continues a text; it does not answer questions. What it writes is invented and can be false or "
            "offensive.")
 SETTINGS = ["model", "dtype", "temperature", "top_k", "top_p", "length", "seed", "versions", "stop"]
@@ -56,7 +55,7 @@ def build(models: Models) -> Tab:
     """Lays the tab out and connects it."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            text = gr.Textbox(label="Text", value=EXAMPLES[0], lines=14, max_lines=28, max_length=MAX_BYTES, autofocus=True,
+            text = gr.Textbox(models.beginning(), label="Text", lines=14, max_lines=28, max_length=MAX_BYTES, autofocus=True,
                               buttons=["copy"], elem_id="text", placeholder="Write a beginning; the model goes on.",
                               info="Edit it freely; Shift+Enter generates.")
             with gr.Row():
@@ -70,10 +69,12 @@ def build(models: Models) -> Tab:
                 versions = [gr.Textbox(visible=False, lines=8, max_lines=16, min_width=220, buttons=["copy", use],
                                        interactive=False, elem_id=f"version-{i}") for i, use in enumerate(uses)]
             look = gr.Button("Look inside this text", size="sm", elem_id="look")
-            gr.Examples(EXAMPLES, text, label="Beginnings")
+            beginnings = gr.Column()
             gr.Markdown(WARNING)
         with gr.Column(scale=3, min_width=300):
             model = model_box(models)
+            with beginnings:
+                gr.Examples(models.examples(), [text, model], label="Beginnings")
             sliders = [slider(name) for name in ("temperature", "top_k", "top_p", "length")]
             seed = slider("seed")
             fresh = gr.Checkbox(value=True, label="A new seed each time", elem_id="fresh")
