@@ -148,8 +148,8 @@ PRESETS |= {
         micro_batch=16, max_steps=5000, optimizer="muon", learning_rate=8e-3, schedule="wsd", warmup_steps=50, min_lr_ratio=0.0,
         eval_every=100, eval_tokens=2**16, sample_every=500, save_every=50, sample_prompt="The history of"),
     "pushkin-bundled": dataclasses.replace(
-        PRESETS["shakespeare-bundled"], data=Path("data/tiny_pushkin_char"), save_every=50,
-        sample_prompt="Я вас любил"),
+        PRESETS["shakespeare-bundled"], data=Path("data/tiny_pushkin_char"), dropout=0.0, max_steps=1600, learning_rate=6e-3,
+        schedule="wsd", min_lr_ratio=0.0, sample_prompt="Я вас любил"),
 }
 
 

@@ -177,40 +177,46 @@ def effort(run: str | Path) -> dict[str, str]:
 # Plots
 
 LABELS = {"loss": "loss, nats a token", "hellaswag": "HellaSwag, acc_norm", "throughput": "tokens a second, training"}
-STYLES = {"training": {"color": "C0", "alpha": 0.4, "linewidth": 1}, "validation": {"color": "C3", "linewidth": 2},
+STYLES = {"training": {"color": "C0", "alpha": 0.5, "linewidth": 1}, "validation": {"color": "C3", "linewidth": 2},
           "HellaSwag": {"color": "C3", "linewidth": 2}}
-GREYS = ("0.35", "0.6")
+GREY = "0.5"  # reads on a light page and on a dark one, as the background is the page's
+PUBLISHED = dict(zip(CURVES, ("-.", ":")))
 
 
-def plot(frame: pd.DataFrame):
-    """A matplotlib figure: the curves of one of the frames above over the tokens seen, with published models' values as lines."""
+def plot(frame: pd.DataFrame, label: str | None = None, size: tuple[float, float] = (7, 4.2)):
+    """A matplotlib figure of `size` inches: the curves of a frame such as those above over the tokens seen, in grey the published
+    ones and, where those compare, published models' values as lines."""
     value = frame.columns[2]
-    from matplotlib.figure import Figure  # noqa: PLC0415 (takes a second, and a training run needs none)
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes, greys = figure.subplots(), iter(GREYS)
+    from matplotlib.figure import Figure  # noqa: PLC0415 (takes a second, and neither a training run nor the first page needs it)
+    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="none")
+    axes, own = figure.subplots(), frame[~frame["curve"].isin(CURVES)]
     for name, points in frame.groupby("curve", sort=False):
-        style = STYLES.get(name) or {"color": next(greys), "linewidth": 1.2}
+        style = {"color": GREY, "linestyle": PUBLISHED[name]} if name in CURVES else STYLES.get(name, {"linewidth": 1.6})
         axes.plot(points["tokens"], points[value], label=name, marker="o" * (len(points) == 1), **style)
-    if value == "hellaswag" or set(CURVES) & set(frame["curve"]):
+    if value == "hellaswag" or len(own) < len(frame):
         for (name, y), line in zip(LINES.get(value, {}).items(), ("--", ":")):
-            axes.axhline(y, color="0.2", linestyle=line, linewidth=1, label=f"{name}: {y}")
-    own = frame[~frame["curve"].isin(CURVES)]
-    right = min(1.25 * own["tokens"].max(), frame["tokens"].max()) or 1
-    if value == "loss":  # the fall of the first steps would flatten all the rest
-        shown = frame[(frame["tokens"] >= 0.02 * own["tokens"].max()) & (frame["tokens"] <= right)]
+            axes.axhline(y, color=GREY, linestyle=line, linewidth=1, label=f"{name}: {y}")
+    last = (own if len(own) else frame)["tokens"].max()
+    right = min(1.25 * last, frame["tokens"].max()) or 1
+    if "loss" in value:  # the fall of the first steps would flatten all the rest
+        shown = frame[(frame["tokens"] >= 0.02 * last) & (frame["tokens"] <= right)]
         axes.set_ylim(shown[value].min() - 0.05, shown[value].max() + 0.05)
     elif value == "throughput":
         axes.set_ylim(bottom=0)
     else:
         axes.margins(y=0.08)
     axes.set_xlim(-0.01 * right, 1.01 * right)
+    axes.set_facecolor("none")
     for axis in axes.xaxis, axes.yaxis:
         axis.set_major_formatter(lambda number, _: short(number))
-    axes.set(xlabel="tokens seen", ylabel=LABELS[value])
-    axes.grid(alpha=0.25)
+    axes.set_xlabel("tokens seen", color=GREY)
+    axes.set_title(label or LABELS[value], color=GREY)
+    axes.tick_params(colors=GREY)
+    axes.spines[:].set_color(GREY)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
     if len(axes.lines) > 1:
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small", labelcolor=GREY)
     return figure
 
 

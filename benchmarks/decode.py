@@ -35,6 +35,7 @@ from tokenizer import gpt2_tokenizer
 PRECISIONS = {"cpu": ["float32", "float16", "int8"], "cuda": ["bfloat16"]}  # ours, the best last
 PEER_PRECISIONS = {"cpu": ["float32"] + ["bfloat16"] * torch.ops.mkldnn._is_mkldnn_bf16_supported(),  # others emulate it
                    "cuda": ["bfloat16"]}
+WANTED = {"float32": 0.85, "float16": 1.1, "int8": 1.0, "bfloat16": 0.0}  # times llama.cpp's speed
 LLAMA = {"float32": "llama.cpp f32", "float16": "llama.cpp f16", "q8_0": "llama.cpp q8_0"}
 
 
@@ -80,9 +81,10 @@ def decode(engine: Engine, ids: list[int], streams: int, new_tokens: int) -> flo
     return sum(start < moment <= stop for made in times for moment in made) / (stop - start)
 
 
-def prompt(engine: Engine, ids: list[int]) -> float:
-    """Tokens a second of a prompt, its first token included."""
-    clear(engine)
+def prompt(engine: Engine, ids: list[int], kept: bool = False) -> float:
+    """Tokens a second of a prompt, its first token included; what was `kept` of earlier ones may serve."""
+    if not kept:
+        clear(engine)
     began = time.perf_counter()
     next(iter(engine.submit(ids, max_new_tokens=1)))
     return len(ids) / (time.perf_counter() - began)
@@ -145,60 +147,42 @@ def read_bandwidth() -> float:
     return best
 
 
+class Ways:
+    """Ways to write, by their names, and which of the peers' each of ours is compared with, at what ratio it is wanted."""
+
+    def __init__(self, config: Config):
+        self.config, self.all, self.peers = config, {}, {}
+
+    def add(self, name: str, way, theirs: dict = (), wanted: float = 0.0):
+        self.all[name] = way
+        if self.config.peers and theirs:
+            self.all.update(theirs)
+            self.peers[name] = list(theirs), wanted
+
+    def rounds(self) -> list[dict[str, float]]:
+        """Tokens a second of each way, round after round."""
+        for way in self.all.values():
+            way()  # the first time is slower
+        return [{name: way() for name, way in self.all.items()} for _ in range(self.config.rounds)]
+
+
 def speeds(config: Config):
     """Each of our ways with the peers' that it is compared with beside it, round after round."""
     torch.manual_seed(0)
-    gpt, tokenizer = GPT(SIZES["gpt2"]).eval(), gpt2_tokenizer()
+    gpt, tokenizer, ways = GPT(SIZES["gpt2"]).eval(), gpt2_tokenizer(), Ways(config)
     ids = torch.randint(0, 50_000, (512,)).tolist()
-    start, new, crowd = ids[:config.prompt_tokens], config.new_tokens, config.crowd_tokens
-    precisions, crowds = PRECISIONS[config.device], config.crowds
-    engines = {dtype: Engine(gpt.to(config.device), tokenizer, dtype) for dtype in precisions}
-    best = precisions[-1]
-    ways, peers = {}, {}
-
-    def add(name: str, way, theirs: dict | None = None, wanted: float = 0.0):
-        ways[name] = way
-        if config.peers and theirs:
-            ways.update(theirs)
-            peers[name] = list(theirs), wanted
-
+    engines = {dtype: Engine(gpt.to(config.device), tokenizer, dtype) for dtype in PRECISIONS[config.device]}
     with tempfile.TemporaryDirectory() as folder:
-        save_huggingface(folder, gpt, tokenizer, torch.float32)
-        llama, hf = {}, {}
-        if config.peers:
-            import transformers  # noqa: PLC0415
-            hf = {dtype: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(config.device)
-                  for dtype in PEER_PRECISIONS[config.device]}
-            for dtype, name in LLAMA.items() if config.device == "cpu" else ():
-                save_gguf(Path(folder, f"{dtype}.gguf"), gpt.cpu(), tokenizer, dtype)
-                llama[name] = Llama(Path(folder, f"{dtype}.gguf"))
-
-        def generate(streams: int) -> dict:
-            return {f"transformers {dtype}, {count(streams)}": lambda m=m: transformers_decode(m, start, streams, crowd)
-                    for dtype, m in hf.items()}
-        for dtype, wanted in ("float32", 0.85), ("float16", 1.1), ("int8", 1.0), ("bfloat16", 0.0):
-            if dtype in engines:
-                name = LLAMA.get(dtype, LLAMA["q8_0"])
-                theirs = {f"{name}, 1 stream": lambda m=name: llama[m].decode(start, new)} if llama else generate(1)
-                add(f"ours {dtype}, 1 stream", lambda e=engines[dtype]: decode(e, start, 1, new), theirs, wanted)
-        if config.device == "cpu":
-            by_torch = Engine(gpt, tokenizer, "int8", native=False)
-            add("ours int8 by torch, 1 stream", lambda: decode(by_torch, start, 1, new), generate(1))
-        for streams in crowds:
-            add(f"ours {best}, {count(streams)}", lambda n=streams: decode(engines[best], start, n, crowd), generate(streams),
-                8.0 if streams == 8 else 1.0)
-        add(f"ours {best}, prompt of 512", lambda: prompt(engines[best], ids),
-            {f"{name}, prompt of 512": lambda m=m: m.prompt(ids) for name, m in llama.items()}, 1.5)
-        for way in ways.values():
-            way()  # the first time is slower
-        rounds = [{name: way() for name, way in ways.items()} for _ in range(config.rounds)]
-    for name in ways:
+        add_ways(ways, engines, ids, *load_peers(config, Path(folder), gpt, tokenizer) if config.peers else ({}, {}))
+        rounds = ways.rounds()
+    for name in ways.all:
         values = [each[name] for each in rounds]
         print(f"{statistics.median(values):8.1f} tokens/s  {name:36} ({min(values):.1f} to {max(values):.1f})")
-    for name, (theirs, wanted) in peers.items():
+    for name, (theirs, wanted) in ways.peers.items():
         say_ratio([each[name] / max(each[other] for other in theirs) for each in rounds],
                   f"{name} against {' and '.join(theirs)}", wanted)
-    few, many = (f"ours {best}, {count(streams)}" for streams in crowds[:2])
+    best = PRECISIONS[config.device][-1]
+    few, many = (f"ours {best}, {count(streams)}" for streams in config.crowds[:2])
     say_ratio([each[many] / each[few] for each in rounds], f"{many} in total against {few}", 1.0)
     bandwidth = config.bandwidth or read_bandwidth()
     for dtype in engines:
@@ -209,13 +193,44 @@ def speeds(config: Config):
     measured = [positions(engines[best], ids) for _ in range(config.rounds)]
     for name, wanted in ("at 1000", 0.7), ("past the context", 0.5):
         say_ratio([each[name] / each["at 100"] for each in measured], f"ours {best}, 1 stream, {name} against at 100", wanted)
-    first = []
     clear(engines[best])
-    for _ in range(2):
-        began = time.perf_counter()
-        next(iter(engines[best].submit(ids, max_new_tokens=1)))
-        first.append((time.perf_counter() - began) * 1000)
-    print(f"first token of a 512-token prompt, {best}: {first[0]:.0f} ms; again, from the cache: {first[1]:.0f} ms")
+    first, again = (len(ids) / prompt(engines[best], ids, kept=True) * 1000 for _ in range(2))
+    print(f"first token of a 512-token prompt, {best}: {first:.0f} ms; again, from the cache: {again:.0f} ms")
+
+
+def load_peers(config: Config, folder: Path, gpt: GPT, tokenizer) -> tuple[dict, dict]:
+    """The same weights in transformers, by precision, and in llama.cpp, by our name of its kind; none of the latter on a GPU."""
+    import transformers  # noqa: PLC0415
+    save_huggingface(folder, gpt, tokenizer, torch.float32)
+    hf = {dtype: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(config.device)
+          for dtype in PEER_PRECISIONS[config.device]}
+    llama = {}
+    for dtype, name in LLAMA.items() if config.device == "cpu" else ():
+        save_gguf(folder / f"{dtype}.gguf", gpt.cpu(), tokenizer, dtype)
+        llama[name] = Llama(folder / f"{dtype}.gguf")
+    return hf, llama
+
+
+def add_ways(ways: Ways, engines: dict[str, Engine], ids: list[int], hf: dict, llama: dict):
+    """One stream in each precision, crowds in the best, and a long prompt; beside each the peers that do the same."""
+    config, best = ways.config, list(engines)[-1]
+    start, new, crowd = ids[:config.prompt_tokens], config.new_tokens, config.crowd_tokens
+
+    def generate(streams: int) -> dict:
+        return {f"transformers {dtype}, {count(streams)}": lambda m=m: transformers_decode(m, start, streams, crowd)
+                for dtype, m in hf.items()}
+    for dtype, engine in engines.items():
+        name = LLAMA.get(dtype, LLAMA["q8_0"])
+        theirs = {f"{name}, 1 stream": lambda m=name: llama[m].decode(start, new)} if llama else generate(1)
+        ways.add(f"ours {dtype}, 1 stream", lambda e=engine: decode(e, start, 1, new), theirs, WANTED[dtype])
+    if config.device == "cpu":
+        by_torch = Engine(engines[best].model, engines[best].tokenizer, best, native=False)
+        ways.add(f"ours {best} by torch, 1 stream", lambda: decode(by_torch, start, 1, new), generate(1))
+    for streams in config.crowds:
+        ways.add(f"ours {best}, {count(streams)}", lambda n=streams: decode(engines[best], start, n, crowd), generate(streams),
+                 8.0 if streams == 8 else 1.0)
+    ways.add(f"ours {best}, prompt of 512", lambda: prompt(engines[best], ids),
+             {f"{name}, prompt of 512": lambda m=m: m.prompt(ids) for name, m in llama.items()}, 1.5)
 
 
 def say_ratio(values: list[float], what: str, wanted: float):

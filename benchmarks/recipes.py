@@ -82,13 +82,6 @@ RUNS |= {
         ("fast", FAST), ("adamw-lr0.004", RUNS["adamw-lr0.004"]))},
 }
 
-# Where a bundled model's size comes from: the same FLOPs for each size (6 N + attention a token), Muon.
-FLOPS = 8e12
-for L, C, heads in (4, 96, 3), (4, 128, 4), (4, 192, 6), (6, 256, 4):
-    per_token = 6 * (4096 * C + 256 * C + 12 * L * C * C) + 12 * L * C * 256
-    RUNS[f"size-{L}x{C}"] = variant(HALF, n_layer=L, n_embd=C, n_head=heads, max_steps=math.ceil(FLOPS / per_token / 2048),
-                                    schedule="wsd", min_lr_ratio=0.0)
-
 
 def zero_residuals(model, whole=GPT.initial):
     """First values by which each block begins as the identity: the residual projections are zero."""
@@ -171,7 +164,6 @@ def write_report():
     recipes = {}
     for path in sorted(CURVES.glob("*.csv")):
         recipes.setdefault(re.sub(r"-s\d+$", "", path.stem), []).append(pd.read_csv(path))
-    recipes = {name: curves for name, curves in recipes.items() if not name.startswith("size-")}
     final = {name: statistics.mean(curve["val_loss"].iloc[-1] for curve in curves) for name, curves in recipes.items()}
     baselines = [name for name in recipes if name.startswith("adamw")]
     if not baselines:

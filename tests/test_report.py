@@ -1,6 +1,7 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -73,6 +74,8 @@ def test_curves_and_lines_are_in_the_plot(fake_run):
     assert labels == ["HellaSwag", "samkeet/GPT_124M", "OpenAI's GPT-2 124M: 0.2955", "GPT-3 124M: 0.337"]
     axes = report.plot(report.loss(fake_run)).axes[0]
     assert axes.get_ylim()[0] < 4.5 < axes.get_ylim()[1] and axes.get_xlim()[1] < 40 * 2**19  # a young run fills the plot
+    axes = report.plot(pd.concat(report.published("loss"))).axes[0]  # without any run of ours
+    assert len(axes.lines) == 3 and axes.get_xlim()[1] > 19e9
 
 
 def test_a_log_that_something_damaged_still_gives_what_is_whole(fake_run):

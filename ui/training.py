@@ -30,7 +30,6 @@ SMALL = [name for name, preset in PRESETS.items() if preset.n_embd <= 192]  # wh
 CURVES = {"val_loss": "validation loss, nats a token", "train_loss": "training loss, nats a token",
           "hellaswag": "HellaSwag, acc_norm", "learning_rate": "learning rate", "grad_norm": "norm of the gradient",
           "tokens_per_s": "tokens a second"}
-GREY = "0.5"
 
 
 def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
@@ -116,39 +115,13 @@ def show(runs: list[str]):
 
 
 def plot(column: str, frames: dict[Path, pd.DataFrame], compares: bool) -> gr.Plot:
-    """The runs' curves of a measurement over the tokens seen and, in greys, what was published."""
-    curves = [report.curve(frame, column, "value", run.name) for run, frame in frames.items()]
-    last = max((curve["tokens"].max() for curve in curves if len(curve)), default=0)
-    if not last:
+    """The runs' curves of a measurement over the tokens seen, with what was published where it compares."""
+    value = {"val_loss": "loss"}.get(column, column)  # as report.py calls it
+    curves = [report.curve(frame, column, value, run.name) for run, frame in frames.items()]
+    curves = [curve.iloc[::max(1, len(curve) // POINTS)] for curve in curves if len(curve)]
+    if not curves:
         return gr.Plot(None, visible=False)
-    from matplotlib.figure import Figure  # noqa: PLC0415 (takes a second, which the first page should not)
-    figure = Figure(figsize=(4.6, 3.2), dpi=150, layout="constrained", facecolor="none")  # on a light page and a dark one
-    axes, shown = figure.subplots(), []
-    for curve in curves:
-        curve = curve.iloc[::max(1, len(curve) // POINTS)]  # noqa: PLW2901
-        axes.plot(curve["tokens"], curve["value"], label=curve["curve"].iloc[0] if len(curve) else None, linewidth=1.6)
-        shown += curve["value"][curve["tokens"] >= 0.02 * last].tolist()
-    value = {"val_loss": "loss", "hellaswag": "hellaswag"}.get(column)  # as report.py calls it
-    for curve, style in zip(report.published(value) if value and compares else (), ("-.", ":")):
-        axes.plot(curve["tokens"], curve[value], style, label=curve["curve"].iloc[0], color=GREY, linewidth=1.2)
-    for (name, y), style in zip(report.LINES.get(value, {}).items(), ("--", ":")):
-        if compares or value == "hellaswag":
-            axes.axhline(y, label=f"{name}: {y}", color=GREY, linestyle=style, linewidth=1.2)
-            shown.append(y)
-    if shown and "loss" in column:  # the fall of the first steps would flatten all the rest
-        axes.set_ylim(min(shown) - 0.05, max(shown) + 0.05)
-    axes.set_xlim(0, 1.02 * last)
-    axes.set_facecolor("none")
-    for axis in axes.xaxis, axes.yaxis:
-        axis.set_major_formatter(lambda number, _: report.short(number))
-    axes.set_xlabel("tokens seen", color=GREY)
-    axes.set_title(CURVES[column], color=GREY)
-    axes.tick_params(colors=GREY)
-    axes.spines[:].set_color(GREY)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize="small", labelcolor=GREY)
-    return gr.Plot(figure, visible=True)
+    return gr.Plot(report.plot(pd.concat(curves + report.published(value) * compares), CURVES[column], (4.6, 3.2)), visible=True)
 
 
 def measurements(run: Path) -> pd.DataFrame:

@@ -26,9 +26,11 @@ BEGIN = """(text, made, seed, fresh) => {
 }"""
 FROM_PROMPT, FROM_TEXT = BEGIN % ("true", f"fresh ? {ANY} : seed"), BEGIN % ("false", f"fresh ? {ANY} : seed")
 OTHER_SEED = BEGIN % ("true", ANY)
+STOP = "document.querySelectorAll('#stop, #chat-stop, #compare-stop').forEach(button => button.click())"
 LINK = """made => made ? location.href.split('#')[0] + '#' + encodeURIComponent(made) : ''"""
 FROM_LINK = f"""(...values) => {{
     onhashchange = () => location.reload();
+    document.addEventListener('keydown', event => {{ if (event.key == 'Escape') {STOP}; }});
     document.addEventListener('input', event => {{ window.edited ||= Boolean(event.target.closest('#text')); }});
     try {{
         const said = JSON.parse(decodeURIComponent(location.hash.slice(1)));
@@ -57,7 +59,7 @@ def build(models: Models) -> Tab:
         with gr.Column(scale=5, min_width=320):
             text = gr.Textbox(models.beginning(), label="Text", lines=14, max_lines=28, max_length=MAX_BYTES, autofocus=True,
                               buttons=["copy"], elem_id="text", placeholder="Write a beginning; the model goes on.",
-                              info="Edit it freely; Shift+Enter generates.")
+                              info="Edit it freely; Shift+Enter generates, Escape stops.")
             with gr.Row():
                 generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
                 go_on = gr.Button("Continue", min_width=120, elem_id="continue")
