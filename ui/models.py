@@ -49,9 +49,9 @@ class Models:
         self.names = []
         self.list()
 
-    def examples(self) -> list[tuple[str, str]]:
-        """(a beginning, the model that it is for) of the bundled models."""
-        return [(text, name) for name in self.names for text in BEGINNINGS.get(name, ())]
+    def examples(self) -> list[list[str]]:
+        """[a beginning, the model that it is for] of the bundled models."""
+        return [[text, name] for name in self.names for text in BEGINNINGS.get(name, ())]
 
     def with_checkpoints(self) -> list[str]:
         return [each for name in self.list() for each in (name, *self.checkpoints(name).values())]
