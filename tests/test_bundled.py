@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoint import BUNDLED, list_bundled, load_model
 from generate import Engine
 
-PROMPTS = {"pushkin": "Я вас любил: любовь ещё"}
+PROMPTS = {"edu": "The history of the", "pushkin": "Я вас любил: любовь ещё"}
 MEGABYTES = {"edu": 25, "pushkin": 4, "shakespeare": 4}
 
 
@@ -16,7 +16,7 @@ def test_transformers_writes_what_a_bundled_model_writes_here(name):
     their_tokenizer = AutoTokenizer.from_pretrained(BUNDLED / name)
     their_model = AutoModelForCausalLM.from_pretrained(BUNDLED / name, dtype="float32")
     ids = their_model.generate(**their_tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=100)
-    assert their_tokenizer.decode(ids[0]) == prompt + ours
+    assert their_tokenizer.decode(ids[0], skip_special_tokens=True) == prompt + ours
     assert info["parameters"] == sum(p.numel() for p in their_model.parameters())
 
 
