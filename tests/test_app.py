@@ -25,6 +25,7 @@ from ui.write import write
 MARKUP = "<img src=x onerror=alert(1)>"
 TABS = ["Write", "Chat", "Compare"]
 BEGINNING = BEGINNINGS["bundled:shakespeare"][0]
+USUAL = {"temperature": 0.8, "top_p": 0.9}  # what the page begins with
 
 
 def free_port() -> int:
@@ -187,7 +188,7 @@ def test_a_new_seed_is_drawn_and_the_text_can_be_kept(open_page, bundled):
     page.click("#generate")
     text = finish(page, len(BEGINNING) + 30)
     seed = int(page.input_value("#seed input"))
-    assert seed != 42 and text == BEGINNING + bundled.generate(BEGINNING, max_new_tokens=30, temperature=0.8, seed=seed)[0]
+    assert seed != 42 and text == BEGINNING + bundled.generate(BEGINNING, max_new_tokens=30, **USUAL, seed=seed)[0]
     page.click("#keep button")
     kept = {}
     for kind in "txt", "json":
@@ -302,7 +303,7 @@ def test_two_precisions_write_side_by_side_and_a_run_through_time(open_page, url
     expect(page.locator("#compare-status textarea")).to_have_value(re.compile(r"The other: 50 tokens.* seed 42"), timeout=30_000)
     one, other = (page.input_value(f"#side-{i} textarea") for i in range(2))
     expected = [Engine(*checkpoint.load_model(f"{run}/model_0000{step}.pt")[:2]).generate(
-        f"abc{MARKUP}", max_new_tokens=50, temperature=0.8, seed=42)[0] for step in (5, 7)]
+        f"abc{MARKUP}", max_new_tokens=50, **USUAL, seed=42)[0] for step in (5, 7)]
     assert [one, other] == [f"abc{MARKUP}" + text for text in expected]
     alike = next(i for i, (a, b) in enumerate(zip(*expected)) if a != b)
     assert page.input_value("#compare-status textarea").startswith(f"Alike for the first {alike} characters.")
@@ -398,7 +399,8 @@ def test_the_examples_of_the_documentation_run(url):
 def test_the_endpoint_streams_what_the_engine_writes(client, bundled):
     job = client.submit("ROMEO:\n", temperature=0.9, top_k=20, length=200, seed=5, api_name="/generate")
     said = job.result(timeout=60)
-    assert said["text"] == "ROMEO:\n" + bundled.generate("ROMEO:\n", temperature=0.9, top_k=20, max_new_tokens=200, seed=5)[0]
+    expected = bundled.generate("ROMEO:\n", temperature=0.9, top_k=20, top_p=0.9, max_new_tokens=200, seed=5)[0]
+    assert said["text"] == "ROMEO:\n" + expected
     assert said["figures"].endswith("seed 5") and said["versions"][0]["reason"] == "length"
     pieces = [output["text"] for output in job.outputs()]
     assert len(pieces) > 2 and all(said["text"].startswith(piece) for piece in pieces)
@@ -414,7 +416,7 @@ def test_versions_have_the_log_probabilities_that_the_engine_scores(client, bund
 
 def test_stop_strings_end_a_text_and_an_empty_prompt_is_one(client, bundled):
     said = client.predict("ROMEO:\n", length=200, seed=5, stop=["e", "zz"], api_name="/generate")["versions"][0]
-    whole = bundled.generate("ROMEO:\n", max_new_tokens=200, temperature=0.8, seed=5)[0]
+    whole = bundled.generate("ROMEO:\n", max_new_tokens=200, **USUAL, seed=5)[0]
     assert said["text"] == whole.partition("e")[0] and said["reason"] == "stop"
     assert len(client.predict(length=5, api_name="/generate")["text"]) == 5
 
@@ -456,7 +458,7 @@ def test_32_write_at_once_each_its_own_text_and_the_33rd_is_told_its_place(clien
     jobs = [client.submit("ROMEO:\n", length=400, seed=seed, api_name="/generate") for seed in range(33)]
     texts = [job.result(timeout=120)["text"] for job in jobs]
     for seed in 0, 13, 31, 32:
-        assert texts[seed] == "ROMEO:\n" + bundled.generate("ROMEO:\n", max_new_tokens=400, temperature=0.8, seed=seed)[0]
+        assert texts[seed] == "ROMEO:\n" + bundled.generate("ROMEO:\n", max_new_tokens=400, **USUAL, seed=seed)[0]
     assert len(set(texts)) == 33
     said = [output["figures"] for job in jobs for output in job.outputs()]
     assert "Number 1 in the queue: 32 texts are being written." in said

@@ -39,7 +39,7 @@ def build(models: Models):
                 it = gr.Textbox(SPEAKERS[0][1], label="The model is", max_length=MAX_NAME, min_width=120, elem_id="chat-it")
             gr.Examples(SPEAKERS, [you, it], label="Speakers")
             sliders = [slider(name, "chat-", **changes) for name, changes in (
-                ("temperature", {}), ("top_k", {}), ("top_p", {"value": 0.95}), ("length", {"value": 120}))]
+                ("temperature", {}), ("top_k", {}), ("top_p", {}), ("length", {"value": 120}))]
 
     run = {"outputs": [talk, said, figures], "api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
     settings = [model, you, it, *sliders]
@@ -70,7 +70,7 @@ def fit(engine: Engine, turns: list[tuple[str, str]], speaker: str, length: int)
 
 
 async def chat(models: Models, message: str, history: list[dict[str, str]] | None = None, model: str | None = None,
-               you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1], temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95,
+               you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1], temperature: float = 0.8, top_k: int = 0, top_p: float = 0.9,
                length: int = 120, seed: int | None = None) -> dict:
     """Answers a message. `history` holds the turns before it, {"role": "user" or "assistant", "content": text} each. Streams
     "text", the answer so far; "left_out", how many of the oldest turns the model no longer reads; "figures", in words. An answer

@@ -56,7 +56,7 @@ def runs(models: Models) -> list[str]:
 
 
 async def compare(models: Models, prompt: str, model: str, other_model: str, dtype: str | None = None,
-                  other_dtype: str | None = None, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, length: int = 200,
+                  other_dtype: str | None = None, temperature: float = 0.8, top_k: int = 0, top_p: float = 0.9, length: int = 200,
                   seed: int | None = None) -> dict:
     """Continues a text twice with the same random draws: by two models, two checkpoints of a run, or one model in two precisions.
     Streams "texts", the two continuations; "agree", with how many characters they begin alike; "figures" of each, in words."""
@@ -82,7 +82,7 @@ async def side_by_side(models: Models, prompt: str, *values):
         yield *[(prompt or "") + text for text in said["texts"]], "\n".join([agree, *lines])
 
 
-async def timeline(models: Models, prompt: str, run: str, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0,
+async def timeline(models: Models, prompt: str, run: str, temperature: float = 0.8, top_k: int = 0, top_p: float = 0.9,
                    length: int = 100, seed: int | None = None) -> list[dict]:
     """Continues a text with each checkpoint that a run has kept, with the same random draws. Streams a list of {"step",
     "val_loss", "text"}, the oldest first; a text has at most 200 tokens here."""

@@ -22,7 +22,7 @@ DTYPES = list(get_args(Dtype))
 # lowest, highest, step, default, label, what it means
 RANGES = {"temperature": (0.1, 2.0, 0.05, 0.8, "Temperature", "Low: the likeliest tokens. High: surprises."),
           "top_k": (0, 200, 1, 0, "Top-k", "Among the k likeliest tokens; 0 allows all."),
-          "top_p": (0.05, 1.0, 0.01, 1.0, "Top-p", "Among the fewest tokens that hold this share of the probability."),
+          "top_p": (0.05, 1.0, 0.01, 0.9, "Top-p", "Among the fewest tokens that hold this share of the probability."),
           "length": (1, MAX_LENGTH, 1, 300, "Length", "Tokens to write."),
           "versions": (1, 4, 1, 1, "Versions", "Side by side, the likeliest first in the end."),
           "seed": (0, 2**53, 1, 42, "Seed", "The same seed and settings give the same text again.")}

@@ -217,7 +217,7 @@ def write_with(models: Models, runs: list[str], prompt: str):
         engine = engine_of(path, path.stat().st_mtime, models.device)
         written = prompt or report.read_config(run).get("sample_prompt", "")
         ids, _ = engine.encode(written[:2_000])
-        for count, piece in enumerate(engine.stream(ids, max_new_tokens=LENGTH, temperature=0.8)):
+        for count, piece in enumerate(engine.stream(ids, max_new_tokens=LENGTH, temperature=0.8, top_p=0.9)):
             written += piece
             if count % REFRESH_TOKENS == 0:
                 yield written

@@ -112,7 +112,7 @@ def build(models: Models) -> Tab:
 
 
 async def write(models: Models, prompt: str = "", model: str | None = None, dtype: str | None = None, temperature: float = 0.8,
-                top_k: int = 0, top_p: float = 1.0, length: int = 300, seed: int | None = None, versions: int = 1,
+                top_k: int = 0, top_p: float = 0.9, length: int = 300, seed: int | None = None, versions: int = 1,
                 stop: list[str] | None = None) -> dict:
     """Continues a text, and streams what there is of it: "text", the prompt with its continuation (of several the likeliest, once
     all have ended); "versions", for each its text, tokens, mean_logprob (nats, where there are several) and why it ended;
