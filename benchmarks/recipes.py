@@ -59,7 +59,7 @@ RUNS = {
     **{f"adamw-lr{lr:g}": {"learning_rate": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
     **{f"muon-lr{lr:g}": variant(HALF, learning_rate=lr) for lr in (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)},
     "muon-wsd": variant(HALF, schedule="wsd", min_lr_ratio=0.0),
-    "muon-wsd-lr0.008": variant(HALF, schedule="wsd", min_lr_ratio=0.0, learning_rate=8e-3),
+    "muon-wsd-lr0.016": variant(HALF, schedule="wsd", min_lr_ratio=0.0, learning_rate=16e-3),
     "muon-cosine0": variant(HALF, min_lr_ratio=0.0),
     "muon-zero": variant(HALF, trick="zero"),
     "muon-qkv": variant(HALF, trick="qkv"),
@@ -72,7 +72,7 @@ RUNS = {
                         "eval_every": 32},
 }
 
-FAST = variant(HALF, schedule="wsd", min_lr_ratio=0.0, learning_rate=16e-3)
+FAST = variant(HALF, schedule="wsd", min_lr_ratio=0.0, learning_rate=8e-3)
 RUNS |= {
     "fast": FAST,
     "fast40": variant(FAST, max_steps=round(0.4 * BASE.max_steps), warmup_steps=13),  # a whole schedule in 40% of the tokens
