@@ -44,12 +44,12 @@ def memory(config: TrainConfig, model: GPT, processes: int, device: Device | Non
     sequences = share if config.micro_batch == "auto" else min(config.micro_batch, max(1, share))
     held = bytes_held(dataclasses.replace(config, micro_batch=sequences), model, processes, bfloat16)
     whole = sum(held.values())
-    there = f" of {gb(device.memory_bytes)}" if device else ""
+    there = f" of {memory_size(device.memory_bytes)}" if device else ""
     warning = ""
     if device and whole > 0.95 * device.memory_bytes:
         warning = ", which is too little: " + ("auto takes fewer" if config.micro_batch == "auto" else "lower --micro-batch")
-    parts = ", ".join(f"{name} {gb(size)}" for name, size in held.items())
-    return f"memory of each: {parts} with {sequences} sequences at a time; {gb(whole)}{there}{warning}"
+    parts = ", ".join(f"{name} {memory_size(size)}" for name, size in held.items())
+    return f"memory of each: {parts} with {sequences} sequences at a time; {memory_size(whole)}{there}{warning}"
 
 
 def bytes_held(config: TrainConfig, model: GPT, processes: int, bfloat16: bool) -> dict[str, float]:
@@ -108,5 +108,5 @@ def duration(config: TrainConfig, model: GPT, processes: int, device: Device) ->
             "a kWh"]
 
 
-def gb(number: float) -> str:
-    return f"{number / 1e9:,.2f} GB"
+def memory_size(number: float) -> str:
+    return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"

@@ -166,7 +166,8 @@ def effort(run: str | Path) -> dict[str, str]:
         seconds += spent_s
         kwh += processes * device.watts / 1000 * spent_s / 3600 if device else math.nan
         machines.append(f"{processes} x {name}")
-    found = {"time": f"{seconds / 3600:,.2f} hours, evaluation included", "machine": ", ".join(dict.fromkeys(machines))}
+    spent = f"{seconds / 3600:,.2f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+    found = {"time": f"{spent}, evaluation included", "machine": ", ".join(dict.fromkeys(machines))}
     if math.isnan(kwh):
         return {**found, "energy, CO2e": "not stated: the draw of such a device is not known here"}
     return {**found, "energy": f"{kwh:,.1f} kWh at most, of the devices alone",
