@@ -79,7 +79,8 @@ def test_any_number_of_processes_takes_the_steps_one_takes(one):
         assert_same_run(one, one.parent / run, tolerance=2e-5)
         assert metrics(one, "step", "hellaswag") == metrics(one.parent / run, "step", "hellaswag")
     samples = [json.loads(line) for line in (one.parent / "sharded-two" / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [0, 6] and all(len(sample["text"]) == 201 for sample in samples)
+    assert [sample["step"] for sample in samples] == [0, 6] and all(
+        len(sample["text"]) == len(sample["prompt"]) + 200 for sample in samples)
 
 
 def test_muon_on_several_processes_takes_the_steps_one_takes(one):
