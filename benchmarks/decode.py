@@ -155,7 +155,7 @@ class Ways:
 
     def add(self, name: str, way, theirs: dict = (), wanted: float = 0.0):
         self.all[name] = way
-        if self.config.peers and theirs:
+        if theirs:
             self.all.update(theirs)
             self.peers[name] = list(theirs), wanted
 

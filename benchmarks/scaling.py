@@ -113,7 +113,8 @@ def write_report(runs: pd.DataFrame):
     """docs/scaling.md between its marks, and law.png."""
     N, D, loss = (runs[column].to_numpy(float) for column in ("parameters", "tokens", "val_loss"))
     law = fit(N, D, loss)
-    bundled, last = sized(BUNDLED).num_parameters(), BUNDLED.max_steps * BUNDLED.batch_tokens
+    model, last = sized(BUNDLED), BUNDLED.max_steps * BUNDLED.batch_tokens
+    bundled = model.num_parameters()
     ends = [fit(*(np.delete(column, i) for column in (N, D, loss))).loss(bundled, last) for i in range(len(runs))]
     measured = measured_curve()
     lines = [f"L(N, D) = {law.E:.2f} + {law.A:.3g} / N^{law.alpha:.2f} + {law.B:.3g} / D^{law.beta:.2f}: its error over the "
@@ -124,7 +125,7 @@ def write_report(runs: pd.DataFrame):
     if len(measured):
         tokens, at = measured[["tokens", "loss"]].iloc[-1]
         lines.append(f"| measured, after {tokens / 1e6:.1f}M tokens | **{at:.2f}** |")
-    lines += ["", *best_size(law, last * sized(BUNDLED).flops_per_token(BUNDLED.block_size)), "", *eight_a100s()]
+    lines += ["", *best_size(law, last * model.flops_per_token(BUNDLED.block_size)), "", *eight_a100s()]
     page = PAGE.read_text(encoding="utf-8")
     block = "\n".join(lines) + "\n"
     PAGE.write_text(re.sub(r"(?s)(?<=<!-- law -->\n).*(?=<!-- end of law -->)", lambda _: block, page), encoding="utf-8")
