@@ -125,7 +125,7 @@ class NativeForward(Forward):
         return Matrix(self.keep(place), bias, scale, start, inputs, outputs)
 
     def logits(self, segments: list[Segment], ids: list[int], positions: list[int], wanted: list[int]):
-        x = self.embed.wte.weight[torch.tensor(ids)] + self.embed.wpe.weight[torch.tensor(positions)]  # (R, n_embd)
+        x = self.embed.wte(torch.tensor(ids)) + self.embed.wpe(torch.tensor(positions))  # (R, n_embd); indexing would wake OpenMP
         caches = [(cache.kv.data_ptr(), cache.kv.size(3)) for cache, _, ids, _ in segments for _ in ids]
         rows = torch.tensor([(*cache, position) for cache, position in zip(caches, positions)])
         last, logits = torch.tensor(wanted, dtype=torch.long), torch.empty(len(wanted), self.structures.head.outputs)
