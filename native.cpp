@@ -46,11 +46,11 @@ static f8 exp(f8 x) {  // 2^n e^r, with |r| at most ln(2) / 2, where a polynomia
     return p * (f8)((n + 127) << 23);
 }
 
-// ---- What is multiplied: how 8 outputs' sums begin, take in `group` inputs, and become numbers
+// ---- What is multiplied: how 8 outputs' sums begin, take in `step` inputs, and become numbers
 
 struct Float32 {
     using Weight = float; using Input = float; using Sums = f8;
-    static constexpr int group = 1;
+    static constexpr int group = 1, step = 1;
     static float prepare(const float* x, float* input, int64_t C) { std::copy_n(x, C, input); return 1; }
     static f8 begin(const Matrix&, int64_t) { return f8{}; }
     static f8 get(const float* w) { return load(w); }
@@ -68,9 +68,10 @@ struct BFloat16 : Float32 {
         return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)w)), 16);
     }
 };
-struct Int8 {  // inputs are rounded to 1 to 127 around 64, so that a pair of products fits 16 bits; sums begin by taking 64 off
+struct Int8 {  // inputs are rounded to 1 to 127 around 64; sums begin by taking 64 off
     using Weight = int8_t; using Input = uint8_t; using Sums = i8;
-    static constexpr int group = 4;
+    static constexpr int group = 4, step = 8;
+    struct Eight { i8 low, high; };  // of the 8 inputs of a step: four, and four
     static float prepare(const float* x, uint8_t* input, int64_t C) {
         f8 most = f8{} + 1e-12f;
         for (int64_t c = 0; c < C; c += 8) most = larger(most, larger(load(x + c), -load(x + c)));
@@ -83,13 +84,16 @@ struct Int8 {  // inputs are rounded to 1 to 127 around 64, so that a pair of pr
         return scale;
     }
     static i8 begin(const Matrix& m, int64_t n) { return *(const i8*)(m.start + n); }
-    static i8 get(const int8_t* w) { return *(const i8*)w; }
-    static i8 spread(const uint8_t* x) { return i8{} + *(const int32_t*)x; }
-    static i8 add(i8 sums, i8 w, i8 x) {
+    static Eight get(const int8_t* w) { return {*(const i8*)w, *(const i8*)(w + 16 * group)}; }
+    static Eight spread(const uint8_t* x) { return {i8{} + *(const int32_t*)x, i8{} + *(const int32_t*)(x + group)}; }
+    static i8 add(i8 sums, Eight w, Eight x) {
 #ifdef __AVX512VNNI__
-        return (i8)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)x, (__m256i)w);
-#else
-        return sums + (i8)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)x, (__m256i)w), _mm256_set1_epi16(1));
+        sums = (i8)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)x.low, (__m256i)w.low);
+        return (i8)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)x.high, (__m256i)w.high);
+#else  // four products fit 16 bits: kernels.py has seen to it
+        auto pairs = [](i8 a, i8 b) { return _mm256_maddubs_epi16((__m256i)a, (__m256i)b); };
+        __m256i fours = _mm256_add_epi16(pairs(x.low, w.low), pairs(x.high, w.high));
+        return sums + (i8)_mm256_madd_epi16(fours, _mm256_set1_epi16(1));
 #endif
     }
     static f8 end(i8 sums, const Matrix& m, int64_t n, float scale) {
@@ -163,10 +167,11 @@ static void tile(const Matrix& m, int64_t first, const Kind::Input* x, const flo
     for (auto& row : sums)
         for (int v = 0; v < V; v++) row[v] = Kind::begin(m, first + 8 * v);
     auto w = (const Kind::Weight*)m.weight + first * m.in;
-    for (int64_t k = 0; k < m.in; k += Kind::group, w += 16 * Kind::group) {
+    for (int64_t k = 0; k < m.in; k += Kind::step, w += 16 * Kind::step) {
         decltype(Kind::get(w)) weights[V];
         for (int v = 0; v < V; v++) weights[v] = Kind::get(w + v / 2 * 16 * m.in + v % 2 * 8 * Kind::group);
-        if (M > 1) _mm_prefetch((const char*)(w + 16 * m.in), _MM_HINT_T0);  // the next panel, while this one is computed with
+        for (int i = 0; M > 1 && i < 16 * Kind::step; i += 64 / sizeof *w)
+            _mm_prefetch((const char*)(w + 16 * m.in + i), _MM_HINT_T1);  // the next panel, while this one is computed with
         for (int i = 0; i < M; i++) {
             auto input = Kind::spread(x + i * m.in + k);
             for (int v = 0; v < V; v++) sums[i][v] = Kind::add(sums[i][v], weights[v], input);

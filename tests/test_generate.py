@@ -195,6 +195,18 @@ def test_the_native_step_is_torchs(dtype, shape):
     assert (a - exact).abs().mean() < 1.1 * (b - exact).abs().mean()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_sum_of_int8_products_overflows(sign):
+    model = tiny_gpt(n_embd=64)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.c_fc.weight.fill_(sign)  # rounded to 127 each, four products would need 17 bits
+    ours, plain = native.forward(model, "int8"), Forward(model, "int8")
+    ids = list(range(16))
+    a, b = (step([Segment(step.new_cache(), 0, ids)], range(16)) for step in (ours, plain))
+    assert ours.how == "by native.cpp" and (a - b).abs().mean() < 2e-2
+
+
 def test_torch_steps_where_the_native_step_cannot_be(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "compiled", native.compiled.__wrapped__)  # what was compiled before is forgotten
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
