@@ -70,7 +70,8 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     api = serve.routes(models.names, models.engine)
     page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
                 run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False,
-                max_threads=100, state_session_capacity=SESSIONS, app_kwargs={"routes": api.routes}, **launch_options)
+                css="#about-card code { white-space: pre-wrap }", max_threads=100, state_session_capacity=SESSIONS,
+                app_kwargs={"routes": api.routes}, **launch_options)
     return page
 
 

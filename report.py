@@ -200,7 +200,7 @@ def plot(frame: pd.DataFrame, label: str | None = None, size: tuple[float, float
     last = (own if len(own) else frame)["tokens"].max()
     right = min(1.25 * last, frame["tokens"].max()) or 1
     if "loss" in value:  # the fall of the first steps would flatten all the rest
-        shown = frame[(frame["tokens"] >= 0.02 * last) & (frame["tokens"] <= right)]
+        shown = frame[(frame["tokens"] >= min(0.02 * last, frame["tokens"].nlargest(3).min())) & (frame["tokens"] <= right)]
         axes.set_ylim(shown[value].min() - 0.05, shown[value].max() + 0.05)
     elif value == "throughput":
         axes.set_ylim(bottom=0)

@@ -32,7 +32,7 @@ def main(name: tyro.conf.Positional[str], data: tyro.conf.Positional[Path], exam
         raise UserError(f"{readme} has no place for the figures: see the head of this file.")
     model, tokenizer, info = load_model(f"bundled:{name}")
     found = measure(f"bundled:{name}", data)
-    lines = ["| | |", "| --- | --- |", f"| parameters | {info['parameters']:,} |",
+    lines = ["| figure | value |", "| --- | --- |", f"| parameters | {info['parameters']:,} |",
              f"| validation loss | {found['loss']:.4f} nats a token, over all {found['sequences']:,} sequences of "
              f"{model.config.block_size} tokens that the split holds |",
              f"| bits a byte | **{found['bits_per_byte']:.4f}** |"]

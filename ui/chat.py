@@ -10,7 +10,7 @@ import gradio as gr
 from errors import UserError
 from generate import Engine
 from ui.models import Models, sentences
-from ui.stream import MAX_BYTES, Writing, checked, figures_box, follow, model_box, slider
+from ui.stream import MAX_BYTES, Writing, checked, figures_box, follow, model_box, slider, usual
 
 MAX_NAME = 40  # characters
 SPEAKERS = [["Student", "Teacher"], ["ROMEO", "JULIET"]]
@@ -70,8 +70,8 @@ def fit(engine: Engine, turns: list[tuple[str, str]], speaker: str, length: int)
 
 
 async def chat(models: Models, message: str, history: list[dict[str, str]] | None = None, model: str | None = None,
-               you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1], temperature: float = 0.8, top_k: int = 0, top_p: float = 0.9,
-               length: int = 120, seed: int | None = None) -> dict:
+               you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1], temperature: float = usual("temperature"),
+               top_k: int = usual("top_k"), top_p: float = usual("top_p"), length: int = 120, seed: int | None = None) -> dict:
     """Answers a message. `history` holds the turns before it, {"role": "user" or "assistant", "content": text} each. Streams
     "text", the answer so far; "left_out", how many of the oldest turns the model no longer reads; "figures", in words. An answer
     has at most half of the model's context, and ends where the model would name a speaker."""

@@ -10,7 +10,7 @@ import gradio as gr
 
 from errors import UserError
 from ui.models import Models, sentences
-from ui.stream import DTYPES, MAX_BYTES, Writing, checked, figures_box, follow, slider
+from ui.stream import DTYPES, MAX_BYTES, Writing, checked, figures_box, follow, slider, usual
 
 MAX_LINE = 200  # tokens that a checkpoint of the timeline writes
 
@@ -36,7 +36,7 @@ def build(models: Models):
     gr.Markdown("### A run through time\nThe same prompt, settings and draws at every checkpoint that the run has kept.")
     run = gr.Dropdown(runs(models), label="Run", elem_id="timeline-run")
     show_all = gr.Button("Write with each", elem_id="timeline")
-    table = gr.Dataframe(headers=["step", "loss", "text"], interactive=False, wrap=True, column_widths=["15%", "15%", "70%"],
+    table = gr.Dataframe(headers=["step", "loss", "text"], interactive=False, wrap=True, column_widths=["20%", "20%", "60%"],
                          buttons=["copy"], elem_id="timeline-table")
 
     options = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
@@ -56,8 +56,8 @@ def runs(models: Models) -> list[str]:
 
 
 async def compare(models: Models, prompt: str, model: str, other_model: str, dtype: str | None = None,
-                  other_dtype: str | None = None, temperature: float = 0.8, top_k: int = 0, top_p: float = 0.9, length: int = 200,
-                  seed: int | None = None) -> dict:
+                  other_dtype: str | None = None, temperature: float = usual("temperature"), top_k: int = usual("top_k"),
+                  top_p: float = usual("top_p"), length: int = 200, seed: int | None = None) -> dict:
     """Continues a text twice with the same random draws: by two models, two checkpoints of a run, or one model in two precisions.
     Streams "texts", the two continuations; "agree", with how many characters they begin alike; "figures" of each, in words."""
     with sentences():
@@ -82,8 +82,8 @@ async def side_by_side(models: Models, prompt: str, *values):
         yield *[(prompt or "") + text for text in said["texts"]], "\n".join([agree, *lines])
 
 
-async def timeline(models: Models, prompt: str, run: str, temperature: float = 0.8, top_k: int = 0, top_p: float = 0.9,
-                   length: int = 100, seed: int | None = None) -> list[dict]:
+async def timeline(models: Models, prompt: str, run: str, temperature: float = usual("temperature"), top_k: int = usual("top_k"),
+                   top_p: float = usual("top_p"), length: int = 100, seed: int | None = None) -> list[dict]:
     """Continues a text with each checkpoint that a run has kept, with the same random draws. Streams a list of {"step",
     "val_loss", "text"}, the oldest first; a text has at most 200 tokens here."""
     with sentences():

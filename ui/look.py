@@ -10,6 +10,7 @@ from errors import UserError
 from generate import Engine
 from sampling import likeliest, weigh
 from ui.models import Models, sentences
+from ui.stream import slider
 
 MAX_TEXT = 4_000  # characters
 CHOICES = 10  # alternatives that are shown
@@ -23,7 +24,7 @@ COLOURS = dict(zip(BINS, ("#5eead4", "#bef264", "#fde047", "#fdba74", "#fca5a5")
 
 def build(models: Models) -> gr.Textbox:
     """Lays the tab out and connects it; the box with its text, which is read anew whenever it changes."""
-    narrow = {"min_width": 180, "buttons": []}
+    narrow = {"min_width": 180, "buttons": [], "info": None}
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             text = gr.Textbox(SAMPLE, label="Text", lines=4, max_lines=10, max_length=MAX_TEXT, elem_id="look-text",
@@ -36,9 +37,8 @@ def build(models: Models) -> gr.Textbox:
             surprisal = gr.BarPlot(x="token", y="bits", label="Surprisal of each token, bits", x_title="place", y_title="bits",
                                    height=170, tooltip="all", elem_id="look-surprisal")
             with gr.Row():
-                temperature = gr.Slider(0.1, 2.0, value=0.8, step=0.05, label="Temperature", **narrow, elem_id="look-temperature")
-                top_k = gr.Slider(0, 200, value=0, step=1, precision=0, label="Top-k", **narrow, elem_id="look-top-k")
-                top_p = gr.Slider(0.05, 1.0, value=1.0, step=0.01, label="Top-p", **narrow, elem_id="look-top-p")
+                temperature, top_k, top_p = (slider(name, "look-", **narrow, **changes) for name, changes in (
+                    ("temperature", {}), ("top_k", {}), ("top_p", {"value": 1.0})))
         with gr.Column(scale=4, min_width=320):
             place = gr.Number(1, label="Place", info="Of the token, from 1; the arrow keys go on to the next.", precision=0,
                               minimum=1, maximum=MAX_TEXT, elem_id="look-place")

@@ -28,6 +28,11 @@ RANGES = {"temperature": (0.1, 2.0, 0.05, 0.8, "Temperature", "Low: the likelies
           "seed": (0, 2**53, 1, 42, "Seed", "The same seed and settings give the same text again.")}
 
 
+def usual(name: str) -> float:
+    """What a visitor begins with, on the page and in its API."""
+    return RANGES[name][3]
+
+
 def slider(name: str, tab: str = "", **changes) -> gr.Slider | gr.Number:
     lowest, highest, step, value, label, info = RANGES[name]
     common = {"label": label, "info": info, "value": value, "elem_id": tab + name.replace("_", "-"), **changes}

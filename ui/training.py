@@ -18,6 +18,7 @@ from generate import Engine
 from presets import PRESETS, check
 from runs import locked
 from ui.models import Models, sentences
+from ui.stream import usual
 
 EVERY_S = 2  # how often the page asks whether a run has written
 POINTS = 1000  # of a curve that are drawn
@@ -217,7 +218,8 @@ def write_with(models: Models, runs: list[str], prompt: str):
         engine = engine_of(path, path.stat().st_mtime, models.device)
         written = prompt or report.read_config(run).get("sample_prompt", "")
         ids, _ = engine.encode(written[:2_000])
-        for count, piece in enumerate(engine.stream(ids, max_new_tokens=LENGTH, temperature=0.8, top_p=0.9)):
+        settings = {name: usual(name) for name in ("temperature", "top_p")}
+        for count, piece in enumerate(engine.stream(ids, max_new_tokens=LENGTH, **settings)):
             written += piece
             if count % REFRESH_TOKENS == 0:
                 yield written

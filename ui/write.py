@@ -11,7 +11,7 @@ from typing import NamedTuple
 import gradio as gr
 
 from ui.models import Models, sentences
-from ui.stream import DTYPES, MAX_BYTES, RANGES, Writing, checked, figures_box, follow, model_box, slider, stop_strings
+from ui.stream import DTYPES, MAX_BYTES, RANGES, Writing, checked, figures_box, follow, model_box, slider, stop_strings, usual
 
 WARNING = ("A base model continues a text; it does not answer questions. What it writes is invented and can be false or "
            "offensive.")
@@ -111,8 +111,9 @@ def build(models: Models) -> Tab:
     return Tab(text, model, look)
 
 
-async def write(models: Models, prompt: str = "", model: str | None = None, dtype: str | None = None, temperature: float = 0.8,
-                top_k: int = 0, top_p: float = 0.9, length: int = 300, seed: int | None = None, versions: int = 1,
+async def write(models: Models, prompt: str = "", model: str | None = None, dtype: str | None = None,
+                temperature: float = usual("temperature"), top_k: int = usual("top_k"), top_p: float = usual("top_p"),
+                length: int = usual("length"), seed: int | None = None, versions: int = usual("versions"),
                 stop: list[str] | None = None) -> dict:
     """Continues a text, and streams what there is of it: "text", the prompt with its continuation (of several the likeliest, once
     all have ended); "versions", for each its text, tokens, mean_logprob (nats, where there are several) and why it ended;
