@@ -197,9 +197,13 @@ class Plan(NamedTuple):
         free = shutil.disk_usage(next(path for path in out.absolute().joinpath("x").parents if path.exists())).free
         minutes = f"about {self.seconds / 60:.0f} min" if self.seconds > 90 else f"about {self.seconds:.0f} s"
         enough = "" if free > self.disk_bytes else "; THAT IS TOO LITTLE"
-        text = f"about {self.bytes / 1e6:,.0f} MB of text, " if self.bytes else ""
-        return (f"{self.files:,} files, {text}{self.tokens / 1e6:,.1f}M tokens: {self.disk_bytes / 1e6:,.0f} MB of disk "
+        text = f"about {millions(self.bytes)} MB of text, " if self.bytes else ""
+        return (f"{self.files:,} files, {text}{millions(self.tokens)}M tokens: {millions(self.disk_bytes)} MB of disk "
                 f"({free / 1e9:,.0f} GB are free{enough}), {minutes} and the download if there is one")
+
+
+def millions(number: int) -> str:
+    return f"{number / 1e6:,.0f}" if number > 1e7 else f"{number / 1e6:.2g}"
 
 
 def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, halve: float,
