@@ -79,9 +79,9 @@ RUNS |= {
     "adamw-wsd": {"learning_rate": 4e-3, "schedule": "wsd", "min_lr_ratio": 0.0},
     "adamw-batch1024": {"batch_tokens": 1024, "max_steps": 2 * BASE.max_steps, "warmup_steps": 64, "learning_rate": 4e-3,
                         "eval_every": 128},
-    **{f"{name}-s{seed}": variant(changes, seed=1336 + seed) for seed in (2, 3) for name, changes in (
-        ("fast", FAST), ("adamw-lr0.004", RUNS["adamw-lr0.004"]))},
 }
+RUNS |= {f"{name}-s{seed}": variant(RUNS[name], seed=1336 + seed) for seed in (2, 3) for name in (
+    "fast", "adamw-lr0.004", "adamw-lr0.002", "muon-lr0.008", "muon-lr0.016", "muon-lr0.004", "muon-zero")}
 
 
 def zero_residuals(model, whole=GPT.initial):

@@ -122,16 +122,16 @@ def work(name: str, compiled: bool, options: Options, pipe):
     else:
         take = their_step(options, device, compiled, lambda options: checkout_model(Path(name), options))
     tokens = torch.randint(50_257, (options.sequences, SIZES[options.size].block_size + 1), device=device)
-    step = 0
+    x, y, step = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 0  # some take them as views
     while steps := pipe.recv():
         if steps == "profile":
             with torch.profiler.profile() as profile:
-                take(tokens[:, :-1], tokens[:, 1:], step)
+                take(x, y, step)
             print(profile.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25))
             continue
         began = time.perf_counter()
         for _ in range(steps):
-            loss = take(tokens[:, :-1], tokens[:, 1:], step)
+            loss = take(x, y, step)
             step += 1
         seconds = time.perf_counter() - began
         peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
