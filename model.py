@@ -118,13 +118,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "wte": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False),
+            "wpe": nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd)})
         self.recompute = False  # whether the backward pass computes each block's activations again, instead of keeping them
-        for p, values in self.initial():
-            p.data.copy_(values)
+        if not self.transformer.wte.weight.is_meta:  # where to draw would take a second, to import torch's compiler
+            for p, values in self.initial():
+                p.data.copy_(values)
 
     def initial(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Each parameter with its first values, drawn one after another from torch's random stream."""

@@ -59,7 +59,7 @@ class Config:
 def main(config: Config):
     path = ROOT / "benchmarks" / "results" / f"{machine()}.json"
     kept = read_json(path)
-    results, fell = kept.get("ratios", {}), []
+    results, worse = kept.get("ratios", {}), []
     for name in config.names or PROGRAMS:
         missing = [f"--{field.replace('_', '-')}" for field in re.findall(r"{(\w+)}", " ".join(PROGRAMS[name]))
                    if getattr(config, field) is None]
@@ -67,19 +67,20 @@ def main(config: Config):
             print(f"{name}: skipped, as it needs {' and '.join(missing)}")
             continue
         ratios = run(name, [argument.format_map(dataclasses.asdict(config)) for argument in PROGRAMS[name]])
-        fell += [f"{name}: {what} is {now:.2f}, and was {before:.2f}" for what, now in ratios.items()
-                 if now < WORSE * (before := results.get(name, {}).get(what, 0))]
-        results[name] = ratios
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, {"machine": machine(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__,
-                      "date": time.strftime("%Y-%m-%d"), "ratios": results})
-    write_table(path, results)
-    print("\n".join(["", *(f"fell by more than a tenth: {line}" for line in fell)]))
-    return int(bool(fell))
+        worse += [f"{name} failed"] * (not ratios)
+        worse += [f"{name}: {what} is {now:.2f}, and was {before:.2f}" for what, now in ratios.items()
+                  if now < WORSE * (before := results.get(name, {}).get(what, 0))]
+        results[name] = ratios or results.get(name, {})
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"machine": machine(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__,
+                          "date": time.strftime("%Y-%m-%d"), "ratios": results})
+        write_table(path, results)
+    print("\n".join(["", *(f"worse than before: {line}" for line in worse)]))
+    return int(bool(worse))
 
 
 def run(name: str, arguments: list[str]) -> dict[str, float]:
-    """What a benchmark printed as `= RATIO WHAT; …`."""
+    """What a benchmark printed as `= RATIO WHAT; …`; nothing where it failed."""
     print(f"\n{name} {' '.join(arguments)}", flush=True)
     lines, command = [], [sys.executable, ROOT / "benchmarks" / f"{name}.py", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -88,6 +89,7 @@ def run(name: str, arguments: list[str]) -> dict[str, float]:
             lines.append(line)
     if process.returncode:
         print(f"{name}: failed with exit code {process.returncode}")
+        return {}
     found = (re.fullmatch(r"= ([\d.]+) ([^;]+?)(;.*)?", line.strip()) for line in lines)
     return {match[2]: float(match[1]) for match in found if match}
 
