@@ -180,16 +180,16 @@ def speeds(config: Config):
         print(f"{statistics.median(values):8.1f} tokens/s  {name:36} ({min(values):.1f} to {max(values):.1f})")
     for name, (theirs, wanted) in ways.peers.items():
         say_ratio([each[name] / max(each[other] for other in theirs) for each in rounds],
-                  f"{name} against {' and '.join(theirs)}", wanted)
+                  f"{name}, against {' and '.join(other.partition(',')[0] for other in theirs)}", wanted)
     best = PRECISIONS[config.device][-1]
     few, many = (f"ours {best}, {count(streams)}" for streams in config.crowds[:2])
-    say_ratio([each[many] / each[few] for each in rounds], f"{many} in total against {few}", 1.0)
+    say_ratio([each[many] / each[few] for each in rounds], f"{many} in total, against {few}", 1.0)
     bandwidth = config.bandwidth or read_bandwidth()
     for dtype in engines:
         size = gpt.num_parameters() * {"int8": 1, "float32": 4}.get(dtype, 2)
         say_ratio([each[f"ours {dtype}, 1 stream"] * size / bandwidth for each in rounds],
                   f"ours {dtype}, 1 stream, of what memory allows; {bandwidth / size:.0f} tokens/s at "
-                  f"{bandwidth / 1e9:.0f} GB/s", 0.7)
+                  f"{bandwidth / 1e9:.0f} GB/s", 0.7 * (config.device == "cuda"))
     measured = [positions(engines[best], ids) for _ in range(config.rounds)]
     for name, wanted in ("at 1000", 0.7), ("past the context", 0.5):
         say_ratio([each[name] / each["at 100"] for each in measured], f"ours {best}, 1 stream, {name} against at 100", wanted)
