@@ -4,8 +4,10 @@ import math
 import torch
 
 
-def build_optimizers(model, name: str, weight_decay: float, betas: tuple[float, float]) -> list[torch.optim.Optimizer]:
-    """One or two optimizers over all of the model's parameters; their learning rate is set at each step.
+def build_optimizers(model, name: str, weight_decay: float, betas: tuple[float, float],
+                     embedding_rate: float = 1.0) -> list[torch.optim.Optimizer]:
+    """One or two optimizers over all of the model's parameters; their learning rate is set at each step, that of the embeddings
+    `embedding_rate` times as high.
 
     adamw: as GPT-3 was trained (arXiv 2005.14165, appendix B); the matrices decay, the embeddings among them.
     muon: the hidden matrices' updates orthogonalised (Jordan et al. 2024), scaled so that AdamW's learning rate fits
@@ -14,9 +16,10 @@ def build_optimizers(model, name: str, weight_decay: float, betas: tuple[float, 
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    matrices = embeddings if name == "muon" else embeddings + hidden
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=True)
+    groups = [{"params": embeddings, "weight_decay": weight_decay, "rate": embedding_rate},
+              {"params": hidden if name == "adamw" else [], "weight_decay": weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=1e-8, fused=True)
     return [adamw, Muon(hidden, weight_decay=weight_decay)] if name == "muon" else [adamw]
 
 
@@ -88,7 +91,7 @@ def falls_from(warmup_steps: int, max_steps: int) -> float:
 def set_learning_rate(optimizers, rate: float):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
 
 
 def named_state(model, optimizers) -> dict[str, torch.Tensor]:

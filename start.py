@@ -156,8 +156,9 @@ def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) ->
     measured: one that a signal had saved was not."""
     saved = checkpoint.saved_config(run, step)
     for name, value in identity(config, step).items():
-        if saved.get(name) != value:
-            raise UserError(f"{run} was started with {name} {saved.get(name)}, and this is {value}: "
+        before = saved.get(name, getattr(TrainConfig, name, None))  # an option that came later had its default
+        if before != value:
+            raise UserError(f"{run} was started with {name} {before}, and this is {value}: "
                             "go on as it was started, or give this run another name with --run.")
     optimizer_state, val_loss = checkpoint.load_state(run, step, model)
     optim.load_named_state(model, optimizers, optimizer_state)

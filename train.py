@@ -79,7 +79,8 @@ def train(config: TrainConfig, world: ddp.World):
             return
         place(model, first_weights, config, world)
         config = dataclasses.replace(config, micro_batch=micro_batch(config, run if resume_step else None, model, world))
-        optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2))
+        optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2),
+                                            config.embedding_rate)
         measured = resume_step is not None and resume(run, resume_step, config, model, optimizers)
         log = runs.Log(run, described(config), resume_step, measured, config.track, device=ddp.device_name(world.device),
                        processes=world.size) if world.is_main else None

@@ -48,6 +48,7 @@ BASE = TrainConfig(
     learning_rate=2e-3, warmup_steps=32, eval_every=64, eval_tokens=2**16, sample_every=10**6, save_every=128, log_every=32,
     sample_prompt="The", dtype="float32")
 HALF = {"optimizer": "muon", "max_steps": BASE.max_steps // 2, "learning_rate": 4e-3, "warmup_steps": 16}  # half of the tokens
+WSD = {"schedule": "wsd", "min_lr_ratio": 0.0}
 
 
 def variant(base: dict, **changes) -> dict:
@@ -57,31 +58,31 @@ def variant(base: dict, **changes) -> dict:
 # Name: what differs from BASE; `trick` is one of TRICKS, which train.py does not have.
 RUNS = {
     **{f"adamw-lr{lr:g}": {"learning_rate": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
+    "adamw-wsd": {"learning_rate": 4e-3, "schedule": "wsd", "min_lr_ratio": 0.0},
+    "adamw-batch4096": {"learning_rate": 4e-3, "batch_tokens": 4096, "max_steps": BASE.max_steps // 2, "warmup_steps": 16,
+                        "eval_every": 32},
+    **{f"adamw-batch1024{name}": {"learning_rate": lr, "batch_tokens": 1024, "max_steps": 2 * BASE.max_steps, "warmup_steps": 64,
+                                  "eval_every": 128} for name, lr in (("", 4e-3), ("-lr0.002", 2e-3))},
     **{f"muon-lr{lr:g}": variant(HALF, learning_rate=lr) for lr in (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)},
-    "muon-wsd": variant(HALF, schedule="wsd", min_lr_ratio=0.0),
-    "muon-wsd-lr0.016": variant(HALF, schedule="wsd", min_lr_ratio=0.0, learning_rate=16e-3),
     "muon-cosine0": variant(HALF, min_lr_ratio=0.0),
     "muon-zero": variant(HALF, trick="zero"),
     "muon-qkv": variant(HALF, trick="qkv"),
     "muon-wd0": variant(HALF, weight_decay=0.0),
     "muon-wd0.3": variant(HALF, weight_decay=0.3),
-    "muon-embed2": variant(HALF, trick="embed2"),
-    "muon-embed4": variant(HALF, trick="embed4"),
     "muon-batch4096": variant(HALF, batch_tokens=4096, max_steps=HALF["max_steps"] // 2, warmup_steps=8, eval_every=32),
-    "adamw-batch4096": {"batch_tokens": 4096, "max_steps": BASE.max_steps // 2, "warmup_steps": 16, "learning_rate": 4e-3,
-                        "eval_every": 32},
+    "muon-embed2": variant(HALF, embedding_rate=2.0),
+    "fast": variant(HALF, embedding_rate=4.0),
+    "muon-embed8": variant(HALF, embedding_rate=8.0),
+    "muon-wsd": variant(HALF, **WSD),
+    "muon-wsd-embed4": variant(HALF, **WSD, embedding_rate=4.0),
+    **{f"muon-wsd-lr{lr:g}": variant(HALF, **WSD, learning_rate=lr) for lr in (8e-3, 16e-3)},
+    **{f"muon-wsd-lr0.008-embed{rate:g}": variant(HALF, **WSD, learning_rate=8e-3, embedding_rate=rate) for rate in (2.0, 4.0)},
 }
-
-FAST = variant(HALF, schedule="wsd", min_lr_ratio=0.0, learning_rate=8e-3)
-RUNS |= {
-    "fast": FAST,
-    "fast40": variant(FAST, max_steps=round(0.4 * BASE.max_steps), warmup_steps=13),  # a whole schedule in 40% of the tokens
-    "adamw-wsd": {"learning_rate": 4e-3, "schedule": "wsd", "min_lr_ratio": 0.0},
-    "adamw-batch1024": {"batch_tokens": 1024, "max_steps": 2 * BASE.max_steps, "warmup_steps": 64, "learning_rate": 4e-3,
-                        "eval_every": 128},
-}
+RUNS |= {f"{name}-40": variant(RUNS[name], max_steps=round(0.4 * BASE.max_steps), warmup_steps=13)  # a whole schedule in 40%
+         for name in ("fast", "muon-wsd-lr0.008")}
 RUNS |= {f"{name}-s{seed}": variant(RUNS[name], seed=1336 + seed) for seed in (2, 3) for name in (
-    "fast", "adamw-lr0.004", "adamw-lr0.002", "muon-lr0.008", "muon-lr0.016", "muon-lr0.004", "muon-zero")}
+    "fast", "adamw-batch1024", "adamw-lr0.004", "adamw-lr0.002", "muon-lr0.004", "muon-lr0.008", "muon-lr0.016", "muon-zero",
+    "muon-wsd-lr0.008", "muon-wsd-embed4")}
 
 
 def zero_residuals(model, whole=GPT.initial):
@@ -96,20 +97,10 @@ def orthogonalize_qkv(matrix: torch.Tensor, whole=optim.orthogonalize) -> torch.
     return torch.cat([whole(part) for part in matrix.split(n)]) / 3**0.5 if m == 3 * n else whole(matrix)
 
 
-def embeddings_faster(factor: float, whole=optim.set_learning_rate):
-    """AdamW's matrices, which beside Muon are the embeddings, at `factor` times the rate."""
-    def set_learning_rate(optimizers, rate):
-        whole(optimizers, rate)
-        optimizers[0].param_groups[0]["lr"] = rate * factor
-    return set_learning_rate
-
-
 TRICKS = {
     None: contextlib.nullcontext,
     "zero": lambda: mock.patch.object(GPT, "initial", zero_residuals),
     "qkv": lambda: mock.patch.object(optim, "orthogonalize", orthogonalize_qkv),
-    **{f"embed{factor}": lambda factor=factor: mock.patch.object(optim, "set_learning_rate", embeddings_faster(factor))
-       for factor in (2, 4, 8)},
 }
 
 

@@ -30,7 +30,7 @@ from files import sha256
 from formats import save_huggingface
 from generate import Engine
 from model import GPT, GPTConfig
-from optim import Muon, build_optimizers, learning_rate, orthogonalize
+from optim import Muon, build_optimizers, learning_rate, orthogonalize, set_learning_rate
 from shards import read_manifest
 from tokenizer import CharTokenizer, load_tokenizer
 
@@ -510,9 +510,30 @@ def test_a_recipe_changes_a_presets_defaults_and_an_option_changes_the_recipes(d
     for run, options in ("fast", ()), ("slower", ("--learning-rate", 1e-4, "--optimizer", "adamw")):
         train_here("shakespeare-char", *TINY, "--recipe=fast", "--run", run, *options)
     fast, slower = (json.loads((tmp_path / "log" / run / "config.json").read_text()) for run in ("fast", "slower"))
-    assert (fast["optimizer"], fast["schedule"]) == ("muon", "wsd")
+    assert (fast["optimizer"], fast["embedding_rate"]) == ("muon", 4)
     assert fast["learning_rate"] > 1e-3 and fast["max_steps"] == 6  # the option's
-    assert (slower["optimizer"], slower["learning_rate"], slower["schedule"]) == ("adamw", 1e-4, "wsd")
+    assert (slower["optimizer"], slower["learning_rate"], slower["embedding_rate"]) == ("adamw", 1e-4, 4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_embeddings_have_a_rate_of_their_own(name):
+    model = GPT(GPTConfig(8, 16, 2, 2, 8))
+    optimizers = build_optimizers(model, name, 0.1, (0.9, 0.95), embedding_rate=4.0)
+    set_learning_rate(optimizers, 0.5)
+    rates = {id(p): group["lr"] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    embeddings = model.transformer.wte.weight, model.transformer.wpe.weight
+    assert {rates.pop(id(p)) for p in embeddings} == {2.0} and set(rates.values()) == {0.5}
+
+
+def test_a_run_that_began_before_an_option_was_there_goes_on(data, monkeypatch):
+    command = "shakespeare-char", *TINY, "--run", "older"
+    train_here(*command)
+    whole = checkpoint.saved_config
+    monkeypatch.setattr(checkpoint, "saved_config", lambda *of: {
+        name: value for name, value in whole(*of).items() if name != "embedding_rate"})
+    train_here(*command)
+    with pytest.raises(UserError, match="was started with embedding_rate 1.0, and this is 2.0"):
+        train_here(*command, "--embedding-rate", 2)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor():
