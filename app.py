@@ -8,7 +8,6 @@ or reported to, anywhere else.
 """
 import dataclasses
 import os
-import socket
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # read when gradio is imported
                "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000"}  # else it makes a table of its events at each of them
@@ -17,7 +16,7 @@ import gradio as gr
 import tyro
 
 import serve
-from errors import UserError, one_sentence
+from errors import one_sentence
 from generate import Dtype
 from kernels import use_allowed_cores
 from ui import about, chat, compare, look, training, write
@@ -61,7 +60,7 @@ def build(models: Models) -> gr.Blocks:
 
 
 def main(config: AppConfig, **launch_options) -> gr.Blocks:
-    check_port(config.host, config.port)
+    serve.check_port(config.host, config.port)
     use_allowed_cores()
     models = Models(config.model, config.device, config.dtype)
     page = build(models)
@@ -73,15 +72,6 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
                 css="#about-card code { white-space: pre-wrap }", max_threads=100, state_session_capacity=SESSIONS,
                 app_kwargs={"routes": api.routes}, **launch_options)
     return page
-
-
-def check_port(host: str, port: int):
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-            if server.getsockname()[1] != port:  # 0 asks for any port
-                raise OverflowError("ports are numbered from 1")
-    except (OSError, OverflowError) as error:
-        raise UserError(f"The page cannot listen on {host}:{port} ({error}): choose another --port or --host.") from None
 
 
 if __name__ == "__main__":

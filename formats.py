@@ -69,7 +69,8 @@ def save_huggingface(folder, model: GPT, tokenizer: Tokenizer, dtype: torch.dtyp
     write_atomically(folder / "model.safetensors", lambda file: file.write(content))
     write_json(folder / "config.json", {**huggingface_config(model, tokenizer, dtype), **info})
     write_json(folder / "generation_config.json",
-               {"do_sample": True, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot})
+               {"do_sample": True, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
+                "max_new_tokens": min(256, model.config.block_size // 2)})  # transformers does not go on past the context
     tokenizer.save(folder)
 
 

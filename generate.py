@@ -239,16 +239,13 @@ def main(config: GenerateConfig):
     options["stop"] = tuple(stop.replace("\\n", "\n") for stop in config.stop)
     Sampling(**options)  # says what is wrong before a model is loaded
     sys.stdout.reconfigure(errors="replace")  # where the terminal cannot show a character
+    prompt = config.prompt
+    if config.file is not None:
+        prompt = sys.stdin.read() if str(config.file) == "-" else config.file.read_text(encoding="utf-8", errors="replace")
     use_allowed_cores()
     model, tokenizer, info = load_model(config.model, pick_device(config.device))
     engine = Engine(model, tokenizer, config.dtype)
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}, {engine.forward.how}", file=sys.stderr)
-    if "train_config" in info:
-        recipe = ", ".join(f"{name} {value!r:.60}" for name, value in info["train_config"].items())
-        print(f"trained with {recipe!r:.2000}", file=sys.stderr)
-    prompt = config.prompt
-    if config.file is not None:
-        prompt = sys.stdin.read() if str(config.file) == "-" else config.file.read_text(encoding="utf-8", errors="replace")
     if prompt is not None:
         return complete(engine, prompt, config, options)
     while True:

@@ -24,6 +24,8 @@ def describe(config: TrainConfig, model: GPT, train_loader: DataLoader | None, v
     name = config.gpu or device_name
     lines = [f"{config.run}: {model.num_parameters():,} parameters, on {processes} x {name}",
              learned(config, train_loader, val_loader), memory(config, model, processes, device)]
+    lines.append(f"{config.optimizer} at {config.learning_rate:g}" + f", the embeddings at {config.embedding_rate:g} times that"
+                 * (config.embedding_rate != 1) + f", {config.schedule}")
     return "\n".join([*lines, *(duration(config, model, processes, device) if device else [])])
 
 
@@ -99,7 +101,8 @@ def duration(config: TrainConfig, model: GPT, processes: int, device: Device) ->
     step_s = products_s + sum_s
     hours = step_s * config.max_steps / 3600
     kwh = processes * device.watts / 1000 * hours
-    price = f", {processes * hours * config.price:,.2f} at {config.price:g} an hour and device" if config.price else ""
+    cost = processes * hours * config.price
+    price = f"; it costs {cost:,.2f}, at {config.price:g} an hour for each device" if cost else ""
     what = "gather weights and sum gradients" if config.shard else "sum gradients"
     return [f"time, evaluation aside: {1000 * products_s:,.0f} ms a step at {config.mfu:.0%} of {device.flops / 1e12:,.0f} "
             f"TFLOP/s, and {1000 * sum_s:,.0f} ms to {what} at {device.link / 1e9:,.0f} GB/s; "

@@ -105,7 +105,7 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, o
         plan = make_plan(source, files, sizes, tokenizer, halve, workers or 1)
         with ShardWriter(out, name, tokenizer, identity, options.shard_tokens, part, parts) as writer:
             if not writer.finished:
-                print(f"{source.name}: {plan.describe(out)}"
+                print(f"{source.name}: {plan.describe(out)}" + " and the download" * corpus.on_hub(files[0])
                       + f"; {writer.counts['tokens'] / 1e6:,.1f}M tokens are there already" * bool(writer.counts))
                 passages = corpus.read(files, writer.cursor, halve)
                 if val_from:
@@ -198,8 +198,9 @@ class Plan(NamedTuple):
         minutes = f"about {self.seconds / 60:.0f} min" if self.seconds > 90 else f"about {self.seconds:.0f} s"
         enough = "" if free > self.disk_bytes else "; THAT IS TOO LITTLE"
         text = f"about {millions(self.bytes)} MB of text, " if self.bytes else ""
-        return (f"{self.files:,} files, {text}{millions(self.tokens)}M tokens: {millions(self.disk_bytes)} MB of disk "
-                f"({free / 1e9:,.0f} GB are free{enough}), {minutes} and the download if there is one")
+        files = "1 file" if self.files == 1 else f"{self.files:,} files"
+        return (f"{files}, {text}{millions(self.tokens)}M tokens: {millions(self.disk_bytes)} MB of disk "
+                f"({free / 1e9:,.0f} GB are free{enough}), {minutes}")
 
 
 def millions(number: int) -> str:

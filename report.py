@@ -138,7 +138,9 @@ def summary(run: str | Path) -> dict[str, str]:
     frame = metrics(run)
     measured = frame.reindex(columns=["step", "val_loss", "hellaswag", "tokens_per_s"])
     validated, scored = measured.dropna(subset="val_loss"), measured.dropna(subset="hellaswag")
-    found = {"steps": f"{frame['step'].max():,} ({frame['tokens'].max():,} tokens)"}
+    last = read_config(run).get("max_steps", 0)
+    unfinished = f" of {last:,}" if isinstance(last, int) and frame["step"].max() < last else ""
+    found = {"steps": f"{frame['step'].max():,}{unfinished} ({frame['tokens'].max():,} tokens)"}
     if len(validated):
         best, last = validated.loc[validated["val_loss"].idxmin()], validated.iloc[-1]
         found["best validation loss"] = f"{best['val_loss']:.4f} nats a token (step {best['step']:,.0f})"

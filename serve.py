@@ -7,9 +7,12 @@
 """
 import asyncio
 import dataclasses
+import errno
 import functools
 import itertools
 import json
+import os
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -46,13 +49,13 @@ class Completion(pydantic.BaseModel, extra="forbid"):
     top_k: int | None = pydantic.Field(None, ge=1)
     repetition_penalty: float = pydantic.Field(1.0, gt=0)
     n: int | None = pydantic.Field(1, ge=1)
-    best_of: int | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     logprobs: int | None = pydantic.Field(None, ge=0, le=20)
     echo: bool | None = False
     stop: str | list[str] | None = None
     seed: int | None = None
+    best_of: int | None = None
     presence_penalty: float | None = pydantic.Field(0, ge=0, le=0)  # known, and not offered
     frequency_penalty: float | None = pydantic.Field(0, ge=0, le=0)
     logit_bias: dict[str, float] | None = pydantic.Field(None, max_length=0)
@@ -69,12 +72,17 @@ def failure(status: int, message: str, param: str | None = None, code: str | Non
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+NOT_OFFERED = ("presence_penalty", "frequency_penalty", "logit_bias", "suffix")
+
+
 def failed(error: Exception) -> tuple[int, dict]:
     """(HTTP status, body) of what went wrong, in OpenAI's shape."""
     if isinstance(error, pydantic.ValidationError):
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else None
-        return 400, failure(400, f"{param}: {first['msg']}", param)
+        if param in NOT_OFFERED:
+            return 400, failure(400, f"{param} is not offered here.", param)
+        return 400, failure(400, f"{param}: {first['msg']}" if param else "The body is a JSON object.", param)
     if isinstance(error, KeyError):
         return 404, failure(404, f"There is no model {error.args[0]!r} here; /v1/models lists those there are.", "model",
                             "model_not_found")
@@ -121,6 +129,10 @@ def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
                 raise
             return JSONResponse(body, status)
 
+    @router.api_route("/{rest:path}", methods=["GET", "POST"])
+    def others(rest: str):
+        return JSONResponse(failure(404, f"There is no /v1/{rest} here: a base model continues texts, by /v1/completions."), 404)
+
     return router
 
 
@@ -132,8 +144,10 @@ class Answer:
         self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
                      "model": asked.model}
         prompts = asked.prompts()
-        if len(prompts) > MAX_PROMPTS or asked.best_of not in (None, self.n):
-            raise UserError(f"A request has at most {MAX_PROMPTS} prompts, and best_of is not offered.")
+        if len(prompts) > MAX_PROMPTS:
+            raise UserError(f"A request has at most {MAX_PROMPTS} prompts.")
+        if asked.best_of not in (None, self.n):
+            raise UserError("best_of is not offered here.")
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         options = {"max_new_tokens": 16 if asked.max_tokens is None else asked.max_tokens, "stop": stop, "seed": asked.seed,
                    "temperature": 1.0 if asked.temperature is None else asked.temperature,
@@ -269,13 +283,26 @@ class ServeConfig:
     """auto is bfloat16 on CUDA; on a CPU int8 for models of 20 million parameters or more, and float32 for smaller ones."""
 
 
+def check_port(host: str, port: int):
+    """Raises UserError for an address where nothing can listen."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+            if server.getsockname()[1] != port:  # 0 asks for any port
+                raise OverflowError("ports are numbered from 1")
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) in errno.errorcode else error
+        raise UserError(f"Nothing can listen on {host}:{port} ({reason}): choose another --port or --host.") from None
+
+
 def main(config: ServeConfig):
+    check_port(config.host, config.port)
     use_allowed_cores()
     model, tokenizer, info = load_model(config.model, pick_device(config.device))
     engine, name = Engine(model, tokenizer, config.dtype), config.model or info["name"]
     app = FastAPI(title="GPT-2 From Scratch")
     app.include_router(routes([name], lambda _: engine))
-    print(f"{name}: {describe(info)}; {engine.dtype} on {engine.device}")
+    print(f"{name}: {describe(info)}; {engine.dtype} on {engine.device}, {engine.forward.how}")
+    print(f"http://{config.host}:{config.port}/v1 serves it; Ctrl-C ends that", flush=True)
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning")
 
 

@@ -78,8 +78,8 @@ def check_data(config: TrainConfig):
         elif name in NAMED_TEXTS:
             command = f"prepare.py {name} --tokenizer {kind}" + ("" if NAMED_TEXTS[name][0] else " --text FILE")
         else:
-            own = kind.replace("-", ":") if kind.startswith("bpe-") else "gpt2"
-            command = f"prepare.py FILE_OR_FOLDER --tokenizer {config.init_from or own} --out {data}"
+            own = config.init_from or (kind.replace("-", ":") if kind.startswith("bpe-") else None)
+            command = "prepare.py FILE_OR_FOLDER" + (f" --tokenizer {own}" if own else "") + f" --out {data}"
         raise UserError(f"There is no data in {data}: make it with `python {command}`.")
 
 

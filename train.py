@@ -82,6 +82,8 @@ def train(config: TrainConfig, world: ddp.World):
         optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2),
                                             config.embedding_rate)
         measured = resume_step is not None and resume(run, resume_step, config, model, optimizers)
+        if resume_step is not None and world.is_main:
+            print(f"{run} goes on from step {resume_step:,}")
         log = runs.Log(run, described(config), resume_step, measured, config.track, device=ddp.device_name(world.device),
                        processes=world.size) if world.is_main else None
         trained = Trained(config, world, run, log, model, ddp.wrap(model, world), tokenizer, optimizers)
@@ -113,6 +115,8 @@ def loop(t: Trained, batches, val_loader: DataLoader, examples, start: int, meas
             if number := agreement.stop(step):
                 if step > start:
                     save(t, step, None)
+                    if t.log:
+                        tqdm.write(f"stopped after step {step:,}, which is saved: the same command goes on")
                 ddp.sum_over_ranks(t.world, 0)  # a process that left earlier would bring the saving one down
                 sys.exit(128 + number)
             if step > start or not measured:

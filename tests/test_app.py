@@ -489,5 +489,5 @@ def test_a_page_without_a_model_does_not_open(wrong):
 
 def test_a_port_in_use_or_impossible_gets_one_sentence(url):
     for port in int(url.rsplit(":", 1)[1].strip("/")), 0, 99_999, -1:
-        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
+        with pytest.raises(UserError, match=f"Nothing can listen on 127.0.0.1:{port}"):
             app.main(app.AppConfig(model="bundled:shakespeare", port=port))

@@ -51,6 +51,8 @@ def test_transformers_opens_an_export_and_writes_what_we_do(tokenizer, tmp_path)
     assert write(text, max_new_tokens=40, do_sample=False)[0]["generated_text"] == text + ours
     sampled = write(text, max_new_tokens=20, do_sample=True, temperature=0.8, top_k=20, top_p=0.95)[0]["generated_text"]
     assert sampled.startswith(text) and len(sampled) > len(text)
+    assert write("the fox")[0]["generated_text"].startswith("the fox"), "what transformers does by itself stays in the context"
+    exec(re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1], {})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["n_ctx"] == 64 and config["bos_token_id"] == config["eos_token_id"] == tokenizer.eot
     assert config["vocab_size"] == tokenizer.vocab_size and (tmp_path / "out" / "tokenizer.json").is_file()

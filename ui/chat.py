@@ -66,7 +66,7 @@ def fit(engine: Engine, turns: list[tuple[str, str]], speaker: str, length: int)
         if tokens + length <= engine.block_size:
             return text, left_out
     raise UserError(f"The model reads {engine.block_size:,} tokens at a time, and this turn has {tokens:,}, with {length:,} kept "
-                    "for the answer: say less, or choose a shorter answer.")
+                    "for the answer: say less, or choose a shorter answer or another model.")
 
 
 async def chat(models: Models, message: str, history: list[dict[str, str]] | None = None, model: str | None = None,

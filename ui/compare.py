@@ -45,8 +45,9 @@ def build(models: Models):
               show_all.click(MethodType(rows, models), [prompt, run, *sliders], table, **options)]
     stop.click(None, cancels=events)
     page = gr.context.Context.root_block
-    page.load(lambda: [gr.update(choices=models.with_checkpoints())] * 2 + [gr.update(choices=runs(models))], None,
-              [one, other, run], api_visibility="private", show_progress="hidden")
+    page.load(lambda: [*[gr.update(choices=models.with_checkpoints())] * 2,
+                       gr.update(choices=(found := runs(models)), value=next(iter(found), None))],
+              None, [one, other, run], api_visibility="private", show_progress="hidden")
     gr.api(MethodType(compare, models), api_name="compare", concurrency_limit=None)
     gr.api(MethodType(timeline, models), api_name="timeline", concurrency_limit=None)
 
@@ -77,9 +78,9 @@ async def compare(models: Models, prompt: str, model: str, other_model: str, dty
 async def side_by_side(models: Models, prompt: str, *values):
     """`compare` for the page's components."""
     async for said in compare(models, prompt or "", *values):
-        agree = f"Alike for the first {said['agree']:,} characters." if any(said["texts"]) else ""
+        alike = f"Alike for the first {said['agree']:,} characters; one other token changes all after it."
         lines = [f"{label}: {line}" for label, line in zip(("One", "The other"), said["figures"])]
-        yield *[(prompt or "") + text for text in said["texts"]], "\n".join([agree, *lines])
+        yield *[(prompt or "") + text for text in said["texts"]], "\n".join([alike * any(said["texts"]), *lines])
 
 
 async def timeline(models: Models, prompt: str, run: str, temperature: float = usual("temperature"), top_k: int = usual("top_k"),

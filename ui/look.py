@@ -37,8 +37,7 @@ def build(models: Models) -> gr.Textbox:
             surprisal = gr.BarPlot(x="token", y="bits", label="Surprisal of each token, bits", x_title="place", y_title="bits",
                                    height=170, tooltip="all", elem_id="look-surprisal")
             with gr.Row():
-                temperature, top_k, top_p = (slider(name, "look-", **narrow, **changes) for name, changes in (
-                    ("temperature", {}), ("top_k", {}), ("top_p", {"value": 1.0})))
+                temperature, top_k, top_p = (slider(name, "look-", **narrow) for name in ("temperature", "top_k", "top_p"))
         with gr.Column(scale=4, min_width=320):
             place = gr.Number(1, label="Place", info="Of the token, from 1; the arrow keys go on to the next.", precision=0,
                               minimum=1, maximum=MAX_TEXT, elem_id="look-place")
@@ -147,8 +146,8 @@ def alternatives(models: Models, text: str, model: str, place: int, temperature:
     found = "This is the end of the text: what may follow?"
     if here is not None:
         rank = 1 + (logprobs > logprobs[here]).sum()
-        found = (f"{shown(engine, here)} has probability {np.exp(logprobs[here]):.2%}, number {rank:,} of {len(logprobs):,}; its "
-                 f"surprisal is {-logprobs[here] / math.log(2):.2f} bits. It is drawn with probability {drawn[here]:.2%}, of "
+        found = (f"“{shown(engine, here)}” has probability {np.exp(logprobs[here]):.2%}, number {rank:,} of {len(logprobs):,}; "
+                 f"its surprisal is {-logprobs[here] / math.log(2):.2f} bits. It is drawn with probability {drawn[here]:.2%}, of "
                  f"{(drawn > 0).sum():,} tokens that can be.")
     names = choices(engine, logprobs)
     return found, *({name: float(p[i]) for name, i in names.items()} for p in (np.exp(logprobs), drawn))
