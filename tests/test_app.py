@@ -306,7 +306,7 @@ def test_two_precisions_write_side_by_side_and_a_run_through_time(open_page, url
         f"abc{MARKUP}", max_new_tokens=50, **USUAL, seed=42)[0] for step in (5, 7)]
     assert [one, other] == [f"abc{MARKUP}" + text for text in expected]
     alike = next(i for i, (a, b) in enumerate(zip(*expected)) if a != b)
-    assert page.input_value("#compare-status textarea").startswith(f"Alike for the first {alike} characters.")
+    assert page.input_value("#compare-status textarea").startswith(f"Alike for the first {alike} characters;")
     choose(page, "timeline-run", run)
     page.click("#timeline")
     cells = page.locator("#timeline-table [role=gridcell]")
