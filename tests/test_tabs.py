@@ -114,7 +114,7 @@ def test_a_person_looks_into_a_text_and_forks_it(open_tab):
     assert fork.startswith("ROMEO:\nO, " + letter.replace("␣", " "))
     page.locator("#look-place input").press("ArrowUp")
     expect(page.locator("#look-place input")).to_have_value("12")
-    has(page, "look-found", "^p has")
+    has(page, "look-found", "^“p” has")
     page.wait_for_timeout(500)
     written = page.input_value("#look-fork textarea")
     page.click("#look-again")

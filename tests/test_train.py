@@ -365,7 +365,7 @@ def test_the_plan_of_gpt2_124m_needs_neither_gpu_nor_data(tmp_path, capsys):
     assert "124,475,904 parameters, on 8 x a100" in said and "9,999,745,024 tokens" in said and "no data in" in said
     products, summing = (float(ms) for ms in re.search(r"(\d+) ms a step .* and (\d+) ms to sum", said).groups())
     assert 300 <= products + summing <= 390  # llm.c's and allenporter's steps on 8 x A100, as they publish them
-    hours, price = (float(x) for x in re.search(r"([\d.]+) hours, ([\d.]+) at 1.8", said).groups())
+    hours, price = (float(x) for x in re.search(r"([\d.]+) hours; it costs ([\d.]+), at 1.8", said).groups())
     assert hours == pytest.approx(19_073 * (products + summing) / 3.6e6, abs=0.06)
     assert price == pytest.approx(hours * 8 * 1.8, rel=0.05)
     kwh = float(re.search(r"([\d.]+) kWh", said)[1])
