@@ -34,7 +34,7 @@ def main(name: tyro.conf.Positional[str], data: tyro.conf.Positional[Path], exam
     found = measure(f"bundled:{name}", data)
     lines = ["| figure | value |", "| --- | --- |", f"| parameters | {info['parameters']:,} |",
              f"| validation loss | {found['loss']:.4f} nats a token, over all {found['sequences']:,} sequences of "
-             f"{model.config.block_size} tokens that the split holds |",
+             f"{model.config.block_size} tokens that the split holds; {info['val_loss']:.4f} of those that training measured |",
              f"| bits a byte | **{found['bits_per_byte']:.4f}** |"]
     for protocol in PROTOCOLS if examples else ():
         result = evaluate(model, tokenizer, read_examples(examples), protocol, show_progress=True)[protocol]
