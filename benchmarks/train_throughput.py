@@ -168,7 +168,7 @@ def main(options: Options):
         print(f"{way[0]:>30} {'compiled' if way[1] else 'eager':8} {speed:10,.1f} tokens/s, {speed * flops / 1e9:8,.0f} GFLOP/s"
               f"{mfu}, peak {peaks[way] / 1e9:6.2f} GB, loss {losses[way]:.3f}")
         if way != ("ours", True):
-            print(f"= {statistics.median(ratios):.2f} a training step, compiled, against {way[0]} "
+            print(f"= {statistics.median(ratios):.2f} a training step, compiled, against {Path(way[0]).name} "
                   f"{'compiled' if way[1] else 'eager'}; {ratios[0]:.2f} to {ratios[-1]:.2f}")
     print(json.dumps({f"{name}, {'compiled' if compiled else 'eager'}": taken for (name, compiled), taken in times.items()}))
     if options.profile:
