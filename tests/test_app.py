@@ -78,7 +78,7 @@ def open_page(chromium, url):
         page.on("dialog", lambda dialog: (page.dialogs.append(dialog.message), dialog.dismiss()))
         page.goto(address or url)
         expect(page.locator("#generate")).to_be_visible(timeout=30_000)
-        page.wait_for_function("onhashchange")  # the settings of a link are in place
+        page.wait_for_function("() => Boolean(onhashchange)")  # the settings of a link are in place
         return page
 
     yield open_it
