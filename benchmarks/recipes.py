@@ -58,7 +58,7 @@ def variant(base: dict, **changes) -> dict:
 # Name: what differs from BASE; `trick` is one of TRICKS, which train.py does not have.
 RUNS = {
     **{f"adamw-lr{lr:g}": {"learning_rate": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
-    "adamw-wsd": {"learning_rate": 4e-3, "schedule": "wsd", "min_lr_ratio": 0.0},
+    "adamw-wsd": {"learning_rate": 4e-3, **WSD},
     "adamw-batch4096": {"learning_rate": 4e-3, "batch_tokens": 4096, "max_steps": BASE.max_steps // 2, "warmup_steps": 16,
                         "eval_every": 32},
     **{f"adamw-batch1024{name}": {"learning_rate": lr, "batch_tokens": 1024, "max_steps": 2 * BASE.max_steps, "warmup_steps": 64,

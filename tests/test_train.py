@@ -532,7 +532,7 @@ def test_a_run_that_began_before_an_option_was_there_goes_on(data, monkeypatch):
     monkeypatch.setattr(checkpoint, "saved_config", lambda *of: {
         name: value for name, value in whole(*of).items() if name != "embedding_rate"})
     train_here(*command)
-    with pytest.raises(UserError, match="was started with embedding_rate"):
+    with pytest.raises(UserError, match=r"was started with embedding_rate 1\.0, and this is 2\.0"):
         train_here(*command, "--embedding-rate", 2)
 
 
