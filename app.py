@@ -16,9 +16,9 @@ import gradio as gr
 import tyro
 
 import serve
-from errors import one_sentence
+from common.errors import report_user_errors
+from engine.packed import use_allowed_cores
 from generate import Dtype
-from kernels import use_allowed_cores
 from ui import about, chat, compare, look, training, write
 from ui.models import Models
 
@@ -75,5 +75,5 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         main(tyro.cli(AppConfig))

@@ -11,8 +11,6 @@ import os
 import re
 import shutil
 import sys
-import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,11 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import ddp
-from errors import UserError
-from files import DISK_FULL, read_json, sha256, write_json
-from formats import DAMAGE, load_folder, load_pt, unpickle
+from common.errors import UserError
+from common.files import DISK_FULL, read_json, sha256, write_json
 from model import GPT
 from tokenizer import Tokenizer, load_tokenizer
+from training import sharding
+from weights.huggingface import load_folder
+from weights.pt import load_pt, unpickle
+from weights.state import DAMAGE
 
 BUNDLED = Path(__file__).parent / "assets" / "bundled"
 LOG = Path("log")
@@ -43,7 +44,7 @@ class NotSaved(UserError):
 
 
 def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None,
-         world: ddp.World = ddp.ALONE):
+         world: ddp.World = ddp.SINGLE_PROCESS):
     """Writes the checkpoint of `step`, marks it when its validation loss, where it has one, is the run's best, and prunes older
     ones. One that is there and whole, because a signal had it saved before it was measured, stays as it is. The main process
     calls it, and of a sharded model all do. Raises NotSaved where the disk refuses."""
@@ -84,8 +85,8 @@ def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: To
         shutil.rmtree(temporary, ignore_errors=True)
     if sharded:
         ddp.any_rank(world, False)  # wait until it is gone
-        write_shards(temporary, optimizer_state | ({} if in_a_file else named_weights(weights)))
-        weights = {name: ddp.whole(w, world) for name, w in weights.items()} if in_a_file else {}
+        sharding.write_shards(temporary, optimizer_state | ({} if in_a_file else sharding.named_weights(weights)))
+        weights = {name: sharding.whole(w, world) for name, w in weights.items()} if in_a_file else {}
     else:
         temporary.mkdir()
         save_file({name: t.contiguous() for name, t in optimizer_state.items()}, temporary / "optimizer.safetensors")
@@ -104,36 +105,6 @@ def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: To
     os.replace(temporary, state_path(run, step))
     if unfinished(run, step).exists():
         os.replace(unfinished(run, step), model_path(run, step))
-
-
-def write_shards(folder: Path, tensors: dict[str, torch.Tensor]):
-    """Each rank its parts of the tensors, as safetensors, in a folder that this makes. Raises OSError on all ranks or none."""
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415 (takes a second, and few runs need it)
-    try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except dcp.api.CheckpointException as error:  # on all ranks, whichever failed
-        raise OSError(str(next(iter(error.failures.values()))[0])) from None
-
-
-def read_shards(folder: Path, like: Callable[[str, torch.Size], torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """The tensors of a state's folder, each read into what `like(name, shape)` returns, a rank's part if that is sharded; None
-    leaves it out. The number of ranks may be another than wrote them."""
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    tensors = {name: like(name, stored.size) for name, stored in reader.read_metadata().state_dict_metadata.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")  # not initialized, which is as meant
-        try:
-            dcp.load(tensors, storage_reader=reader)
-        except dcp.api.CheckpointException as error:
-            raise OSError(str(next(iter(error.failures.values()))[0])) from None
-    return tensors
-
-
-def named_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by the names that they have in a state, `<parameter>/weights`, beside the optimizer's `<parameter>/<what>`."""
-    return {f"{name}/weights": w for name, w in weights.items()}
 
 
 def sums(folder: Path, model: Path) -> dict[str, str]:
@@ -180,12 +151,12 @@ def load_state(run: Path, step: int, model: GPT) -> tuple[dict[str, torch.Tensor
         return torch.empty_like(p.detach()) if p.shape == shape else torch.empty(shape)
 
     whole = folder / "optimizer.safetensors"
-    state = load_file(whole) if whole.exists() and not ddp.is_sharded(model) else read_shards(folder, like)
+    state = load_file(whole) if whole.exists() and not ddp.is_sharded(model) else sharding.read_shards(folder, like)
     if holds_weights(folder):
-        ddp.fill(((p, state.pop(f"{name}/weights")) for name, p in parameters.items()))
+        sharding.fill(((p, state.pop(f"{name}/weights")) for name, p in parameters.items()))
         return state, read_json(folder / "model.json")["val_loss"]
     saved = unpickle(model_path(run, step))
-    ddp.fill((p, saved["model"][name]) for name, p in parameters.items())
+    sharding.fill((p, saved["model"][name]) for name, p in parameters.items())
     return state, saved["val_loss"]
 
 
@@ -200,8 +171,8 @@ def load_sharded(folder: Path) -> tuple[GPT, Tokenizer, dict]:
         saved = read_json(folder / "model.json")
         with torch.device("meta"):
             model = GPT(saved["config"])
-        weights = named_weights(model.to_empty(device="cpu").state_dict())
-        if read_shards(folder, lambda name, _: weights.get(name)).keys() != weights.keys():
+        weights = sharding.named_weights(model.to_empty(device="cpu").state_dict())
+        if sharding.read_shards(folder, lambda name, _: weights.get(name)).keys() != weights.keys():
             raise ValueError("there are weights missing")
         return model, load_tokenizer(saved["tokenizer"]), saved
     except (*DAMAGE, SafetensorError) as error:
@@ -261,10 +232,10 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(f"The tokenizer in {path} has {tokenizer.vocab_size:,} ids, and the model {model.config.vocab_size:,}.")
     model = model.to(device).eval().requires_grad_(False)
-    return model, tokenizer, {"name": str(name or path), "path": str(path), "parameters": model.num_parameters(), **checked(info)}
+    return model, tokenizer, {"name": str(name or path), "path": str(path), "parameters": model.num_parameters(), **plausible_info(info)}
 
 
-def checked(info: dict) -> dict:
+def plausible_info(info: dict) -> dict:
     """What a file tells of a model's training, without what cannot be meant."""
     def number(x) -> bool:
         return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 1e15

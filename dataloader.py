@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from errors import UserError
+from common.errors import UserError
 from shards import Shards, check_ids, read_tokenizer
 
 AHEAD = 2  # batches read in the background

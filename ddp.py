@@ -9,18 +9,16 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
-import hashlib
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError
+from common.errors import UserError
 
 
 @dataclasses.dataclass
@@ -36,7 +34,7 @@ class World:
         return self.rank == 0
 
 
-ALONE = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = World(0, 1, torch.device("cpu"))
 
 
 @contextlib.contextmanager
@@ -150,39 +148,8 @@ def wrap(model, world: World):
                                    gradient_as_bucket_view=True)
 
 
-def shard(model, world: World, bfloat16: bool):
-    """Divides every parameter of the model, in place, among all ranks: they gather a block's when it is its turn, in bfloat16
-    where asked, and scatter its gradients, summed in float32 (FSDP2; Zhao et al. 2023, arXiv 2304.11277)."""
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 (these take a second, and few runs need them)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # noqa: PLC0415
-    options = {"mesh": init_device_mesh(world.device.type, (world.size,)), "mp_policy": MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32)}
-    for block in model.transformer.h:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-    for name in ("hidden", "logits"):  # besides forward
-        register_fsdp_forward_method(model, name)
-
-
 def is_sharded(model) -> bool:
     return hasattr(model, "set_requires_gradient_sync")
-
-
-def whole(tensor: torch.Tensor, world: World) -> torch.Tensor | None:
-    """A sharded tensor in the main process's memory, all of it; None on the others, which take part."""
-    tensor = tensor.full_tensor()
-    return tensor.cpu() if world.is_main else None
-
-
-@torch.no_grad()
-def fill(parameters: Iterable[tuple[torch.Tensor, torch.Tensor]]):
-    """Gives each of the (parameter, whole values) pairs its values; of a sharded parameter every rank takes its part."""
-    for p, values in parameters:
-        if not hasattr(p, "placements"):
-            p.copy_(values)
-            continue
-        from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
-        p.copy_(distribute_tensor(values.to(p.device), p.device_mesh, p.placements, src_data_rank=None))
 
 
 def sum_over_ranks(world: World, *values: float) -> list[float]:
@@ -197,8 +164,3 @@ def sum_over_ranks(world: World, *values: float) -> list[float]:
 def any_rank(world: World, flag) -> bool:
     """Whether the flag is set on one rank at least."""
     return sum_over_ranks(world, bool(flag))[0] > 0
-
-
-def seed_of(*parts) -> int:
-    """A 63-bit seed for the random stream that `parts` name, say (seed, step, rank): near parts, unrelated streams."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

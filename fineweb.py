@@ -14,8 +14,8 @@ from pathlib import Path
 import huggingface_hub
 import tyro
 
-import sources
-from errors import UserError, one_sentence
+from common.errors import UserError, report_user_errors
+from corpus import sources
 from prepare import Options, prepare
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
@@ -70,5 +70,5 @@ def download_tokens(subset: str) -> Path:
 
 
 if __name__ == "__main__":
-    with one_sentence(every_rank=True):
+    with report_user_errors(every_rank=True):
         main(tyro.cli(FinewebConfig))

@@ -27,15 +27,15 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import tyro
 
-import native
 from checkpoint import describe, load_model
+from common.errors import UserError, report_user_errors
 from ddp import pick_device
-from errors import UserError, one_sentence
-from forward import CHUNK, Forward, Segment
-from kernels import runs_in, use_allowed_cores
+from engine import native
+from engine.forward import CHUNK, Forward, Segment
+from engine.packed import supports_dtype, use_allowed_cores
+from engine.sampling import Sampling
+from engine.scheduler import Request, Scheduler, Token
 from model import GPT
-from sampling import Sampling
-from scheduler import Request, Scheduler, Token
 from tokenizer import Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -89,9 +89,9 @@ class Engine:
         self.tokenizer, self.block_size, self.limits, self.native = tokenizer, model.config.block_size, limits, native
         self.device = next(model.parameters()).device
         if dtype == "auto":
-            large = model.num_parameters() >= LARGE and runs_in("int8", self.device)
+            large = model.num_parameters() >= LARGE and supports_dtype("int8", self.device)
             dtype = "bfloat16" if self.device.type == "cuda" else "int8" if large else "float32"
-        if not runs_in(dtype, self.device):
+        if not supports_dtype(dtype, self.device):
             raise UserError(f"{dtype} needs an x86 CPU, and this is {self.device}: choose another --dtype.")
         self.dtype = dtype
         weights = torch.float32 if self.device.type == "cpu" else getattr(torch, dtype)
@@ -245,7 +245,7 @@ def main(config: GenerateConfig):
     use_allowed_cores()
     model, tokenizer, info = load_model(config.model, pick_device(config.device))
     engine = Engine(model, tokenizer, config.dtype)
-    print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}, {engine.forward.how}", file=sys.stderr)
+    print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}, {engine.forward.backend}", file=sys.stderr)
     if prompt is not None:
         return complete(engine, prompt, config, options)
     while True:
@@ -280,5 +280,5 @@ def complete(engine: Engine, prompt: str, config: GenerateConfig, options: dict)
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         main(tyro.cli(GenerateConfig))

@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 import ddp
 from checkpoint import describe, load_model
-from errors import UserError, one_sentence
-from files import write_json
+from common.errors import UserError, report_user_errors
+from common.files import write_json
+from corpus.sources import DATA, fetch
+from engine.likelihood import encode, fit_to_context, log_likelihoods, perplexity
 from generate import Dtype, Engine
-from likelihood import encode, log_likelihoods, perplexity, plant
 from model import GPT
-from sources import DATA, fetch
 from tokenizer import Tokenizer, without_surrogates
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -95,7 +95,7 @@ def read_examples(path: Path, limit: int | None = None) -> list[dict]:
                 if len(examples) == limit:
                     break
                 if line.strip():
-                    examples.append(checked(line, f"Line {number} of {path}"))
+                    examples.append(parse_example(line, f"Line {number} of {path}"))
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}).") from None
     if not examples:
@@ -103,7 +103,7 @@ def read_examples(path: Path, limit: int | None = None) -> list[dict]:
     return examples
 
 
-def checked(line: str, where: str) -> dict:
+def parse_example(line: str, where: str) -> dict:
     try:
         example = json.loads(line)
         texts = [example[key] for key in ("ctx", "activity_label", *(("ctx_a", "ctx_b") if "ctx_a" in example else ()))]
@@ -139,7 +139,7 @@ def verdicts(model, tokenizer, examples, protocol: str, batch_tokens, world: ddp
     mine = range(world.rank, len(examples), world.size)
     questions = [PROTOCOLS[protocol](examples[i], tokenizer) for i in mine]
     distinct = [{tuple(ids): None for ids in question.endings} for question in questions]  # equal endings are equally likely
-    items = [plant(question.context, list(map(list, endings)), tokenizer, model.config.block_size)
+    items = [fit_to_context(question.context, list(map(list, endings)), tokenizer, model.config.block_size)
              for question, endings in zip(questions, distinct)]
     predictions, logprobs = [None] * len(examples), [None] * len(examples)
     n = right = right_norm = 0
@@ -148,10 +148,10 @@ def verdicts(model, tokenizer, examples, protocol: str, batch_tokens, world: ddp
             i, (_, endings, lengths) = mine[item], questions[item]
             found = dict(zip(distinct[item], sums))
             logprobs[i] = [found.get(tuple(ids), 0.0) for ids in endings]  # without tokens there is none
-            predictions[i] = likeliest(logprobs[i], endings, lengths)
+            predictions[i] = most_likely(logprobs[i], endings, lengths)
             if (label := examples[i]["label"]) is not None:
                 n += 1
-                right += likeliest(logprobs[i], endings, [1] * len(endings)) == label
+                right += most_likely(logprobs[i], endings, [1] * len(endings)) == label
                 right_norm += predictions[i] == label
             bar.update()
             bar.set_postfix_str(f"acc {right / max(n, 1):.4f}, acc_norm {right_norm / max(n, 1):.4f}", refresh=False)
@@ -161,7 +161,7 @@ def verdicts(model, tokenizer, examples, protocol: str, batch_tokens, world: ddp
             "predictions": predictions, "logprobs": logprobs}
 
 
-def likeliest(logprobs: list[float], endings: list[list[int]], lengths: list[int]) -> int:
+def most_likely(logprobs: list[float], endings: list[list[int]], lengths: list[int]) -> int:
     """The ending with the highest log-likelihood for its length, the first of equals."""
     scores = [total / length if ids and length else -math.inf for total, ids, length in zip(logprobs, endings, lengths)]
     return scores.index(max(scores))
@@ -280,5 +280,5 @@ def row(protocol: str, acc: str, acc_norm: str, examples: str, seconds: str, mod
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         main(tyro.cli(HellaSwagConfig))

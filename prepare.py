@@ -26,18 +26,17 @@ from typing import NamedTuple
 import tyro
 from tqdm import tqdm
 
-import corpus
-import sources
-from devices import allowed_cores
-from encode import Encoded, copied, encode, start_workers, tokenized
-from errors import UserError, one_sentence
-from files import DISK_FULL
-from shard_writer import ShardWriter
+from common.devices import allowed_cores
+from common.errors import UserError, report_user_errors
+from common.files import DISK_FULL
+from corpus import reader, sources
+from corpus.encoding import Encoded, copied, encode, start_workers, tokenized
+from corpus.shard_writer import ShardWriter
 from shards import read_manifest
 from tokenizer import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 COMMIT_S = 1.0  # so much work, and no more, is done again after a kill
-SMALL = 4 * corpus.BLOCK  # bytes in files that are tokenized before another process would have started
+SMALL = 4 * reader.BLOCK_BYTES  # bytes in files that are tokenized before another process would have started
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -95,21 +94,21 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, o
         raise UserError(f"{source.name} has {len(source.files)} files, too few for {parts} processes: each takes whole files.")
     first = len(source.files) * part // parts
     files = source.files[first:len(source.files) * (part + 1) // parts]
-    halve = (options.val_share or corpus.VAL_SHARE) * (source.kind == "text")
-    val_from = corpus.last_documents(source.files, options.val_share) if options.val_share and not halve else None
-    tokenizer, sizes = choose_tokenizer(tokenizer_name, source, halve, val_from), corpus.file_sizes(files)
+    val_share = (options.val_share or reader.VAL_SHARE) * (source.kind == "text")
+    val_from = reader.last_documents(source.files, options.val_share) if options.val_share and not val_share else None
+    tokenizer, sizes = choose_tokenizer(tokenizer_name, source, val_share, val_from), reader.file_sizes(files)
     workers = 0 if source.kind == "tokens" or sum(sizes) < SMALL else options.workers or cores()
     share = {"val_share": options.val_share} if options.val_share else {}
     identity = {"name": source.name, "revision": source.revision, **share}
     with start_workers(workers, tokenizer) as pool, full_disk_explained(out):
-        plan = make_plan(source, files, sizes, tokenizer, halve, workers or 1)
+        plan = make_plan(source, files, sizes, tokenizer, val_share, workers or 1)
         with ShardWriter(out, name, tokenizer, identity, options.shard_tokens, part, parts) as writer:
             if not writer.finished:
-                print(f"{source.name}: {plan.describe(out)}" + " and the download" * corpus.on_hub(files[0])
+                print(f"{source.name}: {plan.describe(out)}" + " and the download" * reader.on_hub(files[0])
                       + f"; {writer.counts['tokens'] / 1e6:,.1f}M tokens are there already" * bool(writer.counts))
-                passages = corpus.read(files, writer.cursor, halve)
+                passages = reader.read(files, writer.cursor, val_share)
                 if val_from:
-                    passages = corpus.with_split(passages, (val_from[0] - first, *val_from[1:]))
+                    passages = reader.with_split(passages, (val_from[0] - first, *val_from[1:]))
                 fill(writer, plan, tokenized(passages, tokenizer, pool) if source.kind != "tokens" else
                      copied(files, writer.cursor))
     report(out, parts)
@@ -167,15 +166,15 @@ def report(out: Path, parts: int):
         print(f"{manifest['repaired']:,} documents held bytes that are not UTF-8, which became U+FFFD")
 
 
-def choose_tokenizer(name: str, source: sources.Source, halve: float, val_from: corpus.Cursor | None) -> Tokenizer:
+def choose_tokenizer(name: str, source: sources.Source, val_share: float, val_from: reader.Cursor | None) -> Tokenizer:
     """The tokenizer that --tokenizer names; `char` takes its alphabet from the text, `bpe:N` its merges from a sample of it."""
     if name == "char":
         return CharTokenizer("".join(sorted(set().union(*(
-            corpus.text_of(passage)[0] for passage in corpus.read(source.files, halve=halve))))))
+            reader.text_of(passage)[0] for passage in reader.read(source.files, val_share=val_share))))))
     if name.startswith("bpe:"):
         if not name[4:].isdecimal():
             raise UserError(f"--tokenizer {name} names no size: bpe:8192 is a BPE of 8192 ids.")
-        return train_bpe(corpus.sample(source.files, halve, val_from), int(name[4:]))
+        return train_bpe(reader.sample(source.files, val_share, val_from), int(name[4:]))
     if name == "gpt2":
         return load_tokenizer("gpt2")
     from checkpoint import load_model  # noqa: PLC0415 (imports torch, which the tokenizing processes can do without)
@@ -207,16 +206,16 @@ def millions(number: int) -> str:
     return f"{number / 1e6:,.0f}" if number > 1e7 else f"{number / 1e6:.2g}"
 
 
-def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, halve: float,
+def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, val_share: float,
               workers: int) -> Plan:
     """Measures the first of the text, and takes the rest for alike."""
     if source.kind == "tokens":
         return Plan(len(files), 0, sum(sizes) // 2, sum(sizes), sum(sizes) / 2e8)  # a disk that does 200 MB/s
-    content, sample, size = corpus.content_bytes(files, sizes), [], 0
-    for passage in corpus.read(files, halve=halve):
+    content, sample, size = reader.content_bytes(files, sizes), [], 0
+    for passage in reader.read(files, val_share=val_share):
         sample.append(passage)
         size += len(passage.content)
-        if size > corpus.BLOCK:
+        if size > reader.BLOCK_BYTES:
             break
     if not sample:
         return Plan(len(files), 0, 0, 0, 0.0)
@@ -248,5 +247,5 @@ def share_of_work(part_of: str | None) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    with one_sentence(every_rank=True):
+    with report_user_errors(every_rank=True):
         main(tyro.cli(PrepareConfig))

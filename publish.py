@@ -19,10 +19,11 @@ from huggingface_hub.utils import validate_repo_id
 
 import report
 from checkpoint import load_model, model_steps
-from errors import UserError, one_sentence
-from formats import save_gguf, save_huggingface
+from common.errors import UserError, report_user_errors
 from model import GPT
 from tokenizer import Tokenizer
+from weights.gguf import save_gguf
+from weights.huggingface import save_huggingface
 
 app = tyro.extras.SubcommandApp()
 
@@ -160,5 +161,5 @@ def exported(gpt: GPT, tokenizer: Tokenizer) -> int:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         app.cli(description=__doc__)

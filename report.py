@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from devices import KG_CO2E_PER_KWH, find_device
-from errors import UserError, one_sentence
-from files import read_json
+from common.devices import KG_CO2E_PER_KWH, find_device
+from common.errors import UserError, report_user_errors
+from common.files import read_json
 
 REFERENCE = Path(__file__).parent / "assets" / "reference"
 
@@ -265,5 +265,5 @@ def main(config: ReportConfig):
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         main(tyro.cli(ReportConfig))

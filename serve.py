@@ -25,12 +25,12 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 
-import scheduler
 from checkpoint import describe, load_model
+from common.errors import UserError, report_user_errors
 from ddp import pick_device
-from errors import UserError, one_sentence
+from engine import scheduler
+from engine.packed import use_allowed_cores
 from generate import Dtype, Engine, Piece, Reader
-from kernels import use_allowed_cores
 
 MAX_PROMPTS = 16  # of one request
 
@@ -153,7 +153,7 @@ class Answer:
                    "temperature": 1.0 if asked.temperature is None else asked.temperature,
                    "top_p": 1.0 if asked.top_p is None else asked.top_p, "top_k": asked.top_k,
                    "repetition_penalty": asked.repetition_penalty, "logprobs": asked.logprobs}
-        self.prompts = [engine.encode(prompt)[0] if isinstance(prompt, str) else self.checked(prompt) for prompt in prompts]
+        self.prompts = [engine.encode(prompt)[0] if isinstance(prompt, str) else self.validate_ids(prompt) for prompt in prompts]
         self.echoes = [self.echo(prompt, ids) if asked.echo else None for prompt, ids in zip(prompts, self.prompts)]
         self.requests = []
         try:
@@ -165,7 +165,7 @@ class Answer:
         self.lengths = [0] * len(prompts) * self.n  # characters of each choice so far
         self.tokens = 0
 
-    def checked(self, ids: list[int]) -> list[int]:
+    def validate_ids(self, ids: list[int]) -> list[int]:
         if not all(0 <= i < self.engine.tokenizer.vocab_size for i in ids):
             raise UserError(f"A prompt of token ids has ids from 0 to {self.engine.tokenizer.vocab_size - 1}.")
         return ids[-self.engine.block_size:]
@@ -301,11 +301,11 @@ def main(config: ServeConfig):
     engine, name = Engine(model, tokenizer, config.dtype), config.model or info["name"]
     app = FastAPI(title="GPT-2 From Scratch")
     app.include_router(routes([name], lambda _: engine))
-    print(f"{name}: {describe(info)}; {engine.dtype} on {engine.device}, {engine.forward.how}")
+    print(f"{name}: {describe(info)}; {engine.dtype} on {engine.device}, {engine.forward.backend}")
     print(f"http://{config.host}:{config.port}/v1 serves it; Ctrl-C ends that", flush=True)
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning")
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         main(tyro.cli(ServeConfig))

@@ -21,8 +21,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from errors import UserError, one_sentence
-from files import sha256
+from common.errors import UserError, report_user_errors
+from common.files import sha256
 from tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -177,5 +177,5 @@ def info(folder: tyro.conf.Positional[Path]):
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         app.cli(description="What is in a folder of token shards, and whether it is whole.")

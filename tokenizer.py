@@ -23,8 +23,8 @@ import tiktoken
 import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from errors import UserError
-from files import read_json
+from common.errors import UserError
+from common.files import read_json
 
 RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # sha256 of OpenAI's merges file

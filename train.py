@@ -23,21 +23,21 @@ from tqdm import tqdm
 import checkpoint
 import ddp
 import hellaswag
-import optim
-import plan
 import report
-import runs
+from common.devices import find_device
+from common.errors import UserError, report_user_errors
+from common.seed import seed_of
 from dataloader import DataLoader
-from devices import find_device
-from errors import UserError, one_sentence
 from generate import Engine
-from likelihood import encode
-from model import GPT, cross_entropy
-from presets import PRESETS, RECIPES, TrainConfig, check, described, identity
-from start import autocast, build, find_checkpoint, hellaswag_examples, micro_batch, place, resume, sizes_of
+from model import GPT
 from tokenizer import Tokenizer
+from training import optim, plan, runlog, sharding
+from training.config import TrainConfig, check, run_description, run_fingerprint
+from training.loss import cross_entropy
+from training.presets import PRESETS, RECIPES
+from training.setup import autocast, build, find_checkpoint, hellaswag_examples, micro_batch, place, resume, sizes_of
 
-IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run stops
+MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run stops
 
 
 def main(argv: list[str]):
@@ -66,7 +66,7 @@ def parse(preset: str, default: TrainConfig, argv: list[str]) -> TrainConfig:
 def train(config: TrainConfig, world: ddp.World):
     """The run that `config` describes, from its start or its newest checkpoint to its last step."""
     run = checkpoint.LOG / config.run
-    with runs.locked(run) if world.is_main and not config.dry_run else contextlib.nullcontext(), runs.StopSignals() as signals:
+    with runlog.locked(run) if world.is_main and not config.dry_run else contextlib.nullcontext(), runlog.StopSignals() as signals:
         resume_step = find_checkpoint(config, run, world)
         model, first_weights, tokenizer, config = build(config)
         train_loader = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
@@ -84,7 +84,7 @@ def train(config: TrainConfig, world: ddp.World):
         measured = resume_step is not None and resume(run, resume_step, config, model, optimizers)
         if resume_step is not None and world.is_main:
             print(f"{run} goes on from step {resume_step:,}")
-        log = runs.Log(run, described(config), resume_step, measured, config.track, device=ddp.device_name(world.device),
+        log = runlog.Log(run, run_description(config), resume_step, measured, config.track, device=ddp.device_name(world.device),
                        processes=world.size) if world.is_main else None
         trained = Trained(config, world, run, log, model, ddp.wrap(model, world), tokenizer, optimizers)
         loop(trained, train_loader.batches(resume_step or 0, config.max_steps, world.device), val_loader, examples,
@@ -99,14 +99,14 @@ class Trained:
     config: TrainConfig
     world: ddp.World
     run: Path
-    log: runs.Log | None
+    log: runlog.Log | None
     model: GPT
     ddp_model: torch.nn.Module
     tokenizer: Tokenizer
     optimizers: list[torch.optim.Optimizer]
 
 
-def loop(t: Trained, batches, val_loader: DataLoader, examples, start: int, measured: bool, signals: runs.StopSignals):
+def loop(t: Trained, batches, val_loader: DataLoader, examples, start: int, measured: bool, signals: runlog.StopSignals):
     """Steps from `start` on; whether that step was `measured` before it was saved. At a signal all ranks stop at one step, which
     is saved, and exit as the signal would have made them."""
     meter, agreement = Meter(t), Agreement(t.world, signals)
@@ -138,10 +138,10 @@ def measure_and_save(t: Trained, val_loader: DataLoader, examples, step: int):
         accuracy = score_hellaswag(t.model, t.tokenizer, examples, config, t.world) if examples else {}
         if t.log:
             t.log.metrics(step=step, val_loss=val_loss, **accuracy)
-            if report.learns_fineweb_edu(described(config)):
+            if report.learns_fineweb_edu(run_description(config)):
                 tqdm.write(report.compared(step * config.batch_tokens, val_loss))
     if sample_due and (t.log or config.shard):
-        for text in (draw_together if config.shard else draw_samples)(t.model, t.tokenizer, config):
+        for text in (sharding.draw_together if config.shard else draw_samples)(t.model, t.tokenizer, config):
             if t.log:
                 t.log.sample(step, config.sample_prompt, text)
     if save_due:
@@ -162,13 +162,13 @@ def save(t: Trained, step: int, val_loss: float | None):
     if t.config.shard:
         t.model.reshard()  # what validation had gathered
     try:
-        checkpoint.save(t.run, step, t.model, optim.named_state(t.model, t.optimizers), t.tokenizer, identity(t.config, step),
+        checkpoint.save(t.run, step, t.model, optim.named_state(t.model, t.optimizers), t.tokenizer, run_fingerprint(t.config, step),
                         val_loss, t.world)
     except checkpoint.NotSaved as error:
         if val_loss is None or step == t.config.max_steps:  # nothing comes after
             raise UserError(f"{error}: make room, and the same command goes on from the last one that was.") from None
         if t.log:
-            runs.warn(f"{error}; the run goes on")
+            runlog.warn(f"{error}; the run goes on")
 
 
 class Meter:
@@ -207,11 +207,11 @@ class Meter:
             self.t.log.metrics(step=step + 1, train_loss=loss, grad_norm=grad_norm.item(), learning_rate=lr,
                                tokens_per_s=round(speed), **mfu, **skipped)
             if skipped:
-                runs.warn(f"step {step + 1}: {skipped['skipped']} of the last updates had no finite gradient and were skipped")
-        if self.longest >= IN_A_ROW:
+                runlog.warn(f"step {step + 1}: {skipped['skipped']} of the last updates had no finite gradient and were skipped")
+        if self.longest >= MAX_SKIPPED_IN_A_ROW:
             good = checkpoint.saved_steps(self.t.run)
             kept = f"the last checkpoint is of step {good[-1]}" if good else "no checkpoint was saved"
-            raise UserError(f"The run has diverged: by step {step + 1}, {IN_A_ROW} gradients in a row were not finite; {kept}. "
+            raise UserError(f"The run has diverged: by step {step + 1}, {MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite; {kept}. "
                             "Start another with a lower --learning-rate.")
         self.seconds, self.tokens = 0.0, 0
         self.skipped.zero_()
@@ -220,7 +220,7 @@ class Meter:
 class Agreement:
     """Whether all ranks stop, asked about every two seconds: a signal may reach one alone, and they must stop at one step."""
 
-    def __init__(self, world: ddp.World, signals: runs.StopSignals):
+    def __init__(self, world: ddp.World, signals: runlog.StopSignals):
         self.world, self.signals, self.asked, self.next = world, signals, None, 0
 
     def stop(self, step: int) -> int:
@@ -248,7 +248,7 @@ def update(t: Trained, x, y, step: int):
     """
     config, world, ddp_model, optimizers = t.config, t.world, t.ddp_model, t.optimizers
     ddp_model.train()
-    torch.manual_seed(ddp.seed_of(config.seed, step, world.rank))  # dropout
+    torch.manual_seed(seed_of(config.seed, step, world.rank))  # dropout
     loss = torch.zeros((), device=world.device)
     parts = list(zip(x.split(config.micro_batch), y.split(config.micro_batch)))
     for i, (x_part, y_part) in enumerate(parts):
@@ -310,21 +310,6 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[
                                                       temperature=0.8, top_k=200, seed=config.seed)]
 
 
-@torch.no_grad()
-def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
-    """The same of a sharded model, plainly: every rank takes part in each of as many forward passes as there are tokens."""
-    model.eval()
-    prompt = encode(tokenizer, config.sample_prompt) or [tokenizer.eot or 0]
-    ids, generator = torch.tensor([prompt] * config.samples), torch.Generator().manual_seed(config.seed)
-    for _ in range(200):
-        hidden = model.hidden(ids[:, -config.block_size:].to(model.transformer.wte.weight.device))[:, -1]
-        likeliest, choices = model.logits(hidden)[:, :tokenizer.vocab_size].float().cpu().topk(min(200, tokenizer.vocab_size))
-        drawn = torch.multinomial((likeliest / 0.8).softmax(-1), 1, generator=generator)  # (samples, 1)
-        ids = torch.cat([ids, choices.gather(1, drawn)], dim=1)
-    texts = [row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row for row in ids[:, len(prompt):].tolist()]
-    return [config.sample_prompt + tokenizer.decode(row) for row in texts]
-
-
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         main(sys.argv[1:])

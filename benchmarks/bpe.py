@@ -1,12 +1,10 @@
 """A byte-level BPE of our own: how long its training takes, what memory, and how fast it encodes by tiktoken and by `tokenizers`.
 
-    python benchmarks/bpe.py CORPUS [--size 8192]
+    python -m benchmarks.bpe CORPUS [--size 8192]
 
 CORPUS is a file or folder as prepare.py takes it; the first 20 MB of it are encoded, in one process, each way once a round.
 """
-import sys
 
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 import resource
 import statistics
@@ -15,20 +13,20 @@ from pathlib import Path
 
 import tyro
 
-import corpus
-from sources import local_source
+from corpus import reader
+from corpus.sources import local_source
 from tokenizer import train_bpe
 
 
 def main(path: tyro.conf.Positional[Path], size: int = 8192, rounds: int = 5):
     files = local_source(path.name, path).files
     began = time.perf_counter()
-    bpe = train_bpe(corpus.sample(files, 0.0, None), size)
+    bpe = train_bpe(reader.sample(files, 0.0, None), size)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print(f"trained {bpe.vocab_size:,} ids in {time.perf_counter() - began:.0f} s, at most {memory:.0f} MB resident")
     texts, length = [], 0
-    for passage in corpus.read(files):
-        texts.append(corpus.text_of(passage)[0])
+    for passage in reader.read(files):
+        texts.append(reader.text_of(passage)[0])
         length += len(texts[-1].encode())
         if length > 2e7:
             break

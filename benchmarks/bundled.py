@@ -1,24 +1,21 @@
 """What is said of a bundled model, measured and written into its README.
 
-    python benchmarks/bundled.py edu data/edu_corpus_bpe-4096 hellaswag_val.jsonl.gz
+    python -m benchmarks.bundled edu data/edu_corpus_bpe-4096 hellaswag_val.jsonl.gz
 
 Between the lines `<!-- figures -->` and `<!-- end of figures -->` of assets/bundled/<name>/README.md: loss and bits a byte
 over the whole validation split, HellaSwag in both protocols, ten samples as they came, of seeds 0 to 9. For a model of
 another language leave HellaSwag's file out.
 """
-import sys
 
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
-sys.path.append(str(__import__("pathlib").Path(__file__).parent))
 
 import re
 from pathlib import Path
 
 import tyro
-from validation_loss import measure
 
+from benchmarks.validation_loss import measure
 from checkpoint import BUNDLED, load_model
-from errors import UserError, one_sentence
+from common.errors import UserError, report_user_errors
 from generate import Engine
 from hellaswag import PROTOCOLS, evaluate, read_examples
 
@@ -52,5 +49,5 @@ def main(name: tyro.conf.Positional[str], data: tyro.conf.Positional[Path], exam
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         tyro.cli(main)

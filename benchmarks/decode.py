@@ -1,17 +1,15 @@
 """Tokens a second of the engine, of `transformers` and of llama.cpp, turn and turn about; and what each precision
 costs in quality.
 
-    python benchmarks/decode.py                                       # everything; needs requirements-interop.txt
-    python benchmarks/decode.py --rounds 5 --new-tokens 256
-    python benchmarks/decode.py --device cuda --crowds 64 256 --bandwidth 4.8e12    # H200; --bandwidth is its data sheet's
-    python benchmarks/decode.py --quality bundled --text input.txt    # perplexity and greedy tokens of a trained model
+    python -m benchmarks.decode                                       # everything; needs requirements-interop.txt
+    python -m benchmarks.decode --rounds 5 --new-tokens 256
+    python -m benchmarks.decode --device cuda --crowds 64 256 --bandwidth 4.8e12    # H200; --bandwidth is its data sheet's
+    python -m benchmarks.decode --quality bundled --text input.txt    # perplexity and greedy tokens of a trained model
 
 The speeds are of GPT-2 124M with random weights, sampling with temperature 0.8 and top-k 50. Machines drift: read the ratios,
 which are medians over rounds in which each way ran once.
 """
-import sys
 
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # the repository, and not tokenize.py beside this file
 
 import contextlib
 import dataclasses
@@ -26,11 +24,12 @@ import torch
 import tyro
 
 from checkpoint import load_model
-from formats import save_gguf, save_huggingface
+from engine.packed import use_allowed_cores
 from generate import Engine
-from kernels import use_allowed_cores
 from model import GPT, SIZES
 from tokenizer import gpt2_tokenizer
+from weights.gguf import save_gguf
+from weights.huggingface import save_huggingface
 
 PRECISIONS = {"cpu": ["float32", "float16", "int8"], "cuda": ["bfloat16"]}  # ours, the best last
 PEER_PRECISIONS = {"cpu": ["float32"] + ["bfloat16"] * torch.ops.mkldnn._is_mkldnn_bf16_supported(),  # others emulate it
@@ -251,7 +250,7 @@ def quality(config: Config):
         greedy = [token["top"][0][0] for token in tokens]
         exact = exact or (nats, greedy)
         equal = statistics.fmean(a == b for a, b in zip(greedy, exact[1]))
-        print(f"{info['name']}, {dtype}, {engine.forward.how}: perplexity {math.exp(nats):.4f} "
+        print(f"{info['name']}, {dtype}, {engine.forward.backend}: perplexity {math.exp(nats):.4f} "
               f"({100 * math.expm1(nats - exact[0]):+.3f}%), greedy tokens equal to float32's: {100 * equal:.2f}%")
 
 

@@ -1,14 +1,12 @@
 """HellaSwag against build-nanogpt's script: examples a second and verdicts, both in one run, turn and turn about.
 
-    python benchmarks/hellaswag_speed.py hellaswag_val.jsonl build-nanogpt/      # a checkout of karpathy/build-nanogpt
-    python benchmarks/hellaswag_speed.py hellaswag_val.jsonl build-nanogpt/ --dtype bfloat16 --device cuda --examples 10042
+    python -m benchmarks.hellaswag_speed hellaswag_val.jsonl build-nanogpt/      # a checkout of karpathy/build-nanogpt
+    python -m benchmarks.hellaswag_speed hellaswag_val.jsonl build-nanogpt/ --dtype bfloat16 --device cuda --examples 10042
 
 The model is GPT-2 124M, with random weights unless --model names others; the examples are drawn at random from the file. The
 script runs as it is, in its own precision, but for where its model and its examples come from.
 """
-import sys
 
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # the repository, and not tokenize.py beside this file
 
 import contextlib
 import dataclasses
@@ -27,11 +25,11 @@ import torch
 import tyro
 
 from checkpoint import load_model
-from formats import save_huggingface
 from generate import Engine
 from hellaswag import evaluate, read_examples
 from model import GPT, SIZES
 from tokenizer import gpt2_tokenizer
+from weights.huggingface import save_huggingface
 
 
 @dataclasses.dataclass

@@ -1,6 +1,6 @@
 """How fast `dataloader.py` makes batches, with nothing to wait for them.
 
-    python benchmarks/load_batches.py edu_fineweb10B         # or any folder of token shards
+    python -m benchmarks.load_batches edu_fineweb10B         # or any folder of token shards
 
 For several shapes: tokens a second of `batch(step)` in a loop, and of `batches`, which reads ahead in the background;
 then how long a loader takes from nothing to its batch at step 15,000. Every round times each way once; the median counts.
@@ -8,8 +8,6 @@ then how long a loader takes from nothing to its batch at step 15,000. Every rou
 import statistics
 import sys
 import time
-
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 import torch
 

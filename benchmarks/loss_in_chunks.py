@@ -1,12 +1,10 @@
 """The loss over GPT-2's vocabulary and its gradients: all logits at once, model.py's few rows at a time, and torch's own.
 
-    python benchmarks/loss_in_chunks.py
+    python -m benchmarks.loss_in_chunks
 
 Seconds and GFLOP/s (6 N C V) of forward and backward, median of rounds in which each way ran once.
 """
-import sys
 
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 import statistics
 import time
@@ -14,7 +12,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from model import ROWS, ChunkedCrossEntropy
+from training.loss import LOGIT_ROWS, ChunkedCrossEntropy
 
 N, C, V = 2048, 768, 50_304
 ROUNDS = 3
@@ -39,7 +37,7 @@ def main():
             taken[way].append(time.perf_counter() - began)
     for way, seconds in taken.items():
         print(f"{way:42} {statistics.median(seconds):6.2f} s {6 * N * C * V / statistics.median(seconds) / 1e9:6.0f} GFLOP/s")
-    ratios = [whole / chunks for whole, chunks in zip(taken["all at once"], taken[f"{ROWS['cpu']} rows at a time"])]
+    ratios = [whole / chunks for whole, chunks in zip(taken["all at once"], taken[f"{LOGIT_ROWS['cpu']} rows at a time"])]
     print(f"= {statistics.median(ratios):.2f} the loss in chunks against all logits at once; "
           f"{min(ratios):.2f} to {max(ratios):.2f}")
 

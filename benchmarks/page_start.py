@@ -1,6 +1,6 @@
 """How long the page takes to its first answer beyond what importing torch and gradio alone costs, and its memory.
 
-    python benchmarks/page_start.py                          # with the bundled model; --model MODEL with another
+    python -m benchmarks.page_start                          # with the bundled model; --model MODEL with another
 
 Wanted: 2 s, and 700 MB resident once the model has written. Both are the medians of --rounds fresh processes, taken in turn.
 """
@@ -13,8 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 from gradio_client import Client
 

@@ -1,17 +1,15 @@
 """Which recipe reaches the tuned AdamW's final validation loss with the fewest tokens, the architecture unchanged.
 
     python prepare.py edu_corpus.jsonl.zst --tokenizer bpe:4096 --val-share 0.01
-    python benchmarks/recipes.py                  # trains every run that has no result yet, and reports
-    python benchmarks/recipes.py adamw muon-lr    # only runs whose names begin so; several processes may share the work
-    python benchmarks/recipes.py --only-report    # benchmarks/recipes/: runs.csv and curves.png out of curves/*.csv
-    python benchmarks/recipes.py --times          # what a step of the baseline and of the winner takes
+    python -m benchmarks.recipes                  # trains every run that has no result yet, and reports
+    python -m benchmarks.recipes adamw muon-lr    # only runs whose names begin so; several processes may share the work
+    python -m benchmarks.recipes --only-report    # benchmarks/recipes/: runs.csv and curves.png out of curves/*.csv
+    python -m benchmarks.recipes --times          # what a step of the baseline and of the winner takes
 
 Each run is train.py's own loop in log/recipe-<name>/, goes on where it was stopped, and leaves its curve in
 benchmarks/recipes/curves/<name>.csv. benchmarks/recipes/README.md says what came of it.
 """
-import sys
 
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 import contextlib
 import csv
@@ -30,14 +28,13 @@ import tyro
 from matplotlib.figure import Figure
 
 import ddp
-import optim
 import report
-import start
 import train
 from checkpoint import LOG
-from errors import UserError, one_sentence
+from common.errors import UserError, report_user_errors
 from model import GPT
-from presets import TrainConfig
+from training import optim, setup
+from training.config import TrainConfig
 
 FOLDER = Path(__file__).parent / "recipes"
 CURVES = FOLDER / "curves"
@@ -131,7 +128,7 @@ def run(name: str, changes: dict, data: Path):
 def step_times(rounds: int = 15):
     """Median seconds of an update of AdamW and of Muon beside it, each once a round; also in the time of this thread alone, which
     others that use the cores do not lengthen."""
-    model = GPT(start.sizes_of(BASE, 4096))
+    model = GPT(setup.sizes_of(BASE, 4096))
     x = torch.randint(4096, (BASE.batch_tokens // BASE.block_size, BASE.block_size))
     optimizers = {name: optim.build_optimizers(model, name, 0.1, (0.9, 0.95)) for name in ("adamw", "muon")}
     taken = {name: [] for name in optimizers}
@@ -206,5 +203,5 @@ def draw(recipes: dict[str, list[pd.DataFrame]], baseline: str, goal: float) -> 
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         tyro.cli(main)

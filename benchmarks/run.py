@@ -1,30 +1,27 @@
 """Every benchmark that this machine can run, side by side with the peers that are there; what came of it is kept.
 
     pip install -r requirements-interop.txt                   # transformers and llama.cpp
-    python benchmarks/run.py                                  # what needs nothing else
-    python benchmarks/run.py decode --build-nanogpt build-nanogpt/ --nanogpt nanoGPT/ --hellaswag hellaswag_val.jsonl \
+    python -m benchmarks.run                                  # what needs nothing else
+    python -m benchmarks.run decode --build-nanogpt build-nanogpt/ --nanogpt nanoGPT/ --hellaswag hellaswag_val.jsonl \
         --corpus corpus.jsonl.zst --shakespeare tiny_shakespeare.txt
 
 A benchmark prints `= RATIO WHAT` for each way of ours against a peer: how many times as fast, in one run. They go to
 results/<machine>.json and into README's table. A ratio that fell by more than a tenth since it was kept is named, and the
 exit code is then 1. Let nothing else run meanwhile.
 """
-import sys
-
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
-
 import dataclasses
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import torch
 import tyro
 
-from files import read_json, write_json
+from common.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {  # and their arguments, where {name} is one of Config's

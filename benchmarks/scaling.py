@@ -1,15 +1,13 @@
 """A loss law fitted to small models trained here, what it says of the bundled one, and what published laws say of eight A100s.
 
     python prepare.py edu_corpus.jsonl.zst --tokenizer bpe:4096 --val-share 0.01
-    python benchmarks/scaling.py                  # trains every model that has no result yet: 15 minutes on two quiet cores
-    python benchmarks/scaling.py --only-report    # fits and draws what is there
+    python -m benchmarks.scaling                  # trains every model that has no result yet: 15 minutes on two quiet cores
+    python -m benchmarks.scaling --only-report    # fits and draws what is there
 
 Each model is the preset edu-bundled with other sizes and steps, trained by train.py's own loop. Losses go into
 benchmarks/scaling/runs.csv, the plot beside it, the tables into docs/scaling.md, which explains them.
 """
-import sys
 
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 import dataclasses
 import itertools
@@ -25,13 +23,13 @@ from matplotlib.figure import Figure
 
 import ddp
 import report
-import start
 import train
 from checkpoint import LOG
-from devices import DEVICES
-from errors import one_sentence
+from common.devices import DEVICES
+from common.errors import report_user_errors
 from model import GPT, SIZES
-from presets import PRESETS
+from training import setup
+from training.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE = ROOT / "benchmarks" / "scaling", ROOT / "docs" / "scaling.md"
@@ -103,7 +101,7 @@ def train_one(shape: tuple[int, int, int], tokens: int, data: Path) -> pd.DataFr
 
 def sized(config) -> GPT:
     with torch.device("meta"):
-        return GPT(start.sizes_of(config, config.vocab_size or 4096))
+        return GPT(setup.sizes_of(config, config.vocab_size or 4096))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -184,5 +182,5 @@ def draw(runs: pd.DataFrame, law: Law, measured: pd.DataFrame, bundled: int) -> 
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         tyro.cli(main)

@@ -1,14 +1,12 @@
 """What brings tiny Shakespeare's loss down soonest: sizes, batches and rates, each with its whole schedule, and a step's cost.
 
     python prepare.py tiny_shakespeare
-    python benchmarks/shakespeare_sweep.py
+    python -m benchmarks.shakespeare_sweep
 
 The loss is over the first 20,000 validation characters, four times on the way. A step's cost is in the time of one thread, as a
 share of a step of nanoGPT's laptop setting (4 layers, 128 wide, 12 x 64, AdamW); every round times each once.
 """
-import sys
 
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 import statistics
 import time
@@ -18,9 +16,9 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import optim
 from dataloader import DataLoader
 from model import GPT, GPTConfig
+from training import optim
 
 # layers, width, sequences, their length, optimizer, rate, characters in all
 VARIANTS = [

@@ -1,7 +1,7 @@
 """Validation loss against minutes on this machine: nanoGPT's documented laptop run, and the preset shakespeare-char-cpu.
 
     git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/shakespeare_time.py nanoGPT tiny_shakespeare.txt
+    python -m benchmarks.shakespeare_time nanoGPT tiny_shakespeare.txt
 
 nanoGPT runs as it is, with the options its README gives for a laptop (4 layers, 128 wide, 2000 iterations of 768 characters),
 on the same split: the first 90% of the characters for training. The clock starts with each program and includes its
@@ -9,14 +9,11 @@ imports and its own evaluations, each of 20 batches. Off the clock nanoGPT's las
 run is repeated, which on a CPU gives the same weights, to score it there every 50 steps. With --longer N the preset also runs
 for N steps, to see how far it falls.
 """
-import sys
-
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
-
 import pickle
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +22,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from errors import UserError, one_sentence
+from common.errors import UserError, report_user_errors
 from report import metrics
 from shards import Shards, read_manifest
 from tokenizer import load_tokenizer
@@ -124,5 +121,5 @@ def scored(folder: Path, seconds: pd.Series, *options: str) -> Curve:
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         tyro.cli(main)

@@ -1,21 +1,18 @@
 """What a training step costs on this machine's CPU, and which of its ways is the fastest.
 
-    python benchmarks/train_step_cpu.py
+    python -m benchmarks.train_step_cpu
 
 Tokens a second of forward and backward of the bundled model's size, for each precision, compiled or not, and for
 several micro-batches; then the seconds of an optimizer step. Every round times each way once, so that a drifting
 machine drifts for all; the median counts.
 """
 import statistics
-import sys
 import time
-
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
 
 import torch
 
 from model import GPT, GPTConfig
-from optim import build_optimizers, set_learning_rate
+from training.optim import build_optimizers, set_learning_rate
 
 CONFIG = GPTConfig(block_size=256, vocab_size=65, n_layer=4, n_head=6, n_embd=192)
 ROUNDS = 5

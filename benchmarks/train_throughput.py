@@ -1,24 +1,21 @@
 """What train.py's step does in a second, against what a person would run instead, in one session.
 
     git clone https://github.com/karpathy/build-nanogpt
-    python benchmarks/train_throughput.py build-nanogpt/ --sequences 2 --dtype float32                # two CPU cores, 15 min
-    python benchmarks/train_throughput.py build-nanogpt/ nanoGPT/ --sequences 64 --dtype bfloat16 --device cuda
+    python -m benchmarks.train_throughput build-nanogpt/ --sequences 2 --dtype float32                # two CPU cores, 15 min
+    python -m benchmarks.train_throughput build-nanogpt/ nanoGPT/ --sequences 64 --dtype bfloat16 --device cuda
 
 A step is forward, backward, clipping and AdamW over one micro-batch of random tokens. Ours is `train.update` itself; of
 a checkout only the model's classes are run (build-nanogpt's train_gpt2.py, nanoGPT's model.py), with fused AdamW; transformers'
 GPT2LMHeadModel likewise. Each way lives in a process of its own, so that its peak memory is its own, and every round lets
 each take its steps in turn: a drifting machine drifts for all. Medians of the rounds, and the ratios within rounds.
 """
-import sys
-
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
-
 import ast
 import dataclasses
 import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -27,12 +24,11 @@ import torch
 import tyro
 
 import ddp
-import optim
-import start
 import train
-from devices import find_device
+from common.devices import find_device
 from model import SIZES
-from presets import PRESETS
+from training import optim, setup
+from training.presets import PRESETS
 
 
 @dataclasses.dataclass
@@ -60,8 +56,8 @@ def our_step(options: Options, device: torch.device, compiled: bool):
         batch_tokens=options.sequences * c.block_size, micro_batch=options.sequences, compile="on" if compiled else "off")
     world = ddp.World(0, 1, device)
     with torch.device("meta"):
-        model = train.GPT(start.sizes_of(config, 50_304))
-    start.place(model, None, config, world)
+        model = train.GPT(setup.sizes_of(config, 50_304))
+    setup.place(model, None, config, world)
     optimizers = optim.build_optimizers(model, "adamw", 0.1, (0.9, 0.95))
     trained = train.Trained(config, world, Path(), None, model, model, None, optimizers)
     return lambda x, y, step: train.update(trained, x, y, step)[0].item()

@@ -1,23 +1,19 @@
 """The validation loss of a model, over the whole validation split: sequences of its context, side by side.
 
     python prepare.py tiny_shakespeare --tokenizer bundled:shakespeare --out data/check
-    python benchmarks/validation_loss.py bundled:shakespeare data/check
+    python -m benchmarks.validation_loss bundled:shakespeare data/check
 """
 import math
-import sys
-
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
-
 from pathlib import Path
 
 import tyro
 
 import ddp
 from checkpoint import load_model
+from common.errors import report_user_errors
 from dataloader import DataLoader
-from errors import one_sentence
-from presets import TrainConfig
 from train import evaluate
+from training.config import TrainConfig
 
 
 def measure(model: str, data: Path, device: str = "auto") -> dict:
@@ -42,5 +38,5 @@ def main(model: tyro.conf.Positional[str], data: tyro.conf.Positional[Path], dev
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with report_user_errors():
         tyro.cli(main)

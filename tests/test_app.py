@@ -14,9 +14,9 @@ from playwright.sync_api import expect
 
 import app
 import checkpoint
-from errors import UserError
+from common.errors import UserError
+from engine.scheduler import Scheduler
 from generate import Engine
-from scheduler import Scheduler
 from tokenizer import CharTokenizer
 from ui.models import BEGINNINGS, Models
 from ui.stream import MAX_BYTES

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
+from corpus.shard_writer import ShardWriter
 from dataloader import DataLoader, permute, round_keys
-from errors import UserError
-from shard_writer import ShardWriter
 from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, verify
 from tokenizer import CharTokenizer
 

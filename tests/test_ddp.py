@@ -21,7 +21,7 @@ import ddp
 import prepare
 import publish
 import train
-from errors import UserError, one_sentence
+from common.errors import UserError, report_user_errors
 
 VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 PLAIN = ["shakespeare-char", *TINY, "--dropout", "0"]
@@ -51,7 +51,7 @@ def rank(i: int, n: int, port: int, arguments: list[str], change):
     torch.set_num_threads(1)
     if change:
         change()
-    with one_sentence():
+    with report_user_errors():
         train.main(arguments)
 
 

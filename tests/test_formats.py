@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import publish
-from errors import UserError
-from files import write_atomically
-from formats import save_huggingface, to_huggingface
+from common.errors import UserError
+from common.files import write_atomically
 from model import GPT
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from weights.huggingface import save_huggingface, to_huggingface
 
 SIZES = {"block_size": 16, "vocab_size": 50304, "n_layer": 2, "n_head": 2, "n_embd": 16}
 

@@ -16,16 +16,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import devices
 import generate
-import native
-import scheduler
-from errors import UserError
-from forward import Forward, Segment
+from common import devices
+from common.errors import UserError
+from engine import native, scheduler
+from engine.forward import Forward, Segment
+from engine.packed import pack_model
+from engine.sampling import penalize, sample, weigh
+from engine.scheduler import Busy, Token
 from generate import Engine
-from kernels import packed
-from sampling import penalize, sample, weigh
-from scheduler import Busy, Token
 from tokenizer import CharTokenizer
 
 PRECISIONS = ["float32", "bfloat16", "float16", "int8"]
@@ -183,7 +182,7 @@ SHAPES = [{}, {"n_head": 8}, {"n_head": 1}, {"n_head": 1, "n_embd": 72, "vocab_s
 def test_the_native_step_is_torchs(dtype, shape):
     model = tiny_gpt(**{"block_size": 160, "n_head": 4, "n_embd": 64, **shape})
     ours, plain = native.forward(model, dtype), Forward(model, dtype)
-    assert ours.how == "by native.cpp", "a machine that runs these tests has AVX2 and g++"
+    assert ours.backend == "by native.cpp", "a machine that runs these tests has AVX2 and g++"
     ids, caches, logits = (torch.arange(140) * 7 % 27).tolist(), (ours.new_cache(), plain.new_cache()), ([], [])
     for start, stop, sampled in (0, 64, False), (64, 100, False), (100, 101, True), (101, 128, False), (128, 129, True):
         for step, cache, rows in zip((ours, plain), caches, logits):
@@ -204,7 +203,7 @@ def test_no_sum_of_int8_products_overflows(sign):
     ours, plain = native.forward(model, "int8"), Forward(model, "int8")
     ids = list(range(16))
     a, b = (step([Segment(step.new_cache(), 0, ids)], range(16)) for step in (ours, plain))
-    assert ours.how == "by native.cpp" and (a - b).abs().mean() < 2e-2
+    assert ours.backend == "by native.cpp" and (a - b).abs().mean() < 2e-2
 
 
 def test_torch_steps_where_the_native_step_cannot_be(monkeypatch, tmp_path):
@@ -219,7 +218,7 @@ def test_torch_steps_where_the_native_step_cannot_be(monkeypatch, tmp_path):
     assert native.forward(tiny_gpt(), "int8").how.endswith("g++ cannot compile it")
     monkeypatch.setenv("PATH", str(tmp_path))
     engine = wide_engine()
-    assert ids_of(engine, **prompts) == expected and engine.forward.how.endswith("there is no g++ to compile it")
+    assert ids_of(engine, **prompts) == expected and engine.forward.backend.endswith("there is no g++ to compile it")
     monkeypatch.setenv("XDG_CACHE_HOME", str(native.SOURCE))
     assert ids_of(wide_engine(), **prompts) == expected
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
@@ -232,7 +231,7 @@ def test_rows_of_a_product_do_not_depend_on_each_other(dtype):
     torch.manual_seed(0)
     for width in 16, 18, 64, 192:
         with torch.inference_mode(False):
-            model = packed(tiny_gpt(vocab_size=1000, n_layer=1, n_embd=width), dtype)
+            model = pack_model(tiny_gpt(vocab_size=1000, n_layer=1, n_embd=width), dtype)
         inner = torch.randn(300, 4 * width) * torch.logspace(-3, 3, 300)[:, None]
         mlp, outer = model.transformer.h[0].mlp, inner[:, :width].contiguous()
         for layer, x in (model.logits, outer), (mlp.c_fc, outer), (mlp.c_proj, inner), (mlp.act, inner):

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from conftest import PROSE, tiny_gpt
 
 import hellaswag
-import sources
+from common.errors import UserError
+from common.files import sha256
+from corpus import sources
 from ddp import World
-from errors import UserError
-from files import sha256
-from formats import save_huggingface
+from engine.likelihood import perplexity
 from hellaswag import evaluate, read_examples
-from likelihood import perplexity
 from model import GPT, GPTConfig
 from tokenizer import CharTokenizer, load_tokenizer
+from weights.huggingface import save_huggingface
 
 
 def example(ind, activity, ctx_a, ctx_b, endings, label):

@@ -7,8 +7,8 @@ import torch
 from conftest import small_bpe, tiny_gpt
 
 import checkpoint
-from formats import save_gguf
 from tokenizer import load_tokenizer
+from weights.gguf import save_gguf
 
 TEXT = "Hello, I'm a language model, naïve 🦊\n\n   and <|endoftext|>"
 

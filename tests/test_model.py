@@ -5,11 +5,13 @@ from conftest import tiny_gpt
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model
-from errors import UserError
-from formats import load_folder, our_names, save_huggingface, to_huggingface, transposed
-from kernels import packed
+from common.errors import UserError
+from engine.packed import pack_model
 from model import GPT, SIZES, GPTConfig
 from tokenizer import CharTokenizer
+from training import loss as training_loss
+from weights.huggingface import load_folder, save_huggingface, to_huggingface
+from weights.state import our_names, transposed
 
 SHAPES = [GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8),
           GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=48),
@@ -130,12 +132,12 @@ def test_a_packed_model_computes_what_the_model_does_and_leaves_it_as_it_was():
     model = tiny_gpt(vocab_size=100, n_embd=32)
     before = {name: w.clone() for name, w in model.state_dict().items()}
     idx = torch.randint(100, (3, 16))
-    fast = packed(model)
+    fast = pack_model(model)
     torch.testing.assert_close(fast(idx)[0], model(idx)[0], atol=1e-4, rtol=0)
     assert fast is not model and fast.transformer.wte.weight is model.transformer.wte.weight
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(w, before[name]) for name, w in after.items())
-    assert packed(model.bfloat16()) is model  # nothing to gain
+    assert pack_model(model.bfloat16()) is model  # nothing to gain
 
 
 def test_the_flops_of_a_token_are_those_the_design_counts():
@@ -146,12 +148,12 @@ def test_the_flops_of_a_token_are_those_the_design_counts():
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("tokens", [33, 48])
 def test_the_loss_a_few_rows_at_a_time_is_that_of_all_logits_at_once(monkeypatch, tokens, bfloat16):
-    monkeypatch.setitem(model.ROWS, "cpu", 16)
+    monkeypatch.setitem(training_loss.LOGIT_ROWS, "cpu", 16)
     torch.manual_seed(0)
     x, weight, targets = torch.randn(tokens, 8), torch.randn(100, 8), torch.randint(100, (tokens,))
     found = []
     for rows in 16, 1000:
-        model.ROWS["cpu"] = rows
+        training_loss.LOGIT_ROWS["cpu"] = rows
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model.cross_entropy(leaves[0] * 1, leaves[1], targets)

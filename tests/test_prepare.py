@@ -17,20 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import PROSE, ROOT, tiny_gpt
 
-import corpus
-import encode
 import fineweb
 import prepare
-import shard_writer
 import shards
-import sources
-from errors import UserError
-from files import sha256
+from common.errors import UserError
+from common.files import sha256
+from corpus import encoding, reader, shard_writer, sources
 from fineweb import FinewebConfig
-from formats import save_huggingface
 from prepare import PrepareConfig
 from shards import LLMC_MAGIC, Shards, open_shard
 from tokenizer import CharTokenizer, load_tokenizer
+from weights.huggingface import save_huggingface
 
 GPT2 = load_tokenizer("gpt2")
 DOCUMENTS = [PROSE[i * 37 % 500:][:40 + i * 97 % 900] + f" {i} Tschüß, 你好 \U0001f98a<|endoftext|>\n\n" for i in range(300)]
@@ -122,7 +119,7 @@ def test_a_kill_changes_nothing_where_the_last_documents_are_validation(tmp_path
     config = PrepareConfig(str(source), "bpe:300", out=tmp_path / "whole", val_share=0.3, shard_tokens=20_000)
     prepare.main(config)
     monkeypatch.setattr(prepare, "COMMIT_S", 0)
-    monkeypatch.setattr(corpus, "BLOCK", 2000)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 2000)
     calls, append = [0], shard_writer.ShardWriter.append
 
     def dies(self, *arguments):
@@ -145,8 +142,8 @@ def test_a_bpe_is_trained_on_what_is_not_validation(tmp_path, monkeypatch):
     bpe = shards.read_tokenizer(tmp_path / "out")
     assert len(bpe.encode(" words")) == 1 and len(bpe.encode("zyzzyva")) == 7
     files = sources.local_source("x", write_corpus(tmp_path / "numbered", [f"{i} " * 300 for i in range(10, 50)], ".jsonl")).files
-    monkeypatch.setattr(corpus, "SAMPLE_BYTES", 6000)
-    assert [int(text[:2]) for text in corpus.sample(files, 0.0, None)] == [10, 11, 12, 23, 24, 25, 36, 37, 38]
+    monkeypatch.setattr(reader, "SAMPLE_BYTES", 6000)
+    assert [int(text[:2]) for text in reader.sample(files, 0.0, None)] == [10, 11, 12, 23, 24, 25, 36, 37, 38]
     (tmp_path / "text.txt").write_text("a common word " * 90 + "zyzzyva " * 17)
     prepare.main(PrepareConfig(str(tmp_path / "text.txt"), "bpe:8192", out=tmp_path / "text"))
     assert len(shards.read_tokenizer(tmp_path / "text").encode(" zyzzyva")) == 8
@@ -179,8 +176,8 @@ def test_any_number_of_workers_writes_the_same_bytes(command, tmp_path, monkeypa
 
 
 def test_a_long_text_is_cut_where_tokens_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BLOCK", 1000)
-    monkeypatch.setattr(corpus, "LONG", 4000)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(reader, "LONG", 4000)
     rng = random.Random(1)
     long = "".join(rng.choice(["word", " ", "  ", "\n", "\n\n ", "1234", "'ll", "...", "你好", "\t"]) for _ in range(30_000))
     documents = [long, "short", long[::-1]]
@@ -204,8 +201,8 @@ def trains_on(folder) -> bool:
 def test_a_kill_at_any_moment_changes_nothing(tmp_path, monkeypatch):
     """Every call that touches the disk is, in turn, the last one before the process dies."""
     monkeypatch.setattr(prepare, "COMMIT_S", 0)
-    monkeypatch.setattr(corpus, "BLOCK", 4000)
-    monkeypatch.setattr(corpus, "LONG", 8000)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(reader, "LONG", 8000)
     for name, tokenizer, size in ("many", "gpt2", 12_000), ("few", "gpt2", 10**6), ("char", "char", 10**6):
         source = write_corpus(tmp_path / name, [*DOCUMENTS[:50], PROSE * 2, *DOCUMENTS[50:100]], ".jsonl")
         config = PrepareConfig(str(source), tokenizer, shard_tokens=size)
@@ -349,7 +346,7 @@ def test_where_a_copy_of_fineweb_keeps_a_subset(tmp_path):
 
 
 def test_published_tokens_are_taken_without_tokenizing(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "COPY_TOKENS", 3000)
+    monkeypatch.setattr(encoding, "COPY_TOKENS", 3000)
     tokens = np.array(expected_stream(DOCUMENTS), dtype=np.uint16)
     (tmp_path / "published").mkdir()
     for i, part in enumerate(np.split(tokens, [5000, 17_000])):
@@ -415,17 +412,17 @@ def test_a_parquet_file_without_text_says_what_it_has(tmp_path):
 
 def test_a_source_that_stops_is_asked_again_and_loses_nothing(tmp_path, monkeypatch, capsys):
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
-    monkeypatch.setattr(corpus, "WAITS_S", (0, 0, 0))
+    monkeypatch.setattr(reader, "WAITS_S", (0, 0, 0))
     monkeypatch.setattr(prepare, "COMMIT_S", 0)
-    monkeypatch.setattr(corpus, "BLOCK", 4000)
-    steady, failing = corpus.passages, True
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 4000)
+    steady, failing = reader.passages, True
 
-    def flaky(path, cursor, halve):
-        for n, passage in enumerate(steady(path, cursor, halve)):
+    def flaky(path, cursor, val_share):
+        for n, passage in enumerate(steady(path, cursor, val_share)):
             if n == 20 or (failing and "002" in path):  # breaks now and then in each file, and for good in the last
                 raise OSError(errno.EIO, "the wire broke")
             yield passage
-    monkeypatch.setattr(corpus, "passages", flaky)
+    monkeypatch.setattr(reader, "passages", flaky)
     config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)
     with pytest.raises(UserError, match=r"002_00000.jsonl stopped after document 0 .* goes on from there"):
         prepare.main(config)
@@ -437,7 +434,7 @@ def test_a_source_that_stops_is_asked_again_and_loses_nothing(tmp_path, monkeypa
 
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "COMMIT_S", 0)
-    monkeypatch.setattr(corpus, "BLOCK", 4000)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 4000)
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
     config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)
     room, write = 60_000, shard_writer.ShardWriter.write
@@ -489,7 +486,7 @@ def test_a_refusal_changes_nothing_in_a_folder_that_was_begun(tmp_path, monkeypa
     config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "COMMIT_S", 0)
-        patch.setattr(corpus, "BLOCK", 4000)
+        patch.setattr(reader, "BLOCK_BYTES", 4000)
         patch.setattr(shard_writer.ShardWriter, "finish", lambda writer: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             prepare.main(config)

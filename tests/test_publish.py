@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import checkpoint
 import publish
-from errors import UserError
-from formats import save_huggingface
+from common.errors import UserError
 from generate import Engine
 from tokenizer import CharTokenizer, load_tokenizer
+from weights.huggingface import save_huggingface
 
 LETTERS = CharTokenizer("\n ,.abcdefghijklmnopqrstuvwxyz")
 

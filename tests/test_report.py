@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import report
-from errors import UserError
+from common.errors import UserError
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from fastapi import FastAPI
 
 import app
 import serve
+from engine.scheduler import Token
 from generate import Engine
-from scheduler import Token
 from tokenizer import CharTokenizer, load_tokenizer
 
 

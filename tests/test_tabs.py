@@ -13,7 +13,7 @@ from playwright.sync_api import expect
 
 import checkpoint
 import prepare
-from likelihood import perplexity
+from engine.likelihood import perplexity
 from tokenizer import CharTokenizer
 from ui import about, look, training
 from ui.models import Models

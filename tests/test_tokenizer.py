@@ -7,8 +7,8 @@ import tokenizers
 from conftest import PROSE, small_bpe
 from transformers import AutoTokenizer
 
-from errors import UserError
-from files import sha256
+from common.errors import UserError
+from common.files import sha256
 from tokenizer import RANKS, BPETokenizer, CharTokenizer, GPT2Tokenizer, byte_level_bpe, load_tokenizer, train_bpe
 
 TEXTS = ["", "Hello, I'm a language model,", "Я вас любил: любовь ещё, быть может", "🦊👩‍👩‍👧 naïve\r\n\t  end ", "a\0b",

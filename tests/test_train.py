@@ -17,22 +17,21 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import ddp
 import hellaswag
-import plan
 import prepare
 import publish
 import report
-import runs
 import train
+from common.errors import UserError
+from common.files import sha256
 from dataloader import DataLoader
 from ddp import World
-from errors import UserError
-from files import sha256
-from formats import save_huggingface
 from generate import Engine
 from model import GPT, GPTConfig
-from optim import Muon, build_optimizers, learning_rate, orthogonalize, set_learning_rate
 from shards import read_manifest
 from tokenizer import CharTokenizer, load_tokenizer
+from training import plan, runlog
+from training.optim import Muon, build_optimizers, learning_rate, orthogonalize, set_learning_rate
+from weights.huggingface import save_huggingface
 
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")  # else torchrun takes --run for its own
 
@@ -204,7 +203,7 @@ def test_the_share_of_a_known_devices_peak_is_logged(data, tmp_path, monkeypatch
 
 
 def test_a_run_that_another_process_trains_is_left_alone(data, tmp_path, command):
-    with runs.locked(tmp_path / "log" / "shakespeare-char"):
+    with runlog.locked(tmp_path / "log" / "shakespeare-char"):
         done = command("train.py", "shakespeare-char", *TINY, check=False)
     assert done.returncode == 2 and "Another process trains" in done.stderr
     assert not (tmp_path / "log" / "shakespeare-char").exists()

@@ -7,10 +7,10 @@ from types import MethodType
 
 import gradio as gr
 
-from errors import UserError
+from common.errors import UserError
 from generate import Engine
 from ui.models import Models, sentences
-from ui.stream import MAX_BYTES, Writing, checked, figures_box, follow, model_box, slider, usual
+from ui.stream import MAX_BYTES, Writing, default_of, figures_box, follow, model_box, slider, validate_settings
 
 MAX_NAME = 40  # characters
 SPEAKERS = [["Student", "Teacher"], ["ROMEO", "JULIET"]]
@@ -70,8 +70,8 @@ def fit(engine: Engine, turns: list[tuple[str, str]], speaker: str, length: int)
 
 
 async def chat(models: Models, message: str, history: list[dict[str, str]] | None = None, model: str | None = None,
-               you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1], temperature: float = usual("temperature"),
-               top_k: int = usual("top_k"), top_p: float = usual("top_p"), length: int = 120, seed: int | None = None) -> dict:
+               you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1], temperature: float = default_of("temperature"),
+               top_k: int = default_of("top_k"), top_p: float = default_of("top_p"), length: int = 120, seed: int | None = None) -> dict:
     """Answers a message. `history` holds the turns before it, {"role": "user" or "assistant", "content": text} each. Streams
     "text", the answer so far; "left_out", how many of the oldest turns the model no longer reads; "figures", in words. An answer
     has at most half of the model's context, and ends where the model would name a speaker."""
@@ -83,7 +83,7 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
             raise UserError("A conversation is made of turns of the user and the assistant, the last of which says something.")
         if not all(isinstance(name, str) and 0 < len(name.strip()) <= MAX_NAME and "\n" not in name for name in (you, it)):
             raise UserError(f"The speakers have names, of at most {MAX_NAME} characters.")
-        sampling = checked(template(turns, it), [f"\n{you}:", f"\n{it}:"], temperature=temperature, top_k=top_k, top_p=top_p,
+        sampling = validate_settings(template(turns, it), [f"\n{you}:", f"\n{it}:"], temperature=temperature, top_k=top_k, top_p=top_p,
                            length=length, seed=seed)
         if not models.future(model or models.names[0]).done():
             yield {"text": "", "left_out": 0, "figures": "Loading the model …"}

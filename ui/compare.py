@@ -8,9 +8,9 @@ from types import MethodType
 
 import gradio as gr
 
-from errors import UserError
+from common.errors import UserError
 from ui.models import Models, sentences
-from ui.stream import DTYPES, MAX_BYTES, Writing, checked, figures_box, follow, slider, usual
+from ui.stream import DTYPES, MAX_BYTES, Writing, default_of, figures_box, follow, slider, validate_settings
 
 MAX_LINE = 200  # tokens that a checkpoint of the timeline writes
 
@@ -57,13 +57,13 @@ def runs(models: Models) -> list[str]:
 
 
 async def compare(models: Models, prompt: str, model: str, other_model: str, dtype: str | None = None,
-                  other_dtype: str | None = None, temperature: float = usual("temperature"), top_k: int = usual("top_k"),
-                  top_p: float = usual("top_p"), length: int = 200, seed: int | None = None) -> dict:
+                  other_dtype: str | None = None, temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
+                  top_p: float = default_of("top_p"), length: int = 200, seed: int | None = None) -> dict:
     """Continues a text twice with the same random draws: by two models, two checkpoints of a run, or one model in two precisions.
     Streams "texts", the two continuations; "agree", with how many characters they begin alike; "figures" of each, in words."""
     with sentences():
         seed = secrets.randbits(32) if seed is None else seed
-        sampling = checked(prompt, temperature=temperature, top_k=top_k, top_p=top_p, length=length, seed=seed)
+        sampling = validate_settings(prompt, temperature=temperature, top_k=top_k, top_p=top_p, length=length, seed=seed)
         futures = models.future(model, dtype), models.future(other_model, other_dtype)
         if not all(future.done() for future in futures):
             yield {"texts": ["", ""], "agree": 0, "figures": ["Loading the models …"] * 2}
@@ -83,13 +83,13 @@ async def side_by_side(models: Models, prompt: str, *values):
         yield *[(prompt or "") + text for text in said["texts"]], "\n".join([alike * any(said["texts"]), *lines])
 
 
-async def timeline(models: Models, prompt: str, run: str, temperature: float = usual("temperature"), top_k: int = usual("top_k"),
-                   top_p: float = usual("top_p"), length: int = 100, seed: int | None = None) -> list[dict]:
+async def timeline(models: Models, prompt: str, run: str, temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
+                   top_p: float = default_of("top_p"), length: int = 100, seed: int | None = None) -> list[dict]:
     """Continues a text with each checkpoint that a run has kept, with the same random draws. Streams a list of {"step",
     "val_loss", "text"}, the oldest first; a text has at most 200 tokens here."""
     with sentences():
         seed, lines = secrets.randbits(32) if seed is None else seed, []
-        sampling = checked(prompt, temperature=temperature, top_k=top_k, top_p=top_p, length=length, seed=seed)
+        sampling = validate_settings(prompt, temperature=temperature, top_k=top_k, top_p=top_p, length=length, seed=seed)
         sampling = dataclasses.replace(sampling, max_new_tokens=min(length, MAX_LINE))
         names = models.checkpoints(run)
         if not names:

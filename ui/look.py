@@ -6,9 +6,9 @@ import gradio as gr
 import numpy as np
 import pandas as pd
 
-from errors import UserError
+from common.errors import UserError
+from engine.sampling import top_ids, weigh
 from generate import Engine
-from sampling import likeliest, weigh
 from ui.models import Models, sentences
 from ui.stream import slider
 
@@ -130,7 +130,7 @@ def logprobs_of(engine: Engine, ids: tuple[int, ...]):
 
 def choices(engine: Engine, logprobs) -> dict[str, int]:
     """The likeliest tokens as one sees them, and their ids; of two that look alike the likelier."""
-    ids = likeliest(logprobs, min(CHOICES, len(logprobs)))
+    ids = top_ids(logprobs, min(CHOICES, len(logprobs)))
     return {shown(engine, int(i)): int(i) for i in ids[::-1]}
 
 

@@ -15,10 +15,10 @@ import numpy as np
 
 import checkpoint
 import report
+from common.errors import UserError
 from ddp import pick_device
-from errors import UserError
 from generate import Dtype, Engine
-from presets import TrainConfig
+from training.config import TrainConfig
 from ui import zero
 
 KEPT = 2  # models in memory, those used last

@@ -1,4 +1,4 @@
-"""What the tabs share: the settings of a text, checked on the server, and texts while they are written."""
+"""What the tabs share: the settings of a text, validate_settings on the server, and texts while they are written."""
 import asyncio
 import dataclasses
 import time
@@ -7,9 +7,9 @@ from typing import get_args
 
 import gradio as gr
 
-from errors import UserError
+from common.errors import UserError
+from engine.sampling import Sampling
 from generate import Dtype, Reader
-from sampling import Sampling
 from ui.models import Loaded, Models, sentences
 
 MAX_BYTES = 40_000  # of a prompt
@@ -28,7 +28,7 @@ RANGES = {"temperature": (0.1, 2.0, 0.05, 0.8, "Temperature", "Low: the likelies
           "seed": (0, 2**53, 1, 42, "Seed", "The same seed and settings give the same text again.")}
 
 
-def usual(name: str) -> float:
+def default_of(name: str) -> float:
     """What a visitor begins with, on the page and in its API."""
     return RANGES[name][3]
 
@@ -57,7 +57,7 @@ def figures_box(elem_id: str, placeholder: str) -> gr.Textbox:
                       placeholder=placeholder)
 
 
-def checked(prompt: str, stop: list[str] = (), **numbers) -> Sampling:
+def validate_settings(prompt: str, stop: list[str] = (), **numbers) -> Sampling:
     """The settings of a text, each of which is in its range. Raises UserError, naming the one that is not."""
     if not isinstance(prompt, str) or len(prompt.encode("utf-8", "replace")) > MAX_BYTES:
         raise UserError(f"The prompt is a text of at most {MAX_BYTES:,} bytes.")

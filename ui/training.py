@@ -13,12 +13,13 @@ import pandas as pd
 
 import checkpoint
 import report
-from errors import UserError
+from common.errors import UserError
 from generate import Engine
-from presets import PRESETS, check
-from runs import locked
+from training.config import check
+from training.presets import PRESETS
+from training.runlog import locked
 from ui.models import Models, sentences
-from ui.stream import usual
+from ui.stream import default_of
 
 EVERY_S = 2  # how often the page asks whether a run has written
 POINTS = 1000  # of a curve that are drawn
@@ -218,7 +219,7 @@ def write_with(models: Models, runs: list[str], prompt: str):
         engine = engine_of(path, path.stat().st_mtime, models.device)
         written = prompt or report.read_config(run).get("sample_prompt", "")
         ids, _ = engine.encode(written[:2_000])
-        settings = {name: usual(name) for name in ("temperature", "top_p")}
+        settings = {name: default_of(name) for name in ("temperature", "top_p")}
         for count, piece in enumerate(engine.stream(ids, max_new_tokens=LENGTH, **settings)):
             written += piece
             if count % REFRESH_TOKENS == 0:

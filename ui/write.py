@@ -11,7 +11,19 @@ from typing import NamedTuple
 import gradio as gr
 
 from ui.models import Models, sentences
-from ui.stream import DTYPES, MAX_BYTES, RANGES, Writing, checked, figures_box, follow, model_box, slider, stop_strings, usual
+from ui.stream import (
+    DTYPES,
+    MAX_BYTES,
+    RANGES,
+    Writing,
+    default_of,
+    figures_box,
+    follow,
+    model_box,
+    slider,
+    stop_strings,
+    validate_settings,
+)
 
 WARNING = ("A base model continues a text; it does not answer questions. What it writes is invented and can be false or "
            "offensive.")
@@ -112,8 +124,8 @@ def build(models: Models) -> Tab:
 
 
 async def write(models: Models, prompt: str = "", model: str | None = None, dtype: str | None = None,
-                temperature: float = usual("temperature"), top_k: int = usual("top_k"), top_p: float = usual("top_p"),
-                length: int = usual("length"), seed: int | None = None, versions: int = usual("versions"),
+                temperature: float = default_of("temperature"), top_k: int = default_of("top_k"), top_p: float = default_of("top_p"),
+                length: int = default_of("length"), seed: int | None = None, versions: int = default_of("versions"),
                 stop: list[str] | None = None) -> dict:
     """Continues a text, and streams what there is of it: "text", the prompt with its continuation (of several the likeliest, once
     all have ended); "versions", for each its text, tokens, mean_logprob (nats, where there are several) and why it ended;
@@ -121,7 +133,7 @@ async def write(models: Models, prompt: str = "", model: str | None = None, dtyp
     the precision is the page's; the seed a random one; a version ends before the first of at most four stop strings."""
     with sentences():
         model, seed = model or models.names[0], secrets.randbits(32) if seed is None else seed
-        sampling = checked(prompt, stop or [], temperature=temperature, top_k=top_k, top_p=top_p, length=length, seed=seed,
+        sampling = validate_settings(prompt, stop or [], temperature=temperature, top_k=top_k, top_p=top_p, length=length, seed=seed,
                            versions=versions)
         if not models.future(model, dtype).done():
             yield {"text": prompt, "versions": [], "figures": "Loading the model …", "settings": {}}

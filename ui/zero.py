@@ -10,10 +10,10 @@ import threading
 
 import checkpoint
 from ddp import pick_device
+from engine.sampling import Sampling
+from engine.scheduler import Request, Scheduler
 from generate import LARGE, Dtype, Engine
 from model import GPT
-from sampling import Sampling
-from scheduler import Request, Scheduler
 from tokenizer import Tokenizer
 
 if os.environ.get("SPACES_ZERO_GPU"):

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-import corpus
-from errors import UserError
+from common.errors import UserError
+from corpus import reader
+from corpus.sources import split_of
 from shards import check_ids, open_shard
-from sources import split_of
 from tokenizer import Tokenizer, load_tokenizer
 
 COPY_TOKENS = 2**22
-WINDOW = 48  # batches of corpus.BLOCK bytes that are read ahead: enough for a wait for the network
+WINDOW = 48  # batches of reader.BLOCK_BYTES bytes that are read ahead: enough for a wait for the network
 
 
 class Encoded(NamedTuple):
@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     starts: np.ndarray  # where documents start among them
     split: str | None
-    cursor: corpus.Cursor  # what comes next
+    cursor: reader.Cursor  # what comes next
     counts: dict  # bytes of text, documents that were left out and documents that were repaired
     unknown: str = ""  # characters that the alphabet lacks
 
@@ -60,7 +60,7 @@ def make_ready(tokenizer: dict):
     load_tokenizer(tokenizer)
 
 
-def tokenized(passages: Iterator[corpus.Passage], tokenizer: Tokenizer, pool: ProcessPoolExecutor | None) -> Iterator[Encoded]:
+def tokenized(passages: Iterator[reader.Passage], tokenizer: Tokenizer, pool: ProcessPoolExecutor | None) -> Iterator[Encoded]:
     """The passages' tokens, in their order, made by the pool's processes; by this one without a pool."""
     encode_batch = functools.partial(encode, tokenizer.to_dict())
     if pool is None:
@@ -79,11 +79,11 @@ def tokenized(passages: Iterator[corpus.Passage], tokenizer: Tokenizer, pool: Pr
                         "--workers; it goes on where this one stopped.") from None
 
 
-def batches(passages: Iterator[corpus.Passage]) -> Iterator[list[corpus.Passage]]:
-    """Passages of one split together, about corpus.BLOCK bytes of them."""
+def batches(passages: Iterator[reader.Passage]) -> Iterator[list[reader.Passage]]:
+    """Passages of one split together, about reader.BLOCK_BYTES bytes of them."""
     batch, size = [], 0
     for passage in passages:
-        if batch and (size + len(passage.content) > corpus.BLOCK or passage.split != batch[0].split):
+        if batch and (size + len(passage.content) > reader.BLOCK_BYTES or passage.split != batch[0].split):
             yield batch
             batch, size = [], 0
         batch.append(passage)
@@ -92,13 +92,13 @@ def batches(passages: Iterator[corpus.Passage]) -> Iterator[list[corpus.Passage]
         yield batch
 
 
-def encode(tokenizer: dict, batch: list[corpus.Passage]) -> Encoded:
+def encode(tokenizer: dict, batch: list[reader.Passage]) -> Encoded:
     """The tokens of a batch; each document starts with <|endoftext|> where the tokenizer has one, and an empty one is
     left out."""
     tokenizer = load_tokenizer(tokenizer)
     parts, starts, length, counts, unknown = [np.empty(0, np.uint32)], [], 0, Counter(bytes=0), {}
     for passage in batch:
-        text, whole = corpus.text_of(passage)
+        text, whole = reader.text_of(passage)
         if passage.starts and not text.strip() and (passage.cursor[2] == 0 or not text):
             counts["empty"] += 1
             continue
@@ -118,7 +118,7 @@ def encode(tokenizer: dict, batch: list[corpus.Passage]) -> Encoded:
                    dict(counts), "".join(unknown))
 
 
-def copied(files: list[str], cursor: corpus.Cursor) -> Iterator[Encoded]:
+def copied(files: list[str], cursor: reader.Cursor) -> Iterator[Encoded]:
     """The tokens of GPT-2 shards that others made, COPY_TOKENS at a time."""
     gpt2, step = load_tokenizer("gpt2"), COPY_TOKENS
     for index in range(cursor[0], len(files)):

@@ -1,6 +1,6 @@
 """How likely a model finds what follows a context: many endings of one context at once, and whole texts.
 
-A context and its endings are a tree, and a tree is one sequence of one forward pass: the context once, and behind it the
+A context and its endings are a prefix, and a prefix is one sequence of one forward pass: the context once, and behind it the
 endings, each of which sees the context and itself alone. Logits are computed only where a token of an ending is predicted.
 """
 import math
@@ -13,23 +13,23 @@ import torch
 from tqdm import tqdm
 
 import ddp
-from errors import UserError
-from kernels import packed
+from common.errors import UserError
+from engine.packed import pack_model
 from model import GPT
 from tokenizer import Tokenizer
 
 LOGITS = 2**24  # so many at a time
 
 
-class Tree(NamedTuple):
+class SharedPrefix(NamedTuple):
     """A context, and endings that each go on from it, in token ids."""
     context: list[int]
     endings: list[list[int]]
     numbers: list[int]  # of which ending of its item each of them is, or is a part of
 
 
-def plant(context: list[int], endings: list[list[int]], tokenizer: Tokenizer, block_size: int) -> list[Tree]:
-    """The trees of an item: one, where all of it fits the model. Else each ending has its own, whose context is cut off on the
+def fit_to_context(context: list[int], endings: list[list[int]], tokenizer: Tokenizer, block_size: int) -> list[SharedPrefix]:
+    """The prefixes of an item: one, where all of it fits the model. Else each ending has its own, whose context is cut off on the
     left as lm-evaluation-harness does; and an ending longer than the model's context is scored in windows that overlap by half.
 
     `<|endoftext|>` stands for an empty context; where the tokenizer has none, an ending's first token does, and is not scored.
@@ -37,37 +37,37 @@ def plant(context: list[int], endings: list[list[int]], tokenizer: Tokenizer, bl
     if not context and tokenizer.eot is not None:
         context = [tokenizer.eot]
     if context and len(context) + max(map(len, endings)) - 1 <= block_size:
-        return [Tree(context, endings, list(range(len(endings))))]
-    trees = []
+        return [SharedPrefix(context, endings, list(range(len(endings))))]
+    prefixes = []
     for number, ending in enumerate(endings):
         whole, start = context + ending, len(context) or 1
         if len(ending) <= block_size:
             whole, start = whole[-block_size - 1:], max(1, min(len(whole), block_size + 1) - len(ending))
-        trees += [tree._replace(numbers=[number]) for tree in windows(whole, start, block_size, max(1, block_size // 2))]
-    return trees
+        prefixes += [prefix._replace(numbers=[number]) for prefix in windows(whole, start, block_size, max(1, block_size // 2))]
+    return prefixes
 
 
-def windows(ids: list[int], start: int, block_size: int, stride: int) -> Iterator[Tree]:
+def windows(ids: list[int], start: int, block_size: int, stride: int) -> Iterator[SharedPrefix]:
     """ids[start:], which the model scores `stride` tokens at a time, each given as many as it reads; first all that it can."""
     while start < len(ids):
         stop = min(max(start + stride, block_size + 1), len(ids))
-        yield Tree(ids[max(0, stop - 1 - block_size):start], [ids[start:stop]], [0])
+        yield SharedPrefix(ids[max(0, stop - 1 - block_size):start], [ids[start:stop]], [0])
         start = stop
 
 
 @torch.no_grad()
-def log_likelihoods(model: GPT, vocab_size: int, items: list[list[Tree]], batch_tokens: int | None,
-                    world: ddp.World = ddp.ALONE) -> Iterator[tuple[int, list]]:
+def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]], batch_tokens: int | None,
+                    world: ddp.World = ddp.SINGLE_PROCESS) -> Iterator[tuple[int, list]]:
     """The sum of log-probabilities (nats, over the first vocab_size ids) of the tokens of each ending of each item.
 
     Yields (the item's number, the sums of its endings by their numbers), the longest items first. Raises UserError for a model
     whose predictions are not numbers. Of a sharded model every rank of the world takes part, each with items of its own.
     """
     modes = [(module, module.training) for module in model.modules()]
-    fast = packed(model.eval())
+    fast = pack_model(model.eval())
     device = model.transformer.wte.weight.device
     batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 65_536)  # a CPU's cache, a GPU's cores
-    sizes = [len(trees) * max((length(tree) for tree in trees), default=0) + 1 for trees in items]
+    sizes = [len(prefixes) * max((length(prefix) for prefix in prefixes), default=0) + 1 for prefixes in items]
     order = sorted(range(len(items)), key=lambda i: sizes[i])
     at_a_time, sharded = max(1, LOGITS // vocab_size), ddp.is_sharded(model)
     try:
@@ -77,18 +77,18 @@ def log_likelihoods(model: GPT, vocab_size: int, items: list[list[Tree]], batch_
                 continue
             count = max(1, batch_tokens // sizes[order[-1]])
             batch, order = order[-count:], order[:-count]
-            trees = [tree for i in batch for tree in items[i]]
+            prefixes = [prefix for i in batch for prefix in items[i]]
             ids, positions, mask, places, targets, lengths = (
-                tensor.to(device) for tensor in pack([lay_out(tree) for tree in trees]))
+                tensor.to(device) for tensor in pack([lay_out(prefix) for prefix in prefixes]))
             hidden = fast.hidden(ids, positions=positions, mask=mask).flatten(0, 1)  # (B * T, C)
             found = torch.cat([log_probabilities(fast.logits(hidden[some])[:, :vocab_size].float(), followed)
                                for some, followed in zip(places.split(at_a_time), targets.split(at_a_time))])
             if not found.isfinite().all():
                 raise UserError("The model's predictions are not numbers: its weights are damaged, or its training diverged.")
-            sums = iter([part.sum().item() for part in found.cpu().double().split(lengths.tolist())])  # tree by tree
+            sums = iter([part.sum().item() for part in found.cpu().double().split(lengths.tolist())])  # prefix by prefix
             for i in batch:
-                totals = [0.0] * (1 + max((number for tree in items[i] for number in tree.numbers), default=-1))
-                for number in (number for tree in items[i] for number in tree.numbers):
+                totals = [0.0] * (1 + max((number for prefix in items[i] for number in prefix.numbers), default=-1))
+                for number in (number for prefix in items[i] for number in prefix.numbers):
                     totals[number] += next(sums)
                 yield i, totals
     finally:
@@ -103,13 +103,13 @@ def log_probabilities(logits, targets):
     return followed - logits.sub_(largest).exp_().sum(-1).log_().add_(largest[:, 0])
 
 
-def length(tree: Tree) -> int:
-    """Tokens of the tree's sequence: nobody asks what follows an ending's last token."""
-    return len(tree.context) + sum(max(0, len(ending) - 1) for ending in tree.endings)
+def length(prefix: SharedPrefix) -> int:
+    """Tokens of the prefix's sequence: nobody asks what follows an ending's last token."""
+    return len(prefix.context) + sum(max(0, len(ending) - 1) for ending in prefix.endings)
 
 
 class Layout(NamedTuple):
-    """A tree as a sequence of T tokens, and where in it the S tokens of its endings are predicted."""
+    """A prefix as a sequence of T tokens, and where in it the S tokens of its endings are predicted."""
     ids: list[int]  # (T,)
     positions: list[int]  # (T,)
     branches: list[int]  # (T,) 0 in the context, else the number of the ending from 1
@@ -118,10 +118,10 @@ class Layout(NamedTuple):
     lengths: list[int]  # of the endings
 
 
-def lay_out(tree: Tree) -> Layout:
-    context = tree.context
+def lay_out(prefix: SharedPrefix) -> Layout:
+    context = prefix.context
     layout = Layout(list(context), list(range(len(context))), [0] * len(context), [], [], [])
-    for branch, ending in enumerate(tree.endings, 1):
+    for branch, ending in enumerate(prefix.endings, 1):
         inputs = ending[:-1]
         if ending:
             layout.places.extend([len(context) - 1, *range(len(layout.ids), len(layout.ids) + len(inputs))])

@@ -16,11 +16,11 @@ from itertools import islice
 from typing import Literal, NamedTuple
 
 # pyarrow, fsspec and datasets are imported where they are needed: the processes that tokenize import this module too.
-from errors import UserError
-from sources import codec_of, kind_of
+from common.errors import UserError
+from corpus.sources import codec_of, kind_of
 
-BLOCK = 2**20  # bytes that are read, characters that are tokenized at a time
-LONG = 4 * BLOCK  # bytes of a document from which on it is cut into passages of a block
+BLOCK_BYTES = 2**20  # bytes that are read, characters that are tokenized at a time
+LONG = 4 * BLOCK_BYTES  # bytes of a document from which on it is cut into passages of a block
 VAL_SHARE = 0.1  # of a single text's characters, its last, where no other share is asked for
 SAMPLE_BYTES = 10**8  # of text, at most, that a tokenizer is trained on
 WAITS_S = (1, 2, 4, 8, 16, 32)  # before a source that failed is asked again
@@ -38,17 +38,17 @@ class Passage(NamedTuple):
     cursor: Cursor  # what comes after it
 
 
-def read(files: list[str], cursor: Cursor = (0, 0, 0), halve: float = 0.0) -> Iterator[Passage]:
+def read(files: list[str], cursor: Cursor = (0, 0, 0), val_share: float = 0.0) -> Iterator[Passage]:
     """The passages of the files, one file after the other, from `cursor` on.
 
-    With `halve` the one file is a text of which this share, its last, is for validation. A source that fails on the way is asked
+    With `val_share` the one file is a text of which this share, its last, is for validation. A source that fails on the way is asked
     again after WAITS_S. Raises UserError for one that goes on failing, and for a file that is damaged.
     """
     while cursor[0] < len(files):
         path, waits = files[cursor[0]], iter(WAITS_S)
         while True:
             try:
-                for passage in passages(path, cursor, halve):
+                for passage in passages(path, cursor, val_share):
                     yield passage
                     cursor, waits = passage.cursor, iter(WAITS_S)
                 break
@@ -85,11 +85,11 @@ def last_documents(files: list[str], share: float) -> Cursor:
     raise UserError("There is no text to divide.")
 
 
-def sample(files: list[str], halve: float, val_from: Cursor | None) -> Iterator[str]:
+def sample(files: list[str], val_share: float, val_from: Cursor | None) -> Iterator[str]:
     """What a tokenizer is trained on: text that is not known to be for validation, the first SAMPLE_BYTES of it, of several files
     evenly from each."""
     for i in range(len(files)):
-        passages, size = read(files[:i + 1], (i, 0, 0), halve), 0
+        passages, size = read(files[:i + 1], (i, 0, 0), val_share), 0
         for passage in with_split(passages, val_from) if val_from else passages:
             if size >= SAMPLE_BYTES / len(files):
                 break
@@ -140,7 +140,7 @@ def share_of_content(path: str, size: int) -> float:
                 return sum(group.column(column).total_uncompressed_size for group in groups) / size
         if codec_of(path):
             raw, stream = open_stream(path)
-            return len(stream.read(16 * BLOCK)) / max(1, raw.tell())
+            return len(stream.read(16 * BLOCK_BYTES)) / max(1, raw.tell())
     except (OSError, ValueError):
         pass  # damaged, as reading will say
     return 1.0
@@ -149,11 +149,11 @@ def share_of_content(path: str, size: int) -> float:
 # ----------------------------------------------------------------------------------------------------------------
 # What is in them
 
-def passages(path: str, cursor: Cursor, halve: float) -> Iterator[Passage]:
+def passages(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
     """The passages of one file, from `cursor` on."""
     file, document, part = cursor
-    if kind_of(path) == ".txt" or halve:
-        texts = halves(path, halve) if halve else [(None, text_blocks(path))]
+    if kind_of(path) == ".txt" or val_share:
+        texts = halves(path, val_share) if val_share else [(None, text_blocks(path))]
         for number, (split, blocks) in islice(enumerate(texts), document, None):
             for i, block in islice(enumerate(blocks if split else without_blank(blocks)), part, None):
                 yield Passage(block.encode(), "text", i == 0, split, path, (file, number, i + 1))
@@ -217,7 +217,7 @@ def open_file(path: str):
 def open_parquet(path: str):
     """The parquet file, whose column `text` is known to be there."""
     import pyarrow.parquet as pq  # noqa: PLC0415
-    file = pq.ParquetFile(open_file(path), buffer_size=16 * BLOCK)
+    file = pq.ParquetFile(open_file(path), buffer_size=16 * BLOCK_BYTES)
     if "text" not in file.schema_arrow.names:
         raise UserError(f"{path} has no column `text`, but: {', '.join(file.schema_arrow.names)}.")
     return file
@@ -250,14 +250,14 @@ def open_stream(path: str) -> tuple[io.IOBase, io.BufferedReader]:
     if codec and not raw.read(1):
         raise UserError(f"{path} is empty, which no compressed file is: its download broke off.")
     raw.seek(0)
-    return raw, io.BufferedReader(pa.CompressedInputStream(raw, codec) if codec else raw, BLOCK)
+    return raw, io.BufferedReader(pa.CompressedInputStream(raw, codec) if codec else raw, BLOCK_BYTES)
 
 
 def text_blocks(path: str) -> Iterator[str]:
-    """A text file in blocks of about BLOCK characters, cut where tokens end."""
+    """A text file in blocks of about BLOCK_BYTES characters, cut where tokens end."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     stream, rest, position = open_stream(path)[1], "", 0
-    while data := stream.read(BLOCK):
+    while data := stream.read(BLOCK_BYTES):
         try:
             rest += decoder.decode(data)
         except UnicodeDecodeError as error:
@@ -274,10 +274,10 @@ def text_blocks(path: str) -> Iterator[str]:
 
 
 def cut_text(text: str) -> Iterator[str]:
-    """The text in parts of at most BLOCK characters, cut where tokens end: tokenizing a part takes memory in proportion."""
+    """The text in parts of at most BLOCK_BYTES characters, cut where tokens end: tokenizing a part takes memory in proportion."""
     begin = 0
-    while len(text) - begin > BLOCK:
-        end = token_end(text, begin + BLOCK, begin)
+    while len(text) - begin > BLOCK_BYTES:
+        end = token_end(text, begin + BLOCK_BYTES, begin)
         yield text[begin:end]
         begin = end
     yield text[begin:]

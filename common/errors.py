@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def one_sentence(every_rank: bool = False):
+def report_user_errors(every_rank: bool = False):
     """Turns a `UserError`, or a file that the system refuses, into `error: …` on stderr and exit code 2; Ctrl-C into
     130, a closed pipe into 141. Of torchrun's processes the first speaks for all, or each for itself with `every_rank`."""
     try:

@@ -9,15 +9,15 @@ import torch
 import checkpoint
 import ddp
 import hellaswag
-import optim
-import plan
 import report
-from errors import UserError
+from common.errors import UserError
+from common.seed import seed_of
+from corpus.sources import NAMED_TEXTS
 from model import GPT, GPTConfig
-from presets import TrainConfig, identity, recomputes
 from shards import read_tokenizer
-from sources import NAMED_TEXTS
 from tokenizer import Tokenizer
+from training import optim, plan, sharding
+from training.config import TrainConfig, recomputes, run_fingerprint
 
 
 def find_checkpoint(config: TrainConfig, run: Path, world: ddp.World) -> int | None:
@@ -100,12 +100,12 @@ def place(model: GPT, first_weights: dict | None, config: TrainConfig, world: dd
             raise UserError("--shard divides a model among several processes: start it with torchrun.")
         for block in model.transformer.h if compiled else ():
             block.compile()
-        ddp.shard(model, world, is_bfloat16(config, world))
+        sharding.shard(model, world, is_bfloat16(config, world))
     elif compiled:
         model.compile()  # in place: parameters keep their names, and model.hidden stays the plain one
     model.to_empty(device=world.device)
-    torch.manual_seed(ddp.seed_of(config.seed, "init"))
-    ddp.fill(((p, first_weights[name]) for name, p in model.named_parameters()) if first_weights else model.initial())
+    torch.manual_seed(seed_of(config.seed, "init"))
+    sharding.fill(((p, first_weights[name]) for name, p in model.named_parameters()) if first_weights else model.initial())
 
 
 def is_bfloat16(config: TrainConfig, world: ddp.World) -> bool:
@@ -155,7 +155,7 @@ def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) ->
     """Puts model and optimizers where the checkpoint of `step` left them; refuses another configuration. Whether that step was
     measured: one that a signal had saved was not."""
     saved = checkpoint.saved_config(run, step)
-    for name, value in identity(config, step).items():
+    for name, value in run_fingerprint(config, step).items():
         before = saved.get(name, getattr(TrainConfig, name, None))  # an option that came later had its default
         if before != value:
             raise UserError(f"{run} was started with {name} {before}, and this is {value}: "

@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 
-from errors import UserError
+from common.errors import UserError
 
-BLOCK = 64  # probabilities are added up in blocks of so many, and the draw looks into one of them
+SUM_BLOCK = 64  # probabilities are added up in blocks of so many, and the draw looks into one of them
 NUCLEUS = 512  # likeliest tokens among which top_p is looked for first: to sort them all takes longer than the model does
 TINY = 1e-30  # a temperature that is as good as none, and that float32 can divide by
 
@@ -49,9 +49,9 @@ def penalize(logits, seen: set[int], penalty: float):
     return logits
 
 
-def likeliest(logits, k: int):
+def top_ids(logits, k: int):
     """The ids (k,) of the k largest of logits (V,), largest first."""
-    largest = logits[:len(logits) // BLOCK * BLOCK].reshape(BLOCK, -1).max(0)  # of each BLOCK numbers: k of them are as large as
+    largest = logits[:len(logits) // SUM_BLOCK * SUM_BLOCK].reshape(SUM_BLOCK, -1).max(0)  # of each SUM_BLOCK numbers: k of them are as large as
     bound = np.partition(largest if k <= len(largest) else logits, -k)[-k] if k else np.inf  # the k-th largest of these
     ids = np.flatnonzero(logits >= bound)
     return ids[np.argsort(-logits[ids], kind="stable")[:k]]
@@ -69,13 +69,13 @@ def weigh(logits, temperature: float, top_k: int | None = None, top_p: float = 1
     if k == len(logits) and top_p == 1:
         most = logits.max()
         return exp(logits), None
-    ids = likeliest(logits, k if top_k else min(k, NUCLEUS))
+    ids = top_ids(logits, k if top_k else min(k, NUCLEUS))
     most = logits[ids[0]]
     weights = exp(logits[ids])
     if top_p < 1:
         total = (weights if top_k else exp(logits)).sum(dtype=np.float64)
         if len(ids) < k and weights.sum(dtype=np.float64) < top_p * total:
-            ids = likeliest(logits, k)
+            ids = top_ids(logits, k)
             weights = exp(logits[ids])
         before = np.cumsum(weights, dtype=np.float64) - weights
         weights = weights[before < top_p * total]
@@ -87,12 +87,12 @@ def sample(logits, uniform: float, temperature: float = 1.0, top_k: int | None =
     if temperature == 0:
         return int(logits.argmax())
     weights, ids = weigh(logits, temperature, top_k, top_p)
-    blocks = np.append(weights, np.zeros(-len(weights) % BLOCK, weights.dtype)).reshape(-1, BLOCK)
+    blocks = np.append(weights, np.zeros(-len(weights) % SUM_BLOCK, weights.dtype)).reshape(-1, SUM_BLOCK)
     sums = blocks.sum(1, dtype=np.float64).cumsum()
     target = uniform * sums[-1]
     block = min(int(sums.searchsorted(target, side="right")), len(sums) - 1)
     within = blocks[block].cumsum(dtype=np.float64)
     place = int(within.searchsorted(target - (sums[block - 1] if block else 0), side="right"))
     last = int(blocks[block].nonzero()[0][-1])  # rounding never draws what cannot be drawn
-    choice = block * BLOCK + min(place, last)
+    choice = block * SUM_BLOCK + min(place, last)
     return choice if ids is None else int(ids[choice])

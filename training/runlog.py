@@ -13,8 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from errors import UserError
-from files import write_json
+from common.errors import UserError
+from common.files import write_json
 
 
 @contextlib.contextmanager

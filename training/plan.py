@@ -5,11 +5,12 @@
 import dataclasses
 import math
 
+from common.devices import DEVICES, KG_CO2E_PER_KWH, Device, find_device
+from common.errors import UserError
 from dataloader import DataLoader
-from devices import DEVICES, KG_CO2E_PER_KWH, Device, find_device
-from errors import UserError
-from model import GPT, ROWS
-from presets import TrainConfig, recomputes
+from model import GPT
+from training.config import TrainConfig, recomputes
+from training.loss import LOGIT_ROWS
 
 
 def describe(config: TrainConfig, model: GPT, train_loader: DataLoader | None, val_loader: DataLoader | None,
@@ -76,7 +77,7 @@ def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool =
     """The most that a step holds for its backward pass, beyond weights, gradients and optimizer. As counted: autograd keeps
     16 · C numbers a token of a block (under bfloat16 two of C in float32, and 14); of the logits three times V in float32, or of
     a few rows twice V, and the embedding's gradient. Recomputed, a block's input is kept, and one block is there at a time."""
-    c, rows = model.config, ROWS[device]
+    c, rows = model.config, LOGIT_ROWS[device]
     blocks = tokens * (c.n_embd * (36 if bfloat16 else 64) + (2 * c.n_embd if c.dropout else 0))
     logits = 12 * tokens * c.vocab_size
     if tokens > rows:

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from errors import UserError
-from files import read_json, sha256, write_atomically, write_json
+from common.errors import UserError
+from common.files import read_json, sha256, write_atomically, write_json
 from shards import MANIFEST, read_manifest
 from tokenizer import Tokenizer
 

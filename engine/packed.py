@@ -1,4 +1,4 @@
-"""The model's matrix products in each precision, faster than `F.linear` on a CPU: `packed(model, "int8")`.
+"""The model's matrix products in each precision, faster than `F.linear` on a CPU: `pack_model(model, "int8")`.
 
 A row's result never depends on the rows beside it, bit for bit (tests/test_generate.py): a text that is sampled in a crowd is the
 text that is sampled alone. Activations are float32 in every precision; what is smaller are the weights, whose bytes
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddp
-from devices import allowed_cores
+from common.devices import allowed_cores
 from model import GPT
 
-ROWS = 4  # of fbgemm's product in float16
+FBGEMM_ROWS = 4  # of fbgemm's product in float16
 
 
 class PackedLinear(nn.Module):
@@ -45,14 +45,14 @@ class HalfLinear(nn.Module):
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))
         count = len(rows)
-        if count % ROWS:
-            rows = F.pad(rows, (0, 0, 0, -count % ROWS))
-        parts = [torch.ops.quantized.linear_dynamic_fp16(part, self.weight) for part in rows.split(6 * ROWS)]
+        if count % FBGEMM_ROWS:
+            rows = F.pad(rows, (0, 0, 0, -count % FBGEMM_ROWS))
+        parts = [torch.ops.quantized.linear_dynamic_fp16(part, self.weight) for part in rows.split(6 * FBGEMM_ROWS)]
         y = (parts[0] if len(parts) == 1 else torch.cat(parts))[:count]
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], -1)
 
 
-def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 weights (out, in), the scale of each row (out,)) of weights (out, in).
 
     AVX2 adds up products in 16 bits. Four of inputs up to 127 fit where weights of one sign add up to at most 258: native.cpp
@@ -71,7 +71,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         super().__init__()
-        whole, scales = quantized(weight)
+        whole, scales = quantize_rows(weight)
         with warnings.catch_warnings():  # torch means to move these kernels elsewhere one day
             warnings.simplefilter("ignore")
             whole = torch._make_per_channel_quantized_tensor(whole, scales.double(), torch.zeros(len(whole), dtype=torch.long), 0)
@@ -101,7 +101,7 @@ class SmallBlocks(nn.Module):
         return torch.cat([self.function(part) for part in x.split(rows, dim=-2)], dim=-2)
 
 
-def packed(model: GPT, dtype: str = "float32") -> GPT:
+def pack_model(model: GPT, dtype: str = "float32") -> GPT:
     """The model with its matrices packed in `dtype`, and the rest shared with it, for inference alone; the model itself where
     that is packed already, not float32 on a CPU, sharded, under autocast, or torch comes without oneDNN."""
     weight = model.transformer.wte.weight
@@ -121,8 +121,8 @@ def packed(model: GPT, dtype: str = "float32") -> GPT:
     return model
 
 
-def runs_in(dtype: str, device: torch.device) -> bool:
-    """Whether `packed` has products in this precision there."""
+def supports_dtype(dtype: str, device: torch.device) -> bool:
+    """Whether `pack_model` has products in this precision there."""
     if dtype == "int8" or (dtype == "float16" and device.type == "cpu"):
         return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
     return True

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 import ddp
-from forward import Forward, Segment
-from kernels import quantized
+from engine.forward import Forward, Segment
+from engine.packed import quantize_rows
 from model import GPT
 
 SOURCE = Path(__file__).with_name("native.cpp")
 KINDS = {"float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int8": "Int8"}  # native.cpp's names
-PANEL, BLOCK = 16, 64  # outputs whose weights lie together, and those that a thread computes at a time
+PANEL, OUTPUT_BLOCK = 16, 64  # outputs whose weights lie together, and those that a thread computes at a time
 
 
 def forward(model: GPT, dtype: str) -> Forward:
@@ -37,7 +37,7 @@ def forward(model: GPT, dtype: str) -> Forward:
             raise OSError("a head's size is not a multiple of 8")
         return NativeForward(model, dtype)
     except OSError as error:
-        plain.how = f"by torch, several times slower than by native.cpp: {error}"
+        plain.backend = f"by torch, several times slower than by native.cpp: {error}"
         return plain
 
 
@@ -86,9 +86,9 @@ class NativeForward(Forward):
         super().__init__(model, dtype)
         self.step = compiled(KINDS[dtype], "float" if self.no_cache.dtype == torch.float32 else "uint16_t")
         gpt, config = model.transformer, model.config
-        self.how, self.dtype, self.kept = "by native.cpp", dtype, []  # kept: what the structures point to
+        self.backend, self.dtype, self.kept = "by native.cpp", dtype, []  # kept: what the structures point to
         # All matrices in one piece, as they are read one after another, in the system's large pages where it has them.
-        memory = mmap.mmap(-1, 4 * (model.num_parameters() + BLOCK * config.n_embd * (7 * config.n_layer + 1)))
+        memory = mmap.mmap(-1, 4 * (model.num_parameters() + OUTPUT_BLOCK * config.n_embd * (7 * config.n_layer + 1)))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.free = torch.frombuffer(memory, dtype=torch.uint8)
@@ -109,9 +109,9 @@ class NativeForward(Forward):
         """A linear layer, or an embedding as the head, in panels."""
         weight, scale, start, group = layer.weight.detach(), None, None, 1
         outputs, inputs = weight.shape
-        pad = -outputs % BLOCK
+        pad = -outputs % OUTPUT_BLOCK
         if self.dtype == "int8":
-            weight, scales = quantized(weight)
+            weight, scales = quantize_rows(weight)
             scale, start = self.keep(F.pad(scales, (0, pad))), self.keep(F.pad(-64 * weight.sum(1, dtype=torch.int32), (0, pad)))
             group = 4
         else:
@@ -133,6 +133,6 @@ class NativeForward(Forward):
                   logits.data_ptr(), torch.get_num_threads())
         return logits
 
-    def settles(self, segment: Segment) -> bool:
+    def is_reusable(self, segment: Segment) -> bool:
         """Attention has one order, however many rows there are."""
         return True

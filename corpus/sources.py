@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 from filelock import FileLock
 from tqdm import tqdm
 
-from errors import UserError
-from files import read_json, sha256
+from common.errors import UserError
+from common.files import read_json, sha256
 
 # Texts with a name: where each comes from (None: no public address known) and the sha256 of the file.
 NAMED_TEXTS = {

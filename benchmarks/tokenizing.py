@@ -1,6 +1,6 @@
 """How fast text becomes token shards, beside what else a person would use.
 
-    python benchmarks/tokenize.py corpus.jsonl.zst           # or whatever prepare.py reads; 200 MB are enough
+    python -m benchmarks.tokenizing reader.jsonl.zst           # or whatever prepare.py reads; 200 MB are enough
 
 Every round does each way once, on all cores of this machine:
   bare           a process a core, each with its share of the text in memory, calls tiktoken and does nothing else
@@ -8,13 +8,10 @@ Every round does each way once, on all cores of this machine:
   half a pool    as build-nanogpt's fineweb.py: a pool of half the cores, documents and arrays through its pipes
   tokenizers     Hugging Face's library, encode_batch on all cores, the text in memory
 """
-import sys
-
-sys.path.append(sys.path.pop(0).removesuffix("benchmarks"))  # this folder has a file named as one of the standard library
-
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,9 +19,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-import corpus
 import prepare
-import sources
+from corpus import reader, sources
 from tokenizer import load_tokenizer
 
 ROUNDS = 5
@@ -90,7 +86,7 @@ def huggingface(documents: list[str]) -> float:
 
 def main():
     path = Path(sys.argv[1])
-    documents = [corpus.text_of(passage)[0] for passage in corpus.read(sources.local_source('', path).files)]
+    documents = [reader.text_of(passage)[0] for passage in reader.read(sources.local_source('', path).files)]
     size = sum(len(text.encode()) for text in documents) / 1e6
     print(f"{size:.0f} MB of text in {len(documents):,} documents, {CORES} cores")
     ways = {"bare": lambda: bare(documents), "prepare.py": lambda: whole(path), "half a pool": lambda: half_a_pool(documents),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels import packed
+from engine.packed import pack_model
 from model import GPT
 
 CHUNK = 64  # tokens; a prompt is processed in chunks that begin at multiples of this
@@ -20,11 +20,11 @@ CHUNK = 64  # tokens; a prompt is processed in chunks that begin at multiples of
 class KVCache:
     """Keys and values of one text's tokens, the first `length` of its places filled; it grows by whole chunks.
 
-    The first `settled` are, bit for bit, what any prompt that begins with these tokens would be given.
+    The first `reusable` are, bit for bit, what any prompt that begins with these tokens would be given.
     """
 
-    def __init__(self, kv, length: int = 0, settled: int = 0):
-        self.kv, self.length, self.settled = kv, length, settled  # kv (n_layer, 2, n_head, places, head size)
+    def __init__(self, kv, length: int = 0, reusable: int = 0):
+        self.kv, self.length, self.reusable = kv, length, reusable  # kv (n_layer, 2, n_head, places, head size)
 
     def make_room(self, length: int):
         """Room for `length` tokens: twice what there was, so that a text is copied a few times only."""
@@ -37,7 +37,7 @@ class KVCache:
     def copy(self, length: int) -> "KVCache":
         """The first `length` tokens in a cache of their own."""
         places = -(-length // CHUNK) * CHUNK
-        return KVCache(self.kv[..., :places, :].clone(), length, min(length, self.settled))
+        return KVCache(self.kv[..., :places, :].clone(), length, min(length, self.reusable))
 
 
 class Segment(NamedTuple):
@@ -56,14 +56,14 @@ class Forward:
         exact = dtype == "float32" or weight.device.type != "cpu"
         self.no_cache = torch.zeros(config.n_layer, 2, config.n_head, 0, config.n_embd // config.n_head, device=weight.device,
                                     dtype=getattr(torch, dtype) if exact else torch.float16)
-        self.embed, self.pack, self.how = model.transformer, (model, dtype), "by torch"
+        self.embed, self.pack, self.backend = model.transformer, (model, dtype), "by torch"
 
     @functools.cached_property
     def model(self) -> GPT:
         # Packed in a thread that ends: OpenMP keeps workers for each thread that computed, and with more of them than cores
         # it waits by sleeping, which costs the scheduler's thread a fifth.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            return thread.submit(packed, *self.pack).result()
+            return thread.submit(pack_model, *self.pack).result()
 
     def new_cache(self) -> KVCache:
         return KVCache(self.no_cache)
@@ -79,8 +79,8 @@ class Forward:
         for segment in segments:
             cache = segment.cache
             cache.length = segment.start + len(segment.ids)
-            if cache.settled == segment.start and self.settles(segment):
-                cache.settled = cache.length
+            if cache.reusable == segment.start and self.is_reusable(segment):
+                cache.reusable = cache.length
         return logits
 
     def logits(self, segments: list[Segment], ids: list[int], positions: list[int], wanted: list[int]):
@@ -88,7 +88,7 @@ class Forward:
         hidden = self.model.hidden(idx, positions, attend=functools.partial(attend, segments))[0]  # (R, n_embd)
         return self.model.logits(hidden[wanted]).float().cpu()
 
-    def settles(self, segment: Segment) -> bool:
+    def is_reusable(self, segment: Segment) -> bool:
         """Attention of a sampled token was computed for one row instead of for a chunk, and added up in another order."""
         return not segment.sampled
 

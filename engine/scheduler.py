@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ddp import seed_of
-from errors import UserError
-from forward import CHUNK, Forward, KVCache, Segment
-from sampling import Sampling, likeliest, penalize, sample
+from common.errors import UserError
+from common.seed import seed_of
+from engine.forward import CHUNK, Forward, KVCache, Segment
+from engine.sampling import Sampling, penalize, sample, top_ids
 
-ALONE = 8 * CHUNK  # tokens of prompts in a step when nobody is writing
+IDLE_PROMPT_TOKENS = 8 * CHUNK  # tokens of prompts in a step when nobody is writing
 LINGER_S = 2  # how long the thread stays when there is nothing to do
 
 
@@ -46,9 +46,9 @@ class PrefixStore:
         self.max_bytes, self.entries = max_bytes, []  # (ids, KVCache)
 
     def add(self, ids: list[int], cache: KVCache):
-        if not cache.settled or any(entry[:cache.settled] == ids[:cache.settled] for entry, _ in self.entries):
+        if not cache.reusable or any(entry[:cache.reusable] == ids[:cache.reusable] for entry, _ in self.entries):
             return
-        ids, cache = ids[:cache.settled], cache.copy(cache.settled)
+        ids, cache = ids[:cache.reusable], cache.copy(cache.reusable)
         self.entries = [entry for entry in self.entries if ids[:len(entry[0])] != entry[0]] + [(ids, cache)]
         while self.entries and sum(cache.kv.nbytes for _, cache in self.entries) > self.max_bytes:
             self.entries.pop(0)
@@ -93,7 +93,7 @@ class Text:
         token = Token(sample(logits, self.random.random(), options.temperature, options.top_k, options.top_p))
         if options.logprobs is not None:
             total = most + np.log(np.exp(plain - most).sum(dtype=np.float64))
-            top = likeliest(plain, min(options.logprobs, len(plain)))
+            top = top_ids(plain, min(options.logprobs, len(plain)))
             token = Token(token.id, float(plain[token.id] - total), tuple((int(i), float(plain[i] - total)) for i in top))
         self.seen.add(token.id)
         self.made += 1
@@ -189,7 +189,7 @@ class Scheduler:
         """Steps until nobody has wanted anything for a while."""
         while not self.closed:
             try:
-                self.come_and_go()
+                self.admit_and_remove()
                 if self.running:
                     self.step()
                     continue
@@ -203,7 +203,7 @@ class Scheduler:
                     atexit.unregister(self.close)
                     return
 
-    def come_and_go(self):
+    def admit_and_remove(self):
         """Lets the texts go that nobody reads or whose time is over, and as many requests in as there is room for."""
         now = time.monotonic()
         for text in list(self.running):
@@ -235,7 +235,7 @@ class Scheduler:
             if not text.prompting:
                 segments.append(Segment(text.cache, text.cache.length, text.window[-1:], sampled=True))
                 ready.append((text, len(segments)))
-        budget, self.turn = CHUNK if segments else ALONE, self.turn + 1
+        budget, self.turn = CHUNK if segments else IDLE_PROMPT_TOKENS, self.turn + 1
         for i in range(len(prompting)):  # each step begins with the next one
             text = prompting[(self.turn + i) % len(prompting)]
             if text.cache is None:

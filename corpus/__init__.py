@@ -1,0 +1,1 @@
+"""What prepare.py is made of: sources, documents, encoding, shard writing."""
