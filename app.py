@@ -1,16 +1,20 @@
-"""The page: a GPT that goes on writing where you stop.
+"""The web page: write, chat and look inside a model in the browser.
 
-    python app.py                                            # http://127.0.0.1:7860, with the newest run or the bundled model
+    python app.py                                            # opens http://127.0.0.1:7860
     python app.py --model log/shakespeare-char-cpu --port 8000
 
-It assembles the tabs of ui/; each asks the sampling engine, as does OpenAI's API under /v1 (serve.py). Nothing is loaded from,
-or reported to, anywhere else.
+Each tab is a file in ui/. All tabs share the sampling engines of `Models`, and so does OpenAI's API
+under /v1 (serve.py). The page loads nothing from other servers and sends no telemetry.
 """
 import dataclasses
 import os
 
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # read when gradio is imported
-               "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000"}  # else it makes a table of its events at each of them
+# Gradio reads these when it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# Gradio aggregates its recent events in the background, which costs CPU time: keep one event,
+# and practically never aggregate.
+os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
 
 import gradio as gr
 import tyro
@@ -22,44 +26,65 @@ from generate import Dtype
 from ui import about, chat, compare, look, training, write
 from ui.models import Models
 
+MAX_SESSIONS = 200  # visitors whose page state is kept, 150 kB each; Gradio's default is 10,000
+TABS = {
+    "Write": write,
+    "Chat": chat,
+    "Look inside": look,
+    "Compare": compare,
+    "Training": training,
+    "About": about,
+}
+
 
 @dataclasses.dataclass
 class AppConfig:
     """Opens the page."""
 
-    model: str | None = os.environ.get("MODEL")  # as a Space may set it
-    """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id; the newest run or `bundled` when not given."""
-    host: str = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Space sets these two
-    """Address to listen on; 0.0.0.0 lets other machines in."""
+    # A Hugging Face Space sets these environment variables.
+    model: str | None = os.environ.get("MODEL")
+    """bundled[:name], a run folder, a .pt file, a Hugging Face folder or Hub id. Default: the
+    newest run, or `bundled` if there is none."""
+    host: str = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    """Address to listen on; 0.0.0.0 accepts connections from other machines."""
     port: int = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     share: bool = False
-    """Ask Gradio for a public link."""
+    """Create a public link through Gradio's servers."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA; on a CPU int8 for models of 20 million parameters or more, and float32 for smaller ones."""
-
-
-SESSIONS = 200  # visitors whose page the server remembers, at 150 kB each: Gradio would ten thousand
-TABS = {"Write": write, "Chat": chat, "Look inside": look, "Compare": compare, "Training": training, "About": about}
+    """auto is bfloat16 on CUDA. On a CPU it is int8 for models of 20 million parameters or more,
+    float32 for smaller ones."""
 
 
 def build(models: Models) -> gr.Blocks:
+    """Builds the page: a title and the tabs."""
     with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False) as page:
-        gr.Markdown("# GPT-2 From Scratch\nA small language model and the whole road to it, from raw text to this page, in "
-                    "plain PyTorch.")
+        gr.Markdown(
+            "# GPT-2 From Scratch\n"
+            "A small language model and everything it takes to build one, in plain PyTorch: "
+            "tokenizer, data, training, sampling and this page."
+        )
         built = {}
         with gr.Tabs() as tabs:
             for name, tab in TABS.items():
                 with gr.Tab(name, id=name):
                     built[name] = tab.build(models)
-        built["Write"].look.click(lambda text: (text, gr.Tabs(selected="Look inside")), built["Write"].text,
-                                  [built["Look inside"], tabs], api_visibility="private", show_progress="hidden")
-        gr.api(models.list, api_name="models")
+
+        # the button under Write hands its text to Look inside and opens that tab
+        built["Write"].look_button.click(
+            lambda text: (text, gr.Tabs(selected="Look inside")),
+            inputs=built["Write"].text,
+            outputs=[built["Look inside"], tabs],
+            api_visibility="private",
+            show_progress="hidden",
+        )
+        gr.api(models.list_names, api_name="models")
     return page
 
 
 def main(config: AppConfig, **launch_options) -> gr.Blocks:
+    """Starts the server and returns the page; `launch_options` go to Gradio's `launch`."""
     serve.check_port(config.host, config.port)
     use_allowed_cores()
     models = Models(config.model, config.device, config.dtype)
@@ -67,10 +92,21 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     models.load_in_background()
     page.queue(max_size=64)
     api = serve.routes(models.names, models.engine)
-    page.launch(server_name=config.host, server_port=config.port, share=config.share, theme=gr.themes.Default(),
-                run_history=False, footer_links=["api"], ssr_mode=False, enable_monitoring=False,
-                css="#about-card code { white-space: pre-wrap }", max_threads=100, state_session_capacity=SESSIONS,
-                app_kwargs={"routes": api.routes}, **launch_options)
+    page.launch(
+        server_name=config.host,
+        server_port=config.port,
+        share=config.share,
+        theme=gr.themes.Default(),
+        css="#about-card code { white-space: pre-wrap }",
+        footer_links=["api"],
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        max_threads=100,
+        state_session_capacity=MAX_SESSIONS,
+        app_kwargs={"routes": api.routes},
+        **launch_options,
+    )
     return page
 
 

@@ -1,10 +1,15 @@
-"""Saving, resuming, and naming a model.
+"""Saves and resumes runs, and loads models by name.
 
-    model, tokenizer, info = load_model("bundled")          # or a run folder, a .pt, a Hugging Face folder, a Hub id
+    model, tokenizer, info = load_model("bundled")  # or a run, a .pt, a model folder, a Hub id
 
-A run is a folder `log/<run>/`. A checkpoint in it is a pair: `model_00250.pt`, which anyone can load, and
-`state_00250/`, which resuming needs besides, with the checksums of both. Both are written under temporary names before the
-first is renamed, so that a pair is whole, or can be finished, or is ignored. Nothing is unpickled freely.
+A run is a folder `log/<run>/`. Each checkpoint in it is a pair:
+
+    model_00250.pt    weights, configuration and tokenizer: all that is needed to use the model
+    state_00250/      the rest of what resuming needs, and the checksums of both
+
+Both are written under temporary names, then the state is renamed, then the model. A crash at any
+moment leaves either a complete pair, a pair that `is_complete` can finish, or one that is ignored.
+No file is unpickled without restrictions, so loading a model cannot run code.
 """
 import dataclasses
 import os
@@ -14,9 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,185 +33,189 @@ from weights.huggingface import load_folder
 from weights.pt import load_pt, unpickle
 from weights.state import DAMAGE
 
-BUNDLED = Path(__file__).parent / "assets" / "bundled"
 LOG = Path("log")
-LARGEST_FILE = 10e9  # bytes of weights that a .pt may hold; those of a larger sharded model stay in the state
-KEEP = 2  # newest checkpoints of a run that stay, besides the best model
+KEEP = 2  # newest checkpoints of a run to keep, besides the best model
+MAX_PT_BYTES = 10e9  # a sharded model with more weights keeps them in its state, in parts
+
+BUNDLED = Path(__file__).parent / "assets" / "bundled"
+BUNDLED_ORDER = ("stories", "chat", "edu", "shakespeare", "pushkin")  # the default first
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# A run's checkpoints
+# --------------------------------------------------------------------------------------------------
+# Saving
 
-class NotSaved(UserError):
-    """A checkpoint could not be written, because the disk is full, say; those before it are as they were."""
+class SaveError(UserError):
+    """A checkpoint could not be written, for example to a full disk. Earlier ones are intact."""
 
 
-def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None,
-         world: ddp.World = ddp.SINGLE_PROCESS):
-    """Writes the checkpoint of `step`, marks it when its validation loss, where it has one, is the run's best, and prunes older
-    ones. One that is there and whole, because a signal had it saved before it was measured, stays as it is. The main process
-    calls it, and of a sharded model all do. Raises NotSaved where the disk refuses."""
+def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer,
+         config: dict, val_loss: float | None, world: ddp.World = ddp.SINGLE_PROCESS):
+    """Writes the checkpoint of `step` and deletes older ones.
+
+    Keeps the newest `KEEP` checkpoints, and the model with the run's best validation loss. A
+    complete checkpoint of the same step is not written again: a signal may have saved it before
+    validation ran. The main process calls this; if the model is sharded, every rank does.
+
+    Raises SaveError if the files cannot be written.
+    """
+    # write the pair
     try:
-        there = world.is_main and is_whole(run, step)
-        if not (ddp.any_rank(world, there) if ddp.is_sharded(model) else there):
-            write(run, step, model, optimizer_state, tokenizer, config, val_loss, world)
+        exists = world.is_main and is_complete(run, step)
+        if ddp.is_sharded(model):
+            exists = ddp.any_rank(world, exists)
+        if not exists:
+            write_checkpoint(run, step, model, optimizer_state, tokenizer, config, val_loss, world)
     except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         shutil.rmtree(run / "state.tmp", ignore_errors=True)
-        unfinished(run, step).unlink(missing_ok=True)
-        raise NotSaved(f"The checkpoint of step {step} could not be written to {run} ({error})") from None
+        temporary_model(run, step).unlink(missing_ok=True)
+        raise SaveError(f"The checkpoint of step {step} could not be written to {run} ({error})"
+                        ) from None
     if not world.is_main:
         return
+
+    # record the best model
     best_step, best_loss = read_best(run)
     if val_loss is not None and val_loss <= best_loss:
         best_step = step
         write_json(run / "best.json", {"step": step, "val_loss": val_loss})
-    kept = [other for other in saved_steps(run) if other <= step][-KEEP:]  # the run went back behind any later one
-    for other in set(saved_steps(run)) - set(kept):
-        if other != best_step or not holds_weights(state_path(run, other)):
+
+    # delete old checkpoints, and those after `step`, which the run has gone back from
+    keep = [other for other in saved_steps(run) if other <= step][-KEEP:]
+    for other in saved_steps(run):
+        is_best_model = other == best_step and holds_weights(state_path(run, other))
+        if other not in keep and not is_best_model:
             shutil.rmtree(state_path(run, other))
-    for other in set(model_steps(run)) - {best_step, *kept}:
-        model_path(run, other).unlink()
+    for other in model_steps(run):
+        if other not in keep and other != best_step:
+            model_path(run, other).unlink()
 
 
-def write(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer, config: dict, val_loss: float | None,
-          world: ddp.World):
-    """Both halves under temporary names, then the state's name, then the model's: `newest` finishes what was cut between. A
-    sharded model's state is written by all ranks, with the weights in it where they are more than a file should hold."""
-    temporary, about = run / "state.tmp", {"format": 1, "config": dataclasses.asdict(model.config),
-                                           "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}
+def write_checkpoint(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer,
+                     config: dict, val_loss: float | None, world: ddp.World):
+    """Writes state and model under temporary names, then renames the state, then the model.
+
+    If the model is sharded, all ranks write its state. Its weights go into the state as well if
+    they exceed MAX_PT_BYTES; there is no `.pt` then.
+    """
+    state = run / "state.tmp"
+    description = {"format": 1, "config": dataclasses.asdict(model.config),
+                   "tokenizer": tokenizer.to_dict(), "step": step, "val_loss": val_loss}
     weights = model.state_dict()
-    sharded = ddp.is_sharded(model)
-    in_a_file = not sharded or 4 * model.num_parameters() <= LARGEST_FILE
+    is_sharded = ddp.is_sharded(model)
+    fits_pt = not is_sharded or 4 * model.num_parameters() <= MAX_PT_BYTES
+
+    # remove what an interrupted attempt left
     if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if sharded:
-        ddp.any_rank(world, False)  # wait until it is gone
-        sharding.write_shards(temporary, optimizer_state | ({} if in_a_file else sharding.named_weights(weights)))
-        weights = {name: sharding.whole(w, world) for name, w in weights.items()} if in_a_file else {}
+        shutil.rmtree(state, ignore_errors=True)
+
+    # write the optimizer's tensors, and the weights that do not fit a .pt
+    if is_sharded:
+        ddp.any_rank(world, False)  # wait until the main process has removed the folder
+        tensors = optimizer_state if fits_pt else optimizer_state | sharding.named_weights(weights)
+        sharding.write_shards(state, tensors)
+        if fits_pt:
+            weights = {name: sharding.whole(w, world) for name, w in weights.items()}
     else:
-        temporary.mkdir()
-        save_file({name: t.contiguous() for name, t in optimizer_state.items()}, temporary / "optimizer.safetensors")
+        state.mkdir()
+        tensors = {name: tensor.contiguous() for name, tensor in optimizer_state.items()}
+        save_file(tensors, state / "optimizer.safetensors")
     if not world.is_main:
         return
-    if in_a_file:
-        with open(unfinished(run, step), "wb") as file:
-            torch.save({**about, "model": weights}, file)
+
+    # write the model
+    if fits_pt:
+        with open(temporary_model(run, step), "wb") as file:
+            torch.save({**description, "model": weights}, file)
             file.flush()
             os.fsync(file.fileno())
     else:
-        write_json(temporary / "model.json", about)
-    write_json(temporary / "state.json", {"format": 1, "step": step, "config": config,
-                                          "sha256": sums(temporary, unfinished(run, step))})
+        write_json(state / "model.json", description)
+
+    # write the checksums, then rename both
+    checksums = compute_checksums(state, temporary_model(run, step))
+    write_json(state / "state.json",
+               {"format": 1, "step": step, "config": config, "sha256": checksums})
     shutil.rmtree(state_path(run, step), ignore_errors=True)
-    os.replace(temporary, state_path(run, step))
-    if unfinished(run, step).exists():
-        os.replace(unfinished(run, step), model_path(run, step))
+    os.replace(state, state_path(run, step))
+    if fits_pt:
+        os.replace(temporary_model(run, step), model_file(run, step))
 
 
-def sums(folder: Path, model: Path) -> dict[str, str]:
-    """sha256 of the two halves' files, by their names without an ending, and "model"."""
-    files = {path.stem: path for path in folder.glob("*.safetensors")} | ({"model": model} if model.exists() else {})
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(files, pool.map(sha256, files.values())))
+# --------------------------------------------------------------------------------------------------
+# The pair of files, and its repair after a crash
 
-
-def newest(run: Path) -> int | None:
-    """The step of the run's newest checkpoint whose two halves are whole, or None where there is none."""
-    for step in reversed(saved_steps(run)):
-        if is_whole(run, step):
-            return step
-        print(f"warning: the checkpoint of step {step} in {run} is damaged; looking for an older one", file=sys.stderr)
-    return None
-
-
-def is_whole(run: Path, step: int) -> bool:
-    """Whether both halves of a checkpoint are as they were written; of one that was cut before its model had its name, the model
-    is given it."""
-    folder, temporary = state_path(run, step), unfinished(run, step)
-    try:
-        stated = read_json(folder / "state.json")["sha256"]
-        if temporary.exists() and sha256(temporary) == stated["model"]:
-            os.replace(temporary, model_file(run, step))
-        return stated == sums(folder, model_file(run, step))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def saved_config(run: Path, step: int) -> dict:
-    """The configuration of a checkpoint that `newest` found whole."""
-    return read_json(state_path(run, step) / "state.json")["config"]
-
-
-def load_state(run: Path, step: int, model: GPT) -> tuple[dict[str, torch.Tensor], float | None]:
-    """Gives the model the weights of a checkpoint that `newest` found whole; (the optimizer's tensors by name, the validation
-    loss if it was measured). Sharded or not: the number of ranks may be another than wrote it."""
-    folder, parameters = state_path(run, step), dict(model.named_parameters())
-
-    def like(name: str, shape: torch.Size) -> torch.Tensor:
-        p = parameters[name.rsplit("/", 1)[0]]
-        return torch.empty_like(p.detach()) if p.shape == shape else torch.empty(shape)
-
-    whole = folder / "optimizer.safetensors"
-    state = load_file(whole) if whole.exists() and not ddp.is_sharded(model) else sharding.read_shards(folder, like)
-    if holds_weights(folder):
-        sharding.fill(((p, state.pop(f"{name}/weights")) for name, p in parameters.items()))
-        return state, read_json(folder / "model.json")["val_loss"]
-    saved = unpickle(model_path(run, step))
-    sharding.fill((p, saved["model"][name]) for name, p in parameters.items())
-    return state, saved["val_loss"]
-
-
-def holds_weights(path: Path) -> bool:
-    """Whether this is a state that holds the weights too, as they are too large for a file."""
-    return (path / "model.json").exists()
-
-
-def load_sharded(folder: Path) -> tuple[GPT, Tokenizer, dict]:
-    """(GPT, tokenizer, what is known of it) of a state that holds the weights."""
-    try:
-        saved = read_json(folder / "model.json")
-        with torch.device("meta"):
-            model = GPT(saved["config"])
-        weights = sharding.named_weights(model.to_empty(device="cpu").state_dict())
-        if sharding.read_shards(folder, lambda name, _: weights.get(name)).keys() != weights.keys():
-            raise ValueError("there are weights missing")
-        return model, load_tokenizer(saved["tokenizer"]), saved
-    except (*DAMAGE, SafetensorError) as error:
-        raise UserError(f"The checkpoint {folder} is damaged ({type(error).__name__}: {error}).") from None
-
-
-def model_path(run: Path, step: int) -> Path:
-    """The model's file, or the state that holds the weights."""
-    return state_path(run, step) if holds_weights(state_path(run, step)) else model_file(run, step)
+def state_path(run: Path, step: int) -> Path:
+    return run / f"state_{step:05d}"
 
 
 def model_file(run: Path, step: int) -> Path:
     return run / f"model_{step:05d}.pt"
 
 
-def unfinished(run: Path, step: int) -> Path:
+def temporary_model(run: Path, step: int) -> Path:
+    """The name under which the model is written before it is renamed."""
     return run / f"model_{step:05d}.pt.tmp"
 
 
-def state_path(run: Path, step: int) -> Path:
-    return run / f"state_{step:05d}"
+def model_path(run: Path, step: int) -> Path:
+    """What holds the weights of a checkpoint: its `.pt`, or its state if they are too large."""
+    state = state_path(run, step)
+    return state if holds_weights(state) else model_file(run, step)
+
+
+def holds_weights(state: Path) -> bool:
+    """Whether the state holds the weights too, because they are too large for a `.pt`."""
+    return (state / "model.json").exists()
+
+
+def is_complete(run: Path, step: int) -> bool:
+    """Whether both files of a checkpoint match their checksums.
+
+    If the process died between the two renames, this renames the model and so finishes the pair.
+    """
+    state = state_path(run, step)
+    temporary = temporary_model(run, step)
+    try:
+        expected = read_json(state / "state.json")["sha256"]
+        if temporary.exists() and sha256(temporary) == expected["model"]:
+            os.replace(temporary, model_file(run, step))
+        return expected == compute_checksums(state, model_file(run, step))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def compute_checksums(state: Path, model: Path) -> dict[str, str]:
+    """SHA-256 of the state's tensor files, by their names without the suffix, and of "model"."""
+    files = {path.stem: path for path in state.glob("*.safetensors")}
+    if model.exists():
+        files["model"] = model
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(sha256, files.values())))
 
 
 def saved_steps(run: Path) -> list[int]:
-    """The steps of the run's checkpoints, whole or not, the oldest first."""
-    return sorted(int(path.name[6:]) for path in run.glob("state_*") if re.fullmatch(r"state_\d+", path.name))
+    """The steps of the run's checkpoints, complete or not, in ascending order."""
+    states = [path.name for path in run.glob("state_*")]
+    return sorted(int(name[6:]) for name in states if re.fullmatch(r"state_\d+", name))
 
 
 def model_steps(run: Path) -> list[int]:
-    """The steps of the run's models, the oldest first."""
-    files = {int(path.stem[6:]) for path in run.glob("model_*.pt") if re.fullmatch(r"model_\d+", path.stem)}
-    return sorted(files | {step for step in saved_steps(run) if holds_weights(state_path(run, step))})
+    """The steps at which the run has a model, in ascending order.
+
+    The best model stays when the state of its step is deleted, so it can be older than all of
+    `saved_steps`.
+    """
+    models = [path.stem for path in run.glob("model_*.pt")]
+    steps = {int(name[6:]) for name in models if re.fullmatch(r"model_\d+", name)}
+    steps.update(step for step in saved_steps(run) if holds_weights(state_path(run, step)))
+    return sorted(steps)
 
 
 def read_best(run: Path) -> tuple[int | None, float]:
-    """(step, validation loss) of the run's best model as best.json records it, or (None, infinity)."""
+    """(step, validation loss) of the run's best model, from best.json; else (None, infinity)."""
     try:
         best = read_json(run / "best.json")
         return int(best["step"]), float(best["val_loss"])
@@ -216,96 +223,211 @@ def read_best(run: Path) -> tuple[int | None, float]:
         return None, float("inf")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Naming a model
+# --------------------------------------------------------------------------------------------------
+# Resuming
+
+def newest(run: Path) -> int | None:
+    """The step of the run's newest complete checkpoint, or None."""
+    for step in reversed(saved_steps(run)):
+        if is_complete(run, step):
+            return step
+        print(f"warning: the checkpoint of step {step} in {run} is damaged; trying an older one",
+              file=sys.stderr)
+    return None
+
+
+def saved_config(run: Path, step: int) -> dict:
+    """The run's configuration, from a checkpoint that `newest` returned."""
+    return read_json(state_path(run, step) / "state.json")["config"]
+
+
+def load_state(run: Path, step: int, model: GPT) -> tuple[dict[str, torch.Tensor], float | None]:
+    """Loads the weights of a checkpoint that `newest` returned into the model.
+
+    Returns the optimizer's tensors by name, and the validation loss, which is None if validation
+    had not run. The model may be sharded or not, and the number of ranks may differ from when the
+    checkpoint was written.
+    """
+    state = state_path(run, step)
+    parameters = dict(model.named_parameters())
+
+    def allocate(name: str, shape: torch.Size) -> torch.Tensor:
+        """An empty tensor; sharded as its parameter is if it has the same shape."""
+        p = parameters[name.rsplit("/", 1)[0]]
+        return torch.empty_like(p.detach()) if p.shape == shape else torch.empty(shape)
+
+    # read the optimizer's tensors
+    single_file = state / "optimizer.safetensors"
+    if single_file.exists() and not ddp.is_sharded(model):
+        tensors = load_file(single_file)
+    else:
+        tensors = sharding.read_shards(state, allocate)
+
+    # load the weights, from the state or from the .pt
+    if holds_weights(state):
+        weights = {name: tensors.pop(f"{name}/weights") for name in parameters}
+        val_loss = read_json(state / "model.json")["val_loss"]
+    else:
+        saved = unpickle(model_path(run, step))
+        weights = saved["model"]
+        val_loss = saved["val_loss"]
+    sharding.fill((p, weights[name]) for name, p in parameters.items())
+    return tensors, val_loss
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading a model by name
 
 def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Tokenizer, dict]:
-    """The model that `name` means, ready to evaluate: (model, tokenizer, info).
+    """Loads a model for evaluation and returns (model, tokenizer, info).
 
-    `bundled[:name]`; else an existing path (a run folder, a `.pt`, a Hugging Face folder or its `.safetensors`); else
-    an id on the Hugging Face Hub. None: the newest run under log/, else `bundled`. `info` holds `name`, `path`,
-    `parameters`, and `step` and `val_loss` where they are known. Raises UserError where nothing is found or it is damaged.
+    `name` is `bundled` or `bundled:<name>`; else an existing path: a run folder, a `.pt` file, a
+    Hugging Face folder or its `.safetensors` file; else an id on the Hugging Face Hub. With None,
+    it is the newest run under log/, or `bundled` if there are no runs.
+
+    `info` holds `name`, `path`, `parameters`, and if known `step`, `val_loss` and `train_config`.
+    Raises UserError if the model is not found or is damaged.
     """
     path = find_model(name)
-    load = load_pt if path.suffix == ".pt" else load_sharded if holds_weights(path) else load_folder
-    model, tokenizer, info = load(path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(f"The tokenizer in {path} has {tokenizer.vocab_size:,} ids, and the model {model.config.vocab_size:,}.")
+    if path.suffix == ".pt":
+        model, tokenizer, info = load_pt(path)
+    elif holds_weights(path):
+        model, tokenizer, info = load_sharded(path)
+    else:
+        model, tokenizer, info = load_folder(path)
+    vocab_size = model.config.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"The tokenizer in {path} has {tokenizer.vocab_size:,} ids, but the model "
+                        f"has only {vocab_size:,}: use the tokenizer it was trained with.")
     model = model.to(device).eval().requires_grad_(False)
-    return model, tokenizer, {"name": str(name or path), "path": str(path), "parameters": model.num_parameters(), **plausible_info(info)}
-
-
-def plausible_info(info: dict) -> dict:
-    """What a file tells of a model's training, without what cannot be meant."""
-    def number(x) -> bool:
-        return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 1e15
-    kinds = {"step": lambda x: number(x) and x == int(x), "val_loss": number, "train_config": lambda x: isinstance(x, dict)}
-    return {key: info[key] for key, fits in kinds.items() if fits(info.get(key))}
+    info = {"name": str(name or path), "path": str(path), "parameters": model.num_parameters(),
+            **sanitize_info(info)}
+    return model, tokenizer, info
 
 
 def find_model(name: str | Path | None) -> Path:
-    """The `.pt` file or Hugging Face folder that `name` means (see `load_model`)."""
+    """The `.pt` file, model folder or state that `name` means (see `load_model`)."""
     if name is None:
-        name = next(iter(list_runs()), "bundled")
+        runs = list_runs()
+        name = runs[0] if runs else "bundled"
     name = str(name)
+
+    # a bundled model
     if name == "bundled" or name.startswith("bundled:"):
-        there = list_bundled()
-        wanted = name.partition(":")[2] or next(iter(there), "")
-        if wanted not in there:
-            raise UserError(f"There is no bundled model {wanted!r}; there are: {', '.join(there) or 'none'}.")
-        return BUNDLED / wanted
+        bundled = list_bundled()
+        model = name.partition(":")[2]
+        if not model and bundled:
+            model = bundled[0]
+        if model not in bundled:
+            raise UserError(f"There is no bundled model {model!r}: choose one of "
+                            f"{', '.join(bundled) or '(none)'}.")
+        return BUNDLED / model
+
+    # a path, or else an id on the Hub
     path = Path(name)
-    if path.suffix == ".safetensors" and path.is_file():
-        return path.parent
-    if path.is_file():
-        if path.suffix != ".pt":
-            raise UserError(f"{path} is no model: models are .pt files, .safetensors files and folders.")
-        return path
     if path.is_dir():
-        return best_of(path) if model_steps(path) else path
-    return download(name)
+        return best_model(path) if model_steps(path) else path
+    if not path.is_file():
+        return download(name)
+    if path.suffix == ".safetensors":
+        return path.parent
+    if path.suffix != ".pt":
+        raise UserError(f"{path} is not a model: give a .pt file, a .safetensors file or a folder.")
+    return path
 
 
 def list_bundled() -> list[str]:
     """Names of the bundled models, the default first."""
-    return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
+    names = sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+    first = [name for name in BUNDLED_ORDER if name in names]
+    return first + [name for name in names if name not in first]
 
 
 def list_runs() -> list[str]:
     """The runs under log/ that have a model, the newest first."""
-    newest_model = {run: max(os.path.getmtime(model_path(run, step)) for step in model_steps(run))
-                    for run in LOG.glob("*") if model_steps(run)}
-    return [str(run) for run in sorted(newest_model, key=newest_model.get, reverse=True)]
+    saved_at = {}
+    for run in LOG.glob("*"):
+        models = [model_path(run, step) for step in model_steps(run)]
+        if models:
+            saved_at[run] = max(os.path.getmtime(path) for path in models)
+    return [str(run) for run in sorted(saved_at, key=saved_at.get, reverse=True)]
 
 
-def best_of(run: Path) -> Path:
-    """A run's best model where one is recorded, else its newest."""
-    best_step, there = read_best(run)[0], model_steps(run)
-    return model_path(run, best_step if best_step in there else there[-1])
+def best_model(run: Path) -> Path:
+    """The run's best model if best.json names one, else its newest."""
+    best_step, _ = read_best(run)
+    steps = model_steps(run)
+    return model_path(run, best_step if best_step in steps else steps[-1])
+
+
+def load_sharded(state: Path) -> tuple[GPT, Tokenizer, dict]:
+    """(GPT, tokenizer, step and validation loss) from a state that holds the weights."""
+    try:
+        saved = read_json(state / "model.json")
+        with torch.device("meta"):
+            model = GPT(saved["config"])
+        weights = sharding.named_weights(model.to_empty(device="cpu").state_dict())
+        # fill the weights in place, and leave the optimizer's tensors out
+        loaded = sharding.read_shards(state, lambda name, _: weights.get(name))
+        if loaded.keys() != weights.keys():
+            raise ValueError("some weights are missing")
+        return model, load_tokenizer(saved["tokenizer"]), saved
+    except (*DAMAGE, SafetensorError) as error:
+        raise UserError(f"The checkpoint {state} is damaged ({type(error).__name__}: {error})."
+                        ) from None
 
 
 def download(name: str) -> Path:
-    """A model of the Hugging Face Hub, in huggingface_hub's cache: only the files that Hugging Face's layout names."""
+    """Downloads a model from the Hugging Face Hub into its cache, or finds it there.
+
+    Downloads only the files that `load_folder` reads.
+    """
+    import huggingface_hub  # noqa: PLC0415 (only a download needs it)
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[
-            "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt",
-            "added_tokens.json"]))
+            "config.json", "model*.safetensors", "model.safetensors.index.json",
+            "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
+            "tokenizer_config.json", "chat_template.jinja"]))
     except HFValidationError:
-        reason = "and it cannot be the name of a model on the Hugging Face Hub"
+        reason = "and it is not a valid id of a model on the Hugging Face Hub"
     except RepositoryNotFoundError:
-        reason = "and the Hugging Face Hub has no model of that name that you may see"
+        reason = "and the Hugging Face Hub has no model of that name that you can access"
     except LocalEntryNotFoundError:
-        reason = "and neither is it in the Hugging Face Hub's cache, nor can the Hub be reached"
-    except Exception as error:  # whatever its HTTP library of the day raises
+        reason = ("it is not in the Hugging Face Hub's cache, and the Hub cannot be reached: check "
+                  "the name and the network connection")
+    except Exception as error:  # the errors of the HTTP library depend on huggingface_hub's version
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise UserError(f"The disk of {huggingface_hub.constants.HF_HUB_CACHE} became full while {name} was downloaded: make "
-                            "room, and the same command downloads what is missing.") from None
-        reason = f"and its download broke off ({type(error).__name__}): the same command downloads what is missing"
+            raise UserError(f"The disk of {huggingface_hub.constants.HF_HUB_CACHE} became full "
+                            f"while downloading {name}: free some space, then run the same command "
+                            "again to download the rest.") from None
+        reason = (f"and its download from the Hugging Face Hub failed ({type(error).__name__}): "
+                  "run the same command again to download the rest")
     raise UserError(f"There is no file, folder or run {name!r}, {reason}.")
 
 
+def sanitize_info(info: dict) -> dict:
+    """Keeps `step`, `val_loss` and `train_config` if their values are possible: files can lie."""
+    def is_number(x) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 1e15
+
+    step, val_loss, train_config = (info.get(key) for key in ("step", "val_loss", "train_config"))
+    sanitized = {}
+    if is_number(step) and step == int(step):
+        sanitized["step"] = step
+    if is_number(val_loss):
+        sanitized["val_loss"] = val_loss
+    if isinstance(train_config, dict):
+        sanitized["train_config"] = train_config
+    return sanitized
+
+
 def describe(info: dict) -> str:
-    """What is known of a model from `load_model`, in a line."""
+    """One line about a model, from the `info` that `load_model` returns."""
     step = f", step {info['step']:,}" if info.get("step") else ""
     loss = f", validation loss {info['val_loss']:.4f}" if info.get("val_loss") else ""
     return f"{info['parameters']:,} parameters{step}{loss}"

@@ -1,13 +1,25 @@
-"""Batches out of token shards, in an order that nothing but the seed decides.
+"""Batches from token shards, in a shuffled order that depends only on the seed.
 
-    loader = DataLoader("data/tiny_shakespeare_char", "train", batch_size=64, block_size=256, seed=1337)
-    x, y = loader.batch(step)                                        # (batch_size / world, block_size) int64 each
-    for x, y in loader.batches(first_step, last_step, device):       # the same, read ahead in the background
+    loader = DataLoader("data/tiny_shakespeare_char", "train", batch_size=64, block_size=256)
+    x, y = loader.batch(step)                                    # (batch_size / world, block_size)
+    for x, y in loader.batches(first_step, last_step, device):   # the same, prefetched
 
-All shards of a split form one stream of N tokens. An epoch has floor((N-1) / block_size) sequences, each once, in a
-permutation of its own; the tail that fills no sequence is left out. Sequence `position` of global batch `step` is a
-pure function of (seed, step, position): ranks and micro-batches only divide it, so 1, 2, 4 and 8 processes see the
-same tokens in the same order, and a run resumes on another number of processes without a cursor to save.
+Three steps lead to a batch of B sequences with T tokens each:
+
+1. All shards of a split form one stream of N tokens. Sequence i holds the tokens i*T to i*T + T;
+   the last of them is only a target. There are S = floor((N - 1) / T) sequences, and the few
+   tokens after the last sequence are not used.
+2. An epoch reads each sequence once, in a permutation of range(S) that depends on (seed, epoch).
+   Training runs through one epoch after another: position p of this endless order is entry
+   p mod S of the permutation of epoch floor(p / S).
+3. Global batch `step` takes the positions step*B to step*B + B - 1. With W ranks, rank r takes the
+   r-th of W equal parts of them.
+
+So a batch is a pure function of (seed, step, position), and ranks and micro-batches only divide it.
+1, 2, 4 and 8 processes see the same tokens in the same order, and a run can resume at any step, on
+any number of processes, without saved loader state.
+
+The permutation is computed, not stored: see `permute`.
 """
 import functools
 import hashlib
@@ -22,109 +34,161 @@ import torch
 from common.errors import UserError
 from shards import Shards, check_ids, read_tokenizer
 
-AHEAD = 2  # batches read in the background
-ORDER_BLOCK = 4096  # entries of the order computed together
+PREFETCH = 2  # batches read ahead in the background
+ORDER_CHUNK = 4096  # positions of the order computed at a time
 
 
 class DataLoader:
-    """The batches of one split, of `batch_size` sequences over all ranks; raises UserError where they cannot be had.
+    """The batches of one split. A batch has `batch_size` sequences over all ranks.
 
-    `order` is "shuffled", or "sequential" for the order of the text.
+    `order` is "shuffled", or "sequential" to read the sequences as they stand in the text.
+    Raises UserError if the data are missing, too short for one sequence, or if the batch does not
+    divide evenly among the `world` ranks.
     """
 
-    def __init__(self, data, split: str, batch_size: int, block_size: int, seed: int = 0, rank: int = 0, world: int = 1,
+    def __init__(self, data, split: str, batch_size: int, block_size: int, seed: int = 0,
+                 rank: int = 0, world: int = 1,
                  order: Literal["shuffled", "sequential"] = "shuffled"):
-        self.data, self.shards, self.vocab_size = data, Shards(data, split), read_tokenizer(data).vocab_size
-        self.batch_size, self.block_size, self.seed, self.order = batch_size, block_size, seed, order
-        self.rank, self.world = rank, world
-        self.sequences, self.tail = divmod(len(self.shards) - 1, block_size)  # sequences an epoch, tokens left out
+        self.data = data
+        self.shards = Shards(data, split)
+        self.vocab_size = read_tokenizer(data).vocab_size
+        self.batch_size = batch_size
+        self.block_size = block_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.order = order
+        # sequences in an epoch, and the tokens at the end that fill no sequence
+        self.sequences, self.tail = divmod(len(self.shards) - 1, block_size)
         if self.sequences < 1:
-            raise UserError(f"The {split} split of {data} has {len(self.shards):,} tokens, fewer than one sequence of "
-                            f"{block_size} and its next token: use a smaller --block-size or more text.")
+            raise UserError(
+                f"The {split} split of {data} has {len(self.shards):,} tokens, fewer than one "
+                f"sequence of {block_size} and its next token: use a smaller --block-size or more "
+                "text.")
         if batch_size % world:
-            raise UserError(f"A batch of {batch_size} sequences does not divide among {world} processes.")
+            raise UserError(
+                f"A batch of {batch_size} sequences does not divide evenly among {world} "
+                "processes: change --batch-tokens or the number of processes.")
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's part of global batch `step`: inputs x and the tokens that follow them y, (B / world, T) int64."""
-        return split_targets(self.tokens(self.batch_sequences(step)))
+        """This rank's part of global batch `step`: inputs x and targets y, (B / world, T) int64."""
+        return split_targets(self.tokens(self.sequence_indices(step)))
 
-    def batches(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """`batch(step)` for the steps start to stop-1, on `device`; the next ones are read meanwhile."""
+    def batches(self, start: int, stop: int,
+                device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields `batch(step)` on `device` for the steps start to stop - 1, reading ahead."""
         def fetch(step: int) -> torch.Tensor:
-            tokens = self.tokens(self.batch_sequences(step))
-            return tokens.pin_memory() if device.type == "cuda" else tokens  # pinned memory is copied in the background
+            tokens = self.tokens(self.sequence_indices(step))
+            # only pinned memory can be copied to the GPU in the background
+            return tokens.pin_memory() if device.type == "cuda" else tokens
+
         with ThreadPoolExecutor(1) as reader:
-            ahead = deque(reader.submit(fetch, step) for step in range(start, min(start + AHEAD, stop)))
+            first_steps = range(start, min(start + PREFETCH, stop))
+            pending = deque(reader.submit(fetch, step) for step in first_steps)
             for step in range(start, stop):
-                tokens = ahead.popleft().result().to(device, non_blocking=True)
-                if step + AHEAD < stop:
-                    ahead.append(reader.submit(fetch, step + AHEAD))
+                tokens = pending.popleft().result().to(device, non_blocking=True)
+                if step + PREFETCH < stop:
+                    pending.append(reader.submit(fetch, step + PREFETCH))
                 yield split_targets(tokens)
 
-    def read(self, sequences) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, y of the sequences with these indices in the stream, 0 to `self.sequences`-1; (len, T) int64 each."""
-        return split_targets(self.tokens(sequences))
+    def read(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y of the sequences with these indices in the stream, (len(indices), T) int64."""
+        return split_targets(self.tokens(indices))
 
-    def tokens(self, sequences) -> torch.Tensor:
-        """The sequences with these indices, each with the token that follows it: (len, T + 1) int64."""
+    def tokens(self, indices) -> torch.Tensor:
+        """The sequences with these indices, each with the token after it: (len(indices), T + 1)."""
         T = self.block_size
-        tokens = np.empty((len(sequences), T + 1), dtype=np.int64)
-        for row, i in zip(tokens, map(int, sequences)):
-            row[:] = self.shards.read(i * T, i * T + T + 1)
+        tokens = np.empty((len(indices), T + 1), dtype=np.int64)
+        for row, index in enumerate(indices):
+            start = int(index) * T
+            tokens[row] = self.shards.read(start, start + T + 1)
         check_ids(tokens, self.vocab_size, self.data)
         return torch.from_numpy(tokens)
 
-    def batch_sequences(self, step: int) -> np.ndarray:
-        """Indices of the sequences of this rank's part of global batch `step`."""
+    def sequence_indices(self, step: int) -> np.ndarray:
+        """The indices of this rank's sequences in global batch `step`, (B / world,) int64."""
         share = self.batch_size // self.world
-        first = step * self.batch_size + self.rank * share
+        first = step * self.batch_size + self.rank * share  # position in the endless order
         if self.order == "sequential":
             return np.arange(first, first + share) % self.sequences
-        blocks = range(first // ORDER_BLOCK, (first + share - 1) // ORDER_BLOCK + 1)
-        indices = np.concatenate([shuffled(self.sequences, self.seed, block) for block in blocks])
-        return indices[first % ORDER_BLOCK:][:share]
+
+        # compute the chunks of the order that hold the positions, then cut the positions out
+        first_chunk = first // ORDER_CHUNK
+        last_chunk = (first + share - 1) // ORDER_CHUNK
+        order = np.concatenate([shuffled_chunk(self.sequences, self.seed, chunk)
+                                for chunk in range(first_chunk, last_chunk + 1)])
+        offset = first - first_chunk * ORDER_CHUNK
+        return order[offset:offset + share]
 
 
 def split_targets(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T + 1) tokens -> inputs (B, T) and targets (B, T): the target is the next token."""
     return tokens[:, :-1], tokens[:, 1:]
 
 
+# --------------------------------------------------------------------------------------------------
+# The shuffled order
+
 @functools.lru_cache(8)
-def shuffled(n: int, seed: int, block: int) -> np.ndarray:
-    """Entries block * ORDER_BLOCK to (block + 1) * ORDER_BLOCK - 1 of the endless order: epochs, each a permutation of
-    range(n). A block costs hardly more than one entry would."""
-    epochs, places = np.divmod(np.arange(block * ORDER_BLOCK, (block + 1) * ORDER_BLOCK), n)
-    epochs, which = np.unique(epochs, return_inverse=True)
-    keys = np.stack([round_keys(f"{seed} {epoch}") for epoch in epochs], axis=1)
-    return permute(places, n, keys[:, which])
+def shuffled_chunk(n: int, seed: int, chunk: int) -> np.ndarray:
+    """Entries chunk * ORDER_CHUNK to (chunk + 1) * ORDER_CHUNK - 1 of the endless order.
 
-
-def permute(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a permutation of range(n), chosen by `keys` (rounds, 1 or len(places)), sends `places`: in constant memory.
-
-    A Feistel network permutes the smallest 2^(2h) >= n; what lands past n walks on until it lands below
-    (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", cycle walking). Unlike a shuffle of blocks it can
-    bring any two sequences together, and unlike an affine map it leaves no lattice.
+    The order is one permutation of range(n) after another, one per epoch. Computing a whole chunk
+    in NumPy takes hardly longer than computing one entry.
     """
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    low, keys = np.uint64(2**half - 1), np.broadcast_to(keys, (len(keys), len(places)))
-    out, walking = places.astype(np.uint64), np.ones(len(places), dtype=bool)
-    while walking.any():
-        left, right = out[walking] >> np.uint64(half), out[walking] & low
-        for round_key in keys[:, walking]:
-            left, right = right, left ^ (mix(right ^ round_key) & low)
-        out[walking] = left << np.uint64(half) | right
-        walking = out >= n
-    return out.astype(np.int64)
+    positions = np.arange(chunk * ORDER_CHUNK, (chunk + 1) * ORDER_CHUNK)
+    epochs, positions_in_epoch = np.divmod(positions, n)
+    # draw keys once per epoch, then repeat them for every position in that epoch
+    distinct_epochs, epoch_index = np.unique(epochs, return_inverse=True)
+    epoch_keys = [round_keys(f"{seed} {epoch}") for epoch in distinct_epochs]
+    keys = np.stack(epoch_keys, axis=1)[:, epoch_index]  # (rounds, ORDER_CHUNK)
+    return permute(positions_in_epoch, n, keys)
+
+
+def permute(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Applies the permutation of range(n) that `keys` choose: position -> sequence index.
+
+    positions: (P,) int64 in range(n). keys: (rounds, P), or (rounds, 1) for one permutation.
+    No table of n entries is stored, so the cost is the same for any corpus and any step.
+
+    A Feistel network shuffles the numbers of 2h bits. It splits a number into two halves of h bits,
+    and each round replaces (left, right) with (right, left XOR f(right)). A round can be undone,
+    whatever f is, so the network is a permutation of range(4^h). We take the smallest h with
+    4^h >= n. If the network maps a number below n to one that is not, that one passes through the
+    network again, until the result is below n. This makes it a permutation of range(n), and is
+    called cycle walking (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+
+    Unlike shuffling within blocks, it can bring any two sequences together. Unlike the cheaper map
+    (a * position + b) mod n, it leaves no regular pattern.
+    """
+    half_bits = max(1, (int(n - 1).bit_length() + 1) // 2)  # h
+    shift = np.uint64(half_bits)
+    mask = np.uint64(2**half_bits - 1)
+    keys = np.broadcast_to(keys, (len(keys), len(positions)))
+
+    numbers = positions.astype(np.uint64)
+    active = np.ones(len(positions), dtype=bool)  # every number passes through at least once
+    while active.any():
+        left = numbers[active] >> shift
+        right = numbers[active] & mask
+        for round_key in keys[:, active]:
+            left, right = right, left ^ (mix(right ^ round_key) & mask)
+        numbers[active] = left << shift | right
+        active = numbers >= n
+    return numbers.astype(np.int64)
 
 
 def round_keys(name: str) -> np.ndarray:
-    """Six uint64 for the rounds of `permute`."""
+    """Keys for the six rounds of `permute`, (6,) uint64: a hash of the name."""
     return np.frombuffer(hashlib.sha512(name.encode()).digest(), dtype="<u8")[:6]
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: every bit of the uint64 result depends on every bit of x (Steele et al. 2014)."""
+    """The round function f of `permute`: scrambles 64 bits, so each one depends on all of x.
+
+    This is splitmix64's finalizer (Steele et al. 2014, "Fast Splittable Pseudorandom Number
+    Generators").
+    """
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

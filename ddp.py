@@ -1,9 +1,16 @@
-"""What torchrun gives a process: its rank, the world's size, its device; the sums over all ranks; a model on all of them.
+"""Processes and devices: what torchrun gives a process, and what the processes do together.
 
     torchrun --standalone --nproc_per_node=8 train.py
 
-Without torchrun the same calls describe a world of one process and cost nothing. A model is whole on every rank (DDP), or each
-rank holds a part of every parameter (FSDP2, `shard`).
+    with join_world() as world:             # rank, number of processes, device
+        model = wrap(model, world)          # averages gradients over all ranks (DDP)
+        total = sum_over_ranks(world, value)[0]
+
+This file follows a process in time: it reads torchrun's variables, picks its device, finds the
+other processes, and joins their group. Without torchrun there is a single process, and the same
+calls cost nothing.
+
+With DDP each rank holds the whole model. For models too large for that, see training/sharding.py.
 """
 import contextlib
 import ctypes
@@ -23,137 +30,159 @@ from common.errors import UserError
 
 @dataclasses.dataclass
 class World:
-    """The processes of a run: which of `size` this one is, and the device it computes on."""
-    rank: int
-    size: int
-    device: torch.device
+    """This process's place among the processes of a run."""
+    rank: int  # 0 to size - 1
+    size: int  # number of processes
+    device: torch.device  # the device this process computes on
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes files."""
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
 
 SINGLE_PROCESS = World(0, 1, torch.device("cpu"))
 
 
+# --------------------------------------------------------------------------------------------------
+# Joining the other processes
+
 @contextlib.contextmanager
 def join_world(device: str = "auto", wait_s: float = 600):
-    """Joins the processes that torchrun started, for the length of a `with`: NCCL on GPUs, gloo elsewhere.
+    """Joins the processes that torchrun started, and leaves them at the end of the `with` block.
 
-    No process waits longer than wait_s for another. When one ends before its time or does not answer, gloo raises UserError on
-    every rank that is left, and NCCL ends it.
+    The backend is NCCL on GPUs and gloo on CPUs. No process waits longer than `wait_s` for another.
+    If a process exits early or stops responding, gloo raises UserError on the remaining ranks, and
+    NCCL ends them.
     """
-    (rank, size, local_rank), device = torchrun_variables(), pick_device(device)
+    rank, size, local_rank = torchrun_variables()
+    device = pick_device(device)
+
+    # give each process on this machine a GPU of its own
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"This machine has {torch.cuda.device_count()} GPUs and more processes: lower --nproc_per_node.")
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"This machine has {gpus} GPUs, but torchrun started more processes on "
+                            "it: lower --nproc_per_node.")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+
     if size == 1:
         yield World(rank, size, device)
         return
     if device.type == "mps":
-        raise UserError("Several processes train on GPUs of NVIDIA or on the CPU: give --device cpu.")
+        raise UserError("Several processes can train on NVIDIA GPUs or on the CPU only: add "
+                        "--device cpu.")
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=wait_s),
-                                store=meeting_point(rank, wait_s), rank=rank, world_size=size)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                store=connect_store(rank, wait_s), rank=rank, world_size=size,
+                                timeout=datetime.timedelta(seconds=wait_s))
         yield World(rank, size, device)
-        dist.barrier()  # a process that leaves while another still works can bring both down
+        dist.barrier()  # a process that leaves while another still works can crash both
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not re.search("gloo|[Cc]onnection|[Tt]imed? ?out", str(error)):
+        is_network_error = isinstance(error, dist.DistError) or re.search(
+            "gloo|[Cc]onnection|[Tt]imed? ?out", str(error))
+        if not is_network_error:
             raise
-        raise UserError(f"Process {rank} of {size} lost another, which ended or did not answer within {wait_s:.0f} s: if it does "
-                        f"not say why, look at its machine; the same command goes on from the last checkpoint ({error})",
-                        every_rank=True) from None
+        raise UserError(
+            f"Process {rank} of {size} lost contact with another process, which exited or did not "
+            f"respond within {wait_s:.0f} s: look for the first error on any machine, then run the "
+            f"same command again to resume from the last checkpoint ({error})",
+            every_rank=True) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def meeting_point(rank: int, wait_s: float) -> dist.Store:
-    """Where the processes of this start find each other: a store that the first of them serves, at the address that it leaves in
-    torchrun's. That one itself will not do: torchrun keeps it over restarts, with the addresses of processes that are gone."""
-    host, wait = os.environ["MASTER_ADDR"], datetime.timedelta(seconds=wait_s)
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=rank == 0 and not agents, timeout=wait)
-    if not agents:
-        return store
-    if rank == 0:
-        served = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
-        store.set("meeting_point", str(served.port))
-        return served
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            port = int(store.get("meeting_point"))
-            socket.create_connection((host, port), timeout=1).close()  # TCPStore alone would wait where nobody listens
-            return dist.TCPStore(host, port, is_master=False, timeout=wait)
-        except OSError:
-            if time.monotonic() > deadline:
-                raise dist.DistNetworkError(f"nobody at {host}:{port}") from None
-            time.sleep(0.1)
-
-
 def torchrun_variables() -> tuple[int, int, int]:
-    """(rank, world's size, rank on this machine), from the environment."""
+    """Reads (rank, number of processes, rank on this machine) from the environment."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & given.keys():
-        return 0, 1, 0
-    numbers = [int(given[name]) if given.get(name, "").isdigit() else -1 for name in names[:3]]
-    if len(given) < len(names) or min(numbers) < 0 or numbers[0] >= numbers[1]:
-        stated = ", ".join(f"{name}={given.get(name, 'nothing')}" for name in names)
-        raise UserError(f"The environment has {stated}: torchrun sets all five, and one process alone needs none.",
-                        every_rank=True)
-    return tuple(numbers)
+    values = {name: os.environ[name] for name in names if name in os.environ}
+    if not values.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+        return 0, 1, 0  # started without torchrun
+
+    complete = len(values) == len(names)
+    if complete and all(values[name].isdigit() for name in names[:3]):
+        rank, size, local_rank = (int(values[name]) for name in names[:3])
+        if rank < size:
+            return rank, size, local_rank
+    listed = ", ".join(f"{name}={values.get(name, '(not set)')}" for name in names)
+    raise UserError(f"The environment has {listed}, which is incomplete or contradictory: start "
+                    "the command with torchrun, or unset all five to use one process.",
+                    every_rank=True)
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`; "auto" is the first there is of cuda, mps, cpu."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The torch device called `name`; "auto" is the first available of cuda, mps and cpu."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available.get(name):
-        there = ", ".join(kind for kind, there in available.items() if there)
-        raise UserError(f"There is no device {name!r} here; this machine has {there}.")
+        name = available[0]
+    if name not in available:
+        raise UserError(f"This machine has no device {name!r}: choose {' or '.join(available)}.")
     return torch.device(name)
 
 
-def device_name(device: torch.device) -> str:
-    """What the device is sold as, "NVIDIA A100-SXM4-80GB" say; of a CPU its kind alone."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def connect_store(rank: int, wait_s: float) -> dist.Store:
+    """Connects to the key-value store in which the processes exchange their addresses.
+
+    torchrun serves such a store itself, at MASTER_ADDR:MASTER_PORT. It keeps that store when it
+    restarts the processes, with the addresses of those that have exited. So at each start, rank 0
+    serves a new store, and the old one only tells the other ranks its port.
+    """
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    timeout = datetime.timedelta(seconds=wait_s)
+    torchrun_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not torchrun_serves:
+        return dist.TCPStore(host, port, is_master=rank == 0, timeout=timeout)
+
+    # rank 0 serves a new store on a free port, and announces it
+    torchrun_store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        torchrun_store.set("store_port", str(store.port))
+        return store
+
+    # the others connect to it; they may first read the port of an earlier start, and then retry
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            port = int(torchrun_store.get("store_port"))
+            # TCPStore itself would keep waiting for a server that is gone
+            socket.create_connection((host, port), timeout=1).close()
+            return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        except OSError:
+            if time.monotonic() > deadline:
+                message = f"no answer from rank 0 at {host}:{port}"
+                raise dist.DistNetworkError(message) from None
+            time.sleep(0.1)
 
 
-def memory_bytes(device: torch.device) -> int:
-    """What this process may have of the device's memory; those on one machine share its own."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def keep_freed_memory():
-    """Has glibc keep what a step frees: the next step asks for as much, and the system would zero every page of it again."""
-    with contextlib.suppress(OSError, AttributeError):
-        malloc = ctypes.CDLL(None)
-        malloc.mallopt(-4, 0)  # M_MMAP_MAX: no block is the system's own
-        malloc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: none is given back
-
+# --------------------------------------------------------------------------------------------------
+# Working together
 
 def wrap(model, world: World):
-    """The model whose backward pass averages gradients over all ranks; the model itself in a world of one, or sharded."""
+    """Wraps the model so that its backward pass averages gradients over all ranks (DDP).
+
+    Returns the model unchanged if there is one process, or if the model is sharded.
+    """
     if world.size == 1 or is_sharded(model):
         return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def is_sharded(model) -> bool:
+    """Whether `training.sharding.shard` has divided the model: FSDP2 adds this method."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
 def sum_over_ranks(world: World, *values: float) -> list[float]:
-    """Each value summed over all ranks, in float64."""
+    """Each value summed over all ranks, in float64. All ranks must call it."""
     if world.size == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
@@ -162,5 +191,36 @@ def sum_over_ranks(world: World, *values: float) -> list[float]:
 
 
 def any_rank(world: World, flag) -> bool:
-    """Whether the flag is set on one rank at least."""
+    """Whether the flag is true on at least one rank. All ranks must call it."""
     return sum_over_ranks(world, bool(flag))[0] > 0
+
+
+# --------------------------------------------------------------------------------------------------
+# The device's name and memory
+
+def device_name(device: torch.device) -> str:
+    """The product name of a GPU, such as "NVIDIA A100-SXM4-80GB"; else "cpu" or "mps"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory this process can use: all of its GPU's, or an equal share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not hasattr(os, "sysconf"):  # Windows
+        return 8 * 2**30 // processes_here  # a cautious guess
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes_here
+
+
+def keep_freed_memory():
+    """Makes glibc keep freed memory for the next step instead of returning it to the system.
+
+    The system zeroes every page it hands out, which takes longer than reusing a page. Does nothing
+    on systems without glibc.
+    """
+    # CDLL(None) raises TypeError on Windows; macOS's C library has no mallopt
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate no block with mmap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return no memory to the system

@@ -1,12 +1,12 @@
-"""FineWeb-Edu into token shards, as `train.py` expects them in edu_fineweb10B/.
+"""Tokenize FineWeb-Edu into the shards that `train.py` expects in edu_fineweb10B/.
 
-    python fineweb.py                                        # sample-10BT from the Hugging Face Hub, streamed
-    python fineweb.py --source fineweb-edu/                  # from a copy in the Hub's layout: parquet, jsonl or text
-    python fineweb.py --subset sample-100BT                  # or sample-350BT, or a crawl such as CC-MAIN-2024-10
-    python fineweb.py --pretokenized                         # tokens that others published: no tokenizing
-    torchrun --nproc_per_node=4 fineweb.py                   # each process takes a part of the files
+    python fineweb.py                                  # streams sample-10BT from the Hub
+    python fineweb.py --source fineweb-edu/            # a local copy: parquet, jsonl or text
+    python fineweb.py --subset sample-100BT            # also sample-350BT or CC-MAIN-2024-10
+    python fineweb.py --pretokenized                   # copies published tokens
+    torchrun --nproc_per_node=4 fineweb.py             # each process takes a part of the files
 
-The first shard is validation. The same command goes on where a killed one stopped; prepare.py does the work.
+The first shard is for validation. Run the same command again to resume. prepare.py does the work.
 """
 import dataclasses
 from pathlib import Path
@@ -16,57 +16,66 @@ import tyro
 
 from common.errors import UserError, report_user_errors
 from corpus import sources
-from prepare import Options, prepare
+from prepare import ShardOptions, prepare
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
-TOKENS_REPOSITORY = "kjj0/finewebedu10B-gpt2"  # sample-10BT as modded-nanogpt publishes it
+TOKENS_REPOSITORY = "kjj0/finewebedu10B-gpt2"  # modded-nanogpt's tokens of sample-10BT
 
 
 @dataclasses.dataclass
-class FinewebConfig(Options):
+class FinewebConfig(ShardOptions):
     """Turns FineWeb-Edu into token shards."""
 
     subset: str = "sample-10BT"
     """sample-10BT, sample-100BT, sample-350BT, or the name of a crawl."""
     source: Path | None = None
-    """A folder with the dataset, or with its tokens; the Hugging Face Hub when not given."""
+    """Folder with a copy of the dataset or of its tokens; the Hugging Face Hub if not given."""
     out: Path | None = None
-    """Folder for the shards; edu_fineweb10B for sample-10BT when not given, and so on."""
+    """Output folder; edu_fineweb10B for sample-10BT, and so on, if not given."""
     pretokenized: bool = False
-    """Take GPT-2 tokens that others made, from the folder or from the Hub."""
+    """Use existing GPT-2 tokens, from the folder or from the Hub."""
 
 
 def main(config: FinewebConfig):
-    out = config.out or Path(f"edu_fineweb{config.subset.removeprefix('sample-').removesuffix('T')}")
+    size = config.subset.removeprefix("sample-").removesuffix("T")
+    out = config.out or Path(f"edu_fineweb{size}")
     name = f"{REPOSITORY}:{config.subset}"
     if config.pretokenized:
-        source = sources.shards_source(name, config.source or download_tokens(config.subset))
+        folder = config.source or download_tokens(config.subset)
+        source = sources.shards_source(name, folder)
     elif config.source:
-        source = sources.local_source(name, subset_folder(config.source, config.subset), out)
+        folder = find_subset(config.source, config.subset)
+        source = sources.local_source(name, folder, out)
     else:
         source = sources.hub_source(REPOSITORY, config.subset, out)
     prepare(source, "edufineweb", out, "gpt2", config)
 
 
-def subset_folder(folder: Path, subset: str) -> Path:
-    """Where a copy of the dataset keeps the subset: as the Hub does, or the folder itself where it holds nothing else."""
+def find_subset(folder: Path, subset: str) -> Path:
+    """Return the subset's folder in a copy of the dataset.
+
+    The copy has the Hub's layout, or the folder itself holds the subset and nothing else.
+    """
     for place in subset.replace("sample-", "sample/"), f"data/{subset}", subset:
         if (folder / place).is_dir():
             return folder / place
     if (folder / "sample").is_dir() or (folder / "data").is_dir():
-        raise UserError(f"{folder} holds no {subset}, neither under sample/ nor under data/.")
+        raise UserError(f"{folder} holds no {subset}: expected it under sample/ or data/.")
     return folder
 
 
 def download_tokens(subset: str) -> Path:
-    """The folder with the published tokens of sample-10BT, 20 GB in the Hub's cache."""
+    """Download the published tokens of sample-10BT (20 GB) into the Hub's cache."""
     if subset != "sample-10BT":
-        raise UserError(f"Tokens are published of sample-10BT, not of {subset}: give a folder of shards with --source.")
+        raise UserError(f"Tokens are published for sample-10BT only, not for {subset}: "
+                        "give a folder of shards with --source.")
     try:
-        return Path(huggingface_hub.snapshot_download(TOKENS_REPOSITORY, repo_type="dataset", allow_patterns="*.bin"))
-    except Exception as error:  # the Hub's client and the layers below it have exceptions of their own
-        raise UserError(f"{TOKENS_REPOSITORY} could not be downloaded ({type(error).__name__}): the same command goes on with "
-                        "it, and --source takes a folder of shards.") from None
+        return Path(huggingface_hub.snapshot_download(
+            TOKENS_REPOSITORY, repo_type="dataset", allow_patterns="*.bin"))
+    except Exception as error:  # the Hub's client and the layers below raise their own types
+        raise UserError(f"{TOKENS_REPOSITORY} could not be downloaded ({type(error).__name__}): "
+                        "run the same command again to resume, or give a folder of shards with "
+                        "--source.") from None
 
 
 if __name__ == "__main__":

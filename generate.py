@@ -1,4 +1,4 @@
-"""The sampling engine: a model and its tokenizer in, text out as it is made.
+"""The sampling engine: generates text from a model and its tokenizer, and scores texts.
 
     python generate.py -p "The history of" -n 3 --seed 42    # without -p: interactive
     python generate.py -m log/shakespeare-char-cpu --temperature 0.8 --top-k 50
@@ -8,11 +8,14 @@
     for piece in engine.stream("The history of", max_new_tokens=200, seed=42):
         print(piece, end="", flush=True)
 
-Any number of threads may ask at once: scheduler.py steps all texts together, sampling.py chooses their tokens.
+An engine can be used from any number of threads: engine/scheduler.py runs all their requests
+together, and engine/sampling.py samples the tokens.
 
-A model reads at most `block_size` tokens. A longer prompt keeps its end; and when sampling has filled the context, the
-engine keeps the last half of it and prefills that again. This is what going on past the context means, everywhere.
+A model sees at most `block_size` tokens. A longer prompt loses its beginning. When generation has
+filled the context, the engine keeps the last half and prefills it again.
 """
+import asyncio
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -39,13 +42,17 @@ from model import GPT
 from tokenizer import Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-LARGE = 20_000_000  # parameters: weights of more do not stay in a CPU's cache, and reading them is what a token costs
+LARGE_MODEL = 20_000_000  # parameters; larger weights do not fit a CPU's cache, so int8 is faster
 
+
+# --------------------------------------------------------------------------------------------------
+# From tokens to text
 
 class Piece(NamedTuple):
-    """What one token adds to the text of sample `index`: nothing, while a character or a stop string may be unfinished.
+    """The text that one event adds to sample `index`.
 
-    The last of a text has a reason, "stop", "length" or "deadline", and may have no token but what was held back.
+    The text is empty while a character or a possible stop string is incomplete. The last piece of a
+    sample has a reason ("stop", "length" or "deadline"), and may have text but no token.
     """
     index: int
     text: str
@@ -54,83 +61,202 @@ class Piece(NamedTuple):
 
 
 class Reader:
-    """Makes text of a request's events, and ends each text before its first stop string."""
+    """Decodes a request's events to text, and ends each sample before its first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, request: Request):
-        self.request, self.decoders = request, [tokenizer.stream_decoder() for _ in range(request.n)]
-        self.held = [""] * request.n  # text that may be the beginning of a stop string
-        self.over = set()
+        self.request = request
+        self.decoders = [tokenizer.stream_decoder() for _ in range(request.n)]
+        self.held = [""] * request.n  # text held back, because it may begin a stop string
+        self.ended = set()  # indices of samples
 
-    def read(self, event: tuple[int, Token | str]) -> list[Piece]:
-        """What an event adds: one piece, or none where the text is over."""
-        i, token = event
-        if i in self.over:
-            return []
-        reason = token if isinstance(token, str) else None
-        text = self.held[i] + (self.decoders[i]([], final=True) if reason else self.decoders[i]([token.id]))
-        stop = self.request.sampling.stop
-        found = min((place for place in map(text.find, stop) if place >= 0), default=None)
-        if found is not None:
-            text, reason = text[:found], "stop"
-            self.request.cancel(i)
-        held = 0 if reason else max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        self.held[i] = text[len(text) - held:]
+    @property
+    def done(self) -> bool:
+        return len(self.ended) == self.request.n
+
+    def read(self, event: tuple[int, Token | str]) -> Piece | None:
+        """The piece that an event adds, or None if its sample has already ended."""
+        index, token = event
+        if index in self.ended:
+            return None
+        decode = self.decoders[index]
+        if isinstance(token, str):
+            token, reason = None, token
+            text = self.held[index] + decode([], final=True)
+        else:
+            reason = None
+            text = self.held[index] + decode([token.id])
+
+        # cut the text at the first stop string
+        stops = self.request.sampling.stop
+        positions = [text.find(stop) for stop in stops if stop in text]
+        if positions:
+            text, reason = text[:min(positions)], "stop"
+
+        # hold back an ending that may turn out to begin a stop string
+        held = 0
         if reason:
-            self.over.add(i)
-        return [Piece(i, text[:len(text) - held], None if isinstance(token, str) else token, reason)]
+            self.ended.add(index)
+            self.request.cancel(index)
+        else:
+            held = max((partial_match(text, stop) for stop in stops), default=0)
+        self.held[index] = text[len(text) - held:]
+        return Piece(index, text[:len(text) - held], token, reason)
 
+
+def partial_match(text: str, stop: str) -> int:
+    """The length of the longest proper prefix of `stop` that ends the text."""
+    for length in range(len(stop) - 1, 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class PieceStream:
+    """An async iterator over the pieces of one or more requests, on an asyncio event loop.
+
+    Each item is a batch: a list of (reader index, Piece) with everything new. It may be empty: if
+    nothing arrives, there is one after `idle_s` seconds, so that the consumer can check other
+    things. Iteration ends as soon as all samples have ended, and raises the error of a request that
+    failed. The requests are cancelled when the stream is closed, cancelled or garbage-collected.
+    """
+
+    def __init__(self, readers: list[Reader], idle_s: float):
+        self.readers, self.idle_s = readers, idle_s
+        self.arrived = asyncio.Event()
+        self.connected = False
+
+    def __aiter__(self) -> "PieceStream":
+        return self
+
+    async def __anext__(self) -> list[tuple[int, Piece]]:
+        try:
+            if not self.connected:
+                self.connect()
+            batch = self.take()
+            if batch:
+                return batch
+            if all(reader.done for reader in self.readers):
+                raise StopAsyncIteration
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.arrived.wait(), self.idle_s)
+            return self.take()
+        except BaseException:  # the end, an error of a request, or the consumer is cancelled
+            self.close()
+            raise
+
+    def connect(self):
+        """Makes the requests wake up this event loop when there are new events."""
+        loop, arrived = asyncio.get_running_loop(), self.arrived
+        for reader in self.readers:
+            # The callback must not refer to the stream: the scheduler would keep it alive.
+            reader.request.wake = functools.partial(wake_loop, loop, arrived, reader.request)
+        self.connected = True
+
+    def take(self) -> list[tuple[int, Piece]]:
+        """Everything that has arrived since the last call."""
+        self.arrived.clear()
+        batch = []
+        for i, reader in enumerate(self.readers):
+            pieces = map(reader.read, reader.request.take_events())
+            batch += [(i, piece) for piece in pieces if piece]
+        return batch
+
+    def close(self):
+        for reader in self.readers:
+            reader.request.wake = None
+            reader.request.cancel()
+
+    __del__ = close
+
+
+def wake_loop(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event, request: Request):
+    try:
+        loop.call_soon_threadsafe(arrived.set)
+    except RuntimeError:  # the event loop is closed, so there is no consumer any more
+        request.cancel()
+
+
+# --------------------------------------------------------------------------------------------------
+# The engine
 
 class Engine:
-    """Samples from a model and scores texts with it. `dtype` "auto" is bfloat16 on CUDA; on a CPU int8 for models of 20 million
-    parameters or more, which are as fast as their bytes are read, and float32 for smaller ones. `limits` are the scheduler's:
-    how many texts run at once, how many requests wait, and for how long. Without `native` torch computes all."""
+    """Samples from a model and scores texts with it.
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: Dtype = "auto", native: bool = True, **limits):
-        self.tokenizer, self.block_size, self.limits, self.native = tokenizer, model.config.block_size, limits, native
+    Args:
+        dtype: "auto" is bfloat16 on CUDA. On a CPU it is int8 for models with 20 million parameters
+            or more, whose speed depends on the bytes read, and float32 for smaller ones.
+        native: Use the C++ kernels if the machine supports them; otherwise torch computes all.
+        limits: The scheduler's: `max_running`, `max_waiting`, `deadline_s`, `prefix_bytes`.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, dtype: Dtype = "auto",
+                 native: bool = True, **limits):
+        self.tokenizer = tokenizer
+        self.block_size = model.config.block_size
+        self.native, self.limits = native, limits
         self.device = next(model.parameters()).device
         if dtype == "auto":
-            large = model.num_parameters() >= LARGE and supports_dtype("int8", self.device)
-            dtype = "bfloat16" if self.device.type == "cuda" else "int8" if large else "float32"
+            large = model.num_parameters() >= LARGE_MODEL
+            if self.device.type == "cuda":
+                dtype = "bfloat16"
+            else:
+                dtype = "int8" if large and supports_dtype("int8", self.device) else "float32"
         if not supports_dtype(dtype, self.device):
-            raise UserError(f"{dtype} needs an x86 CPU, and this is {self.device}: choose another --dtype.")
+            raise UserError(f"{dtype} needs an x86 CPU, but the device is {self.device}: "
+                            "choose another --dtype.")
         self.dtype = dtype
-        weights = torch.float32 if self.device.type == "cpu" else getattr(torch, dtype)
-        same = all(p.dtype == weights for p in model.parameters())
-        self.model = model if same else copy.deepcopy(model).to(weights)
+        # on a CPU the weights stay float32 here, and `forward` packs them
+        weight_dtype = torch.float32 if self.device.type == "cpu" else getattr(torch, dtype)
+        if any(p.dtype != weight_dtype for p in model.parameters()):
+            model = copy.deepcopy(model).to(weight_dtype)
+        self.model = model
 
     @functools.cached_property
     def forward(self) -> Forward:
-        """The model's steps, made when they are first needed, as packing the weights takes a while."""
-        return native.forward(self.model, self.dtype) if self.native else Forward(self.model, self.dtype)
+        """The model's forward step. Built on first use, because packing the weights takes time."""
+        make = native.make_forward if self.native else Forward
+        return make(self.model, self.dtype)
 
     @property
     def packed(self) -> GPT:
-        """The model as torch runs it: on a CPU with its matrices in the engine's precision."""
+        """The model as torch runs it: on a CPU with its matrices packed in the engine's dtype."""
         return self.forward.model
 
     @functools.cached_property
     def scheduler(self) -> Scheduler:
-        return Scheduler(self.forward, self.tokenizer.vocab_size, self.tokenizer.eot, self.block_size, **self.limits)
+        return Scheduler(self.forward, self.tokenizer.vocab_size, self.tokenizer.eot,
+                         self.block_size, **self.limits)
+
+    # ----------------------------------------------------------------------------------------------
+    # Prompts
 
     def encode(self, prompt: str) -> tuple[list[int], list[str]]:
-        """(the ids that the model is given for `prompt`, sentences on what of the prompt it could not be given).
+        """(token ids for the model, notices about the parts of the prompt that it does not see).
 
-        An empty prompt becomes `<|endoftext|>`, or a line break for a tokenizer without one.
+        An empty prompt becomes `<|endoftext|>`, or a line break if the tokenizer has no such token.
         """
         notices = []
         prompt, unknown = self.tokenizer.replace_unknown(prompt)
         if unknown:
-            notices.append(f"The model's alphabet lacks these characters, which became spaces or were left out: {unknown}")
+            notices.append("The model's alphabet lacks these characters, which were replaced or "
+                           f"left out: {unknown}")
         ids = self.tokenizer.encode(prompt)
         if len(ids) > self.block_size:
-            notices.append(f"The prompt has {len(ids):,} tokens, the model reads {self.block_size:,}: only its end was used.")
+            notices.append(f"The prompt has {len(ids):,} tokens, but the model reads only "
+                           f"{self.block_size:,}: its beginning was left out.")
             ids = ids[-self.block_size:]
-        if not ids and self.tokenizer.eot is None:
-            ids = self.tokenizer.encode(self.tokenizer.replace_unknown("\n")[0]) or [0]
-        return ids or [self.tokenizer.eot], notices
+        if not ids:
+            ids = self.empty_prompt()
+        return ids, notices
+
+    def empty_prompt(self) -> list[int]:
+        if self.tokenizer.eot is not None:
+            return [self.tokenizer.eot]
+        line_break, _ = self.tokenizer.replace_unknown("\n")
+        return self.tokenizer.encode(line_break) or [0]
 
     def prompt_ids(self, prompt: str | list[int]) -> list[int]:
-        """The ids of a prompt that may be ids already; what `encode` has to say of a text goes out as a warning."""
+        """The ids of a prompt, which may be ids already. Notices become warnings."""
         if not isinstance(prompt, str):
             return prompt
         ids, notices = self.encode(prompt)
@@ -138,76 +264,104 @@ class Engine:
             warnings.warn(notice, stacklevel=3)
         return ids
 
-    def submit(self, prompt: str | list[int], n: int = 1, **sampling) -> Request:
-        """Asks the scheduler for n continuations of a prompt (text, or ids from `encode`): their tokens as they are sampled.
+    # ----------------------------------------------------------------------------------------------
+    # Generating
 
-        Sample i draws from its own random stream, that of (seed, i), and ends at `<|endoftext|>`, which it does not contain, or
-        after max_new_tokens. The options are those of `Sampling`; raises UserError for values out of range, and Busy.
+    def submit(self, prompt: str | list[int], n: int = 1, **sampling) -> Request:
+        """Requests n continuations of a prompt (text, or ids from `encode`) from the scheduler.
+
+        Sample i has its own random stream, derived from (seed, i). It ends after max_new_tokens, or
+        before `<|endoftext|>`. The options are the fields of `Sampling`. Raises UserError for
+        values out of range, and Busy.
         """
         return self.scheduler.submit(self.prompt_ids(prompt), n, Sampling(**sampling))
 
     def pieces(self, request: Request) -> Iterator[Piece]:
-        """The texts of a request, piece by piece, as a `Reader` reads them."""
+        """The text of a request, piece by piece. On an event loop, use a `PieceStream` instead."""
         reader = Reader(self.tokenizer, request)
         for event in request:
-            yield from reader.read(event)
+            piece = reader.read(event)
+            if piece:
+                yield piece
 
     def stream(self, prompt: str | list[int], **sampling) -> Iterator[str]:
-        """The continuation of a prompt (text, or ids from `encode`), piece by piece: one a token, and what was held back at the
-        end. For the options see `Sampling`."""
+        """Yields the continuation of a prompt as it is generated, usually one token at a time.
+
+        `prompt` is text, or ids from `encode`; the options are the fields of `Sampling`.
+        """
         for piece in self.pieces(self.submit(prompt, **sampling)):
             if piece.token or piece.text:
                 yield piece.text
 
     def generate(self, prompt: str | list[int], n: int = 1, **sampling) -> list[str]:
-        """n finished continuations of one prompt, without it; they share its prefill and differ in their random draws."""
+        """n continuations of one prompt, without the prompt, which is prefilled only once."""
         texts = [""] * n
         for piece in self.pieces(self.submit(prompt, n, **sampling)):
             texts[piece.index] += piece.text
         return texts
 
-    def score(self, text: str) -> list[float | None]:
-        """The log-probability (nats) of each token of a text given those before it.
+    # ----------------------------------------------------------------------------------------------
+    # Scoring
 
-        The first is given `<|endoftext|>`; for a tokenizer without one it is None.
+    def score(self, text: str) -> list[float | None]:
+        """The log-probability (nats) of each token of a text, given the tokens before it.
+
+        `<|endoftext|>` precedes the text. If the tokenizer has no such token, the first score is
+        None.
         """
         return [token["logprob"] for token in self.inspect(text, top=0)]
 
     def inspect(self, text: str | list[int], top: int = 10) -> list[dict]:
-        """Token by token what the model made of a text, or of ids: `id`, `text`, `logprob`, and `top`, its likeliest choices
-        there as (text, logprob) pairs. A text follows `<|endoftext|>` where there is one, ids nothing: the first of them has no
-        log-probability. What is past the context is read in windows that overlap by half."""
-        before = [self.tokenizer.eot] if isinstance(text, str) and self.tokenizer.eot is not None else []
-        ids, decode = before + (self.tokenizer.encode(text) if isinstance(text, str) else text), self.tokenizer.decode
+        """What the model predicts at each token of a text, or of token ids.
+
+        Returns a dict for each token: "id", "text", "logprob" (nats), and "top", the likeliest
+        tokens at its position as (text, logprob) pairs. `<|endoftext|>` precedes a text if the
+        tokenizer has it. Nothing precedes ids, so the first one has no log-probability. A text
+        longer than the context is read in windows that overlap by half.
+        """
+        decode = self.tokenizer.decode
+        context, ids = [], text
+        if isinstance(text, str):
+            if self.tokenizer.eot is not None:
+                context = [self.tokenizer.eot]
+            ids = context + self.tokenizer.encode(text)
         tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
-        done = 1  # ids[done:] are still to be scored
-        while done < len(ids):
-            start = 0 if done < self.block_size else done - max(1, self.block_size // 2)
+
+        scored = 1  # nothing predicts the first token
+        while scored < len(ids):
+            # choose the next window; it predicts the token behind it too
+            overlap = max(1, self.block_size // 2)
+            start = 0 if scored < self.block_size else scored - overlap
             stop = min(start + self.block_size + 1, len(ids))
             cache = self.forward.new_cache()
-            for place in range(start, stop - 1, CHUNK):  # logits of a whole window would be large
-                chunk = ids[place:min(place + CHUNK, stop - 1)]
-                new = range(max(done - 1 - place, 0), len(chunk))  # those that no window before has scored
-                logits = self.forward([Segment(cache, place - start, chunk)], new)[:, :self.tokenizer.vocab_size]
-                for i, logprobs in zip((place + row + 1 for row in new), logits.log_softmax(-1)):  # (V,) each
+            # run it in chunks: the logits of a whole window would be large
+            for chunk_start in range(start, stop - 1, CHUNK):
+                chunk = ids[chunk_start:min(chunk_start + CHUNK, stop - 1)]
+                segment = Segment(cache, chunk_start - start, chunk)
+                rows = range(max(scored - 1 - chunk_start, 0), len(chunk))  # not scored before
+                logits = self.forward([segment], rows)[:, :self.tokenizer.vocab_size]
+                for row, logprobs in zip(rows, logits.log_softmax(-1)):  # (V,) each
+                    predicted = chunk_start + row + 1
                     best = logprobs.topk(min(top, len(logprobs)))
-                    tokens[i]["logprob"] = logprobs[ids[i]].item()
-                    tokens[i]["top"] = [(decode([j]), p) for j, p in zip(best.indices.tolist(), best.values.tolist())]
-            done = stop
-        return tokens[len(before):]
+                    pairs = zip(best.indices.tolist(), best.values.tolist())
+                    tokens[predicted]["logprob"] = logprobs[ids[predicted]].item()
+                    tokens[predicted]["top"] = [(decode([i]), logprob) for i, logprob in pairs]
+            scored = stop
+        return tokens[len(context):]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 @dataclasses.dataclass
 class GenerateConfig:
-    """Continues a prompt; without one, asks for prompts until the input ends."""
+    """Continues a prompt. Without one, asks for prompts until the input ends."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
-    """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id; the newest run or `bundled` when not given."""
+    """bundled[:name], a run folder, a .pt file, a Hugging Face folder or a Hub id. Default: the
+    newest run, or the bundled model if there is none."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
-    """The text to continue; asked for when not given."""
+    """The text to continue."""
     file: Path | None = None
     """A file with the text to continue; - is the standard input."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
@@ -215,68 +369,95 @@ class GenerateConfig:
     max_new_tokens: int = 256
     """Length of each sample, in tokens."""
     temperature: float = 0.8
-    """0 takes the likeliest token each time."""
+    """Lower is more predictable, higher is more surprising; 0 always takes the likeliest token."""
     top_k: int | None = None
-    """Sample among the k likeliest tokens."""
+    """Sample from the k likeliest tokens."""
     top_p: float = 1.0
-    """Sample among the fewest tokens that hold this share of the probability."""
+    """Sample from the smallest set of tokens with this total probability."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that are there already become less likely."""
+    """Above 1, tokens of the prompt and the output become less likely."""
     stop: tuple[str, ...] = ()
-    """Strings before the first of which a sample ends; \\n is a line break."""
+    """A sample ends before the first of these strings; \\n is a line break."""
     seed: int | None = None
-    """The same seed gives the same text; a random one, which is printed, when not given."""
+    """The same seed gives the same text. Default: a random seed, which is printed."""
     json: bool = False
-    """Print a JSON object for each sample instead of text."""
+    """Print each sample as a JSON object."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA; on a CPU int8 for models of 20 million parameters or more, and float32 for smaller ones."""
+    """auto is bfloat16 on CUDA; on a CPU int8 for models with 20 million parameters or more, and
+    float32 for smaller ones."""
 
 
 def main(config: GenerateConfig):
-    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling) if hasattr(config, field.name)}
-    options["stop"] = tuple(stop.replace("\\n", "\n") for stop in config.stop)
-    Sampling(**options)  # says what is wrong before a model is loaded
-    sys.stdout.reconfigure(errors="replace")  # where the terminal cannot show a character
+    # check the settings before a model is loaded
+    names = [field.name for field in dataclasses.fields(Sampling) if field.name != "logprobs"]
+    settings = {name: getattr(config, name) for name in names}
+    settings["stop"] = tuple(stop.replace("\\n", "\n") for stop in config.stop)
+    Sampling(**settings)
+
+    # read the prompt
     prompt = config.prompt
     if config.file is not None:
-        prompt = sys.stdin.read() if str(config.file) == "-" else config.file.read_text(encoding="utf-8", errors="replace")
+        if str(config.file) == "-":
+            prompt = sys.stdin.read()
+        else:
+            prompt = config.file.read_text(encoding="utf-8", errors="replace")
+
+    # load the model
+    sys.stdout.reconfigure(errors="replace")  # some terminals cannot show every character
     use_allowed_cores()
     model, tokenizer, info = load_model(config.model, pick_device(config.device))
     engine = Engine(model, tokenizer, config.dtype)
-    print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}, {engine.forward.backend}", file=sys.stderr)
+    backend = f"{engine.dtype} on {engine.device}, {engine.forward.backend}"
+    print(f"{info['name']}: {describe(info)}; {backend}", file=sys.stderr)
+
     if prompt is not None:
-        return complete(engine, prompt, config, options)
+        return complete(engine, prompt, config, settings)
     while True:
         try:
             prompt = input("\n> ")
         except EOFError:
             print()
             return
-        complete(engine, prompt, config, options)
+        complete(engine, prompt, config, settings)
 
 
-def complete(engine: Engine, prompt: str, config: GenerateConfig, options: dict):
-    """Prints n continuations of the prompt: a single one while it is made, several when all are."""
+def complete(engine: Engine, prompt: str, config: GenerateConfig, settings: dict):
+    """Prints n continuations of a prompt: a single one as it is generated, several at the end."""
     seed = secrets.randbits(32) if config.seed is None else config.seed
     ids, notices = engine.encode(prompt)
-    for notice in (f"seed {seed}", *notices):
-        print(notice, file=sys.stderr)
-    texts, tokens, reasons = [""] * config.n, [0] * config.n, [""] * config.n
-    streams = config.n == 1 and not config.json
-    print(prompt if streams else "", end="", flush=True)
-    for piece in engine.pieces(engine.submit(ids, config.n, **{**options, "seed": seed})):
+    for line in (f"seed {seed}", *notices):
+        print(line, file=sys.stderr)
+
+    texts = [""] * config.n
+    tokens = [0] * config.n
+    reasons = [""] * config.n
+    streaming = config.n == 1 and not config.json
+    if streaming:
+        print(prompt, end="", flush=True)
+    for piece in engine.pieces(engine.submit(ids, config.n, **{**settings, "seed": seed})):
         texts[piece.index] += piece.text
         tokens[piece.index] += piece.token is not None
         reasons[piece.index] = piece.reason
-        print(piece.text if streams else "", end="", flush=True)
+        if streaming:
+            print(piece.text, end="", flush=True)
+
     if config.json:
         for i, text in enumerate(texts):
-            print(json.dumps({"prompt": prompt, "text": text, "finish_reason": reasons[i], "prompt_tokens": len(ids),
-                              "tokens": tokens[i], "seed": seed, "index": i}))
+            print(json.dumps({
+                "prompt": prompt,
+                "text": text,
+                "finish_reason": reasons[i],
+                "prompt_tokens": len(ids),
+                "tokens": tokens[i],
+                "seed": seed,
+                "index": i,
+            }))
+    elif streaming:
+        print()
     else:
-        print("" if streams else "\n--------\n".join(prompt + text for text in texts))
+        print("\n--------\n".join(prompt + text for text in texts))
 
 
 if __name__ == "__main__":

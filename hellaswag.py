@@ -1,13 +1,18 @@
-"""HellaSwag: which of four endings does a model find the likeliest? And the perplexity of any text, by the same machinery.
+"""HellaSwag: which of four endings does a model find most likely? Also the perplexity of a text.
 
-    python hellaswag.py -m gpt2 -d cuda                      # both published protocols
+    python hellaswag.py -m gpt2 -d cuda               # both protocols, beside the published results
     python hellaswag.py -m bundled --data hellaswag_val.jsonl.gz --limit 500 --protocol nanogpt
-    python hellaswag.py -m gpt2 --text novel.txt             # nats a token, bits a byte
+    python hellaswag.py -m gpt2 --text novel.txt      # nats per token, perplexity, bits per byte
 
-Two protocols are in use, and their figures do not compare. `nanogpt` is build-nanogpt's: the raw context, context and
-ending tokenized apart; acc takes the ending with the highest log-likelihood, acc_norm the one with the highest mean over its
-tokens. `harness` is lm-evaluation-harness's: the activity before a context cleaned of its marks, context and ending
-tokenized together; acc_norm divides by the ending's characters.
+There are two protocols, and their results are not comparable:
+
+`nanogpt`   build-nanogpt's. The context is used as it is; context and ending are tokenized
+            separately. acc_norm divides an ending's log-likelihood by its number of tokens.
+`harness`   lm-evaluation-harness's. WikiHow's markup is removed, and the activity label precedes
+            the context; context and ending are tokenized together. acc_norm divides by the ending's
+            number of characters.
+
+In both, acc chooses the ending with the highest log-likelihood and does not divide.
 
 Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?" (arXiv 1905.07830).
 """
@@ -37,246 +42,334 @@ from tokenizer import Tokenizer, without_surrogates
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+VALIDATION_EXAMPLES = 10_042
 
-EXAMPLES = 10_042  # of the validation part
+# (acc, acc_norm) of both protocols, from the comments at the top of build-nanogpt's hellaswag.py
+PUBLISHED = {
+    "nanogpt": {"OpenAI's GPT-2 124M": (0.2859, 0.2955), "OpenAI's GPT-2 XL": (0.3842, 0.4893)},
+    "harness": {"OpenAI's GPT-2 124M": (0.2892, 0.3114), "OpenAI's GPT-2 XL": (0.4004, 0.5089)},
+}
+GPT3_ACC_NORM = "0.337"  # GPT-3 paper, table H.1
 
-# Published in build-nanogpt's hellaswag.py: what it gave, and what lm-evaluation-harness did; (acc, acc_norm).
-PUBLISHED = {"nanogpt": {"OpenAI's GPT-2 124M": (0.2859, 0.2955), "OpenAI's GPT-2 XL": (0.3842, 0.4893)},
-             "harness": {"OpenAI's GPT-2 124M": (0.2892, 0.3114), "OpenAI's GPT-2 XL": (0.4004, 0.5089)}}
 
+# --------------------------------------------------------------------------------------------------
+# The two protocols
 
-# ----------------------------------------------------------------------------------------------------------------
-# The examples, and what each protocol makes of one
-
-class Question(NamedTuple):
-    """An example in token ids."""
+class TokenizedExample(NamedTuple):
+    """A context and its endings in token ids."""
     context: list[int]
     endings: list[list[int]]
-    lengths: list[int]  # of the endings, as acc_norm divides by them
+    lengths: list[int]  # of the endings, by which acc_norm divides: tokens or characters
 
 
-def nanogpt(example: dict, tokenizer: Tokenizer) -> Question:
+def tokenize_nanogpt(example: dict, tokenizer: Tokenizer) -> TokenizedExample:
+    context = encode(tokenizer, example["ctx"])
     endings = [encode(tokenizer, f" {ending}") for ending in example["endings"]]
-    return Question(encode(tokenizer, example["ctx"]), endings, [len(ids) for ids in endings])
+    return TokenizedExample(context, endings, [len(ids) for ids in endings])
 
 
-def harness(example: dict, tokenizer: Tokenizer) -> Question:
+def tokenize_harness(example: dict, tokenizer: Tokenizer) -> TokenizedExample:
     if "ctx_a" in example:
-        context = preprocess(f"{example['activity_label']}: {example['ctx_a']} {example['ctx_b'].capitalize()}")
-        endings = [preprocess(ending) for ending in example["endings"]]
-    else:  # the derived form, whose marks are resolved
-        context, endings = f"{example['activity_label']}: {example['ctx']}", example["endings"]
-    bare = context.rstrip()  # blanks at the context's end go to the endings
-    ids = encode(tokenizer, bare)
-    wholes = [encode(tokenizer, f"{context} {ending}") for ending in endings]
-    return Question(ids, [whole[len(ids):] for whole in wholes], [len(ending) for ending in endings])
+        context = f"{example['ctx_a']} {example['ctx_b'].capitalize()}"
+        context = remove_markup(f"{example['activity_label']}: {context}")
+        endings = [remove_markup(ending) for ending in example["endings"]]
+    else:  # a derived file, whose texts have no markup
+        context = f"{example['activity_label']}: {example['ctx']}"
+        endings = example["endings"]
+    # spaces at the end of the context belong to the endings
+    context_ids = encode(tokenizer, context.rstrip())
+    ending_ids = []
+    for ending in endings:
+        ids = encode(tokenizer, f"{context} {ending}")
+        ending_ids.append(ids[len(context_ids):])
+    return TokenizedExample(context_ids, ending_ids, [len(ending) for ending in endings])
 
 
-def preprocess(text: str) -> str:
-    """A text without WikiHow's marks, exactly as lm-evaluation-harness cleans it, what it leaves over included."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+def remove_markup(text: str) -> str:
+    """Remove WikiHow's markup ([title], [step], …) exactly as lm-evaluation-harness does."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-PROTOCOLS = {"nanogpt": nanogpt, "harness": harness}
+PROTOCOLS = {"nanogpt": tokenize_nanogpt, "harness": tokenize_harness}
 
+
+# --------------------------------------------------------------------------------------------------
+# Reading examples
 
 def download(option: str = "--data") -> Path:
-    """The validation part, downloaded once; `option` is how a command takes it from elsewhere."""
+    """Download the validation set once. A failure's message names `option`, which takes a file."""
     return fetch(URL, SHA256, DATA / "downloads" / "hellaswag_val.jsonl", option)
 
 
 def read_examples(path: Path, limit: int | None = None) -> list[dict]:
-    """The examples of a .jsonl or .jsonl.gz, in HellaSwag's form or derived from it: at least `ctx`, `endings` and
-    `activity_label`, and a `label` from 0 on where there is one. Raises UserError naming a line that is none."""
+    """Read a .jsonl or .jsonl.gz file of examples in HellaSwag's format, or derived from it.
+
+    An example has `ctx`, `endings`, `activity_label`, and optionally `label`, an index into the
+    endings. Raises UserError that names the line if one is invalid.
+    """
     examples = []
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        with open_file(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if len(examples) == limit:
                     break
                 if line.strip():
                     examples.append(parse_example(line, f"Line {number} of {path}"))
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}).") from None
+        raise UserError(f"{path} is damaged ({error}): download it again.") from None
     if not examples:
-        raise UserError(f"{path} holds no examples.")
+        raise UserError(f"{path} contains no examples: give a file in HellaSwag's format.")
     return examples
 
 
-def parse_example(line: str, where: str) -> dict:
+def parse_example(line: str, location: str) -> dict:
     try:
         example = json.loads(line)
-        texts = [example[key] for key in ("ctx", "activity_label", *(("ctx_a", "ctx_b") if "ctx_a" in example else ()))]
-        endings, label = example["endings"], str(example.get("label", ""))  # a number, in some files as text
+        endings = example["endings"]
+        texts = [example["ctx"], example["activity_label"]]
+        if "ctx_a" in example:
+            texts += [example["ctx_a"], example["ctx_b"]]
+        # a label is a number, its text, or missing
         labels = {"": None, "None": None} | {str(i): i for i in range(len(endings))}
-        if label in labels and isinstance(endings, list) and endings and all(isinstance(text, str) for text in texts + endings):
+        label = str(example.get("label", ""))
+        valid = isinstance(endings, list) and endings and label in labels
+        if valid and all(isinstance(text, str) for text in texts + endings):
             return example | {"label": labels[label]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise UserError(f"{where} is no HellaSwag example: it needs ctx, activity_label, endings, and a label that counts from 0.")
+    raise UserError(f"{location} is not a HellaSwag example: it needs ctx, activity_label, endings, "
+                    "and a label that counts from 0.")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The verdicts
+# --------------------------------------------------------------------------------------------------
+# Scoring
 
-def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: str = "both", batch_tokens: int | None = None,
-             world: ddp.World | None = None, show_progress: bool = False) -> dict[str, dict]:
-    """HellaSwag's figures by protocol: {"nanogpt": {"acc", "acc_norm", "acc_stderr", "stderr", "n", …}, "harness": …}.
+def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: str = "both",
+             batch_tokens: int | None = None, world: ddp.World | None = None,
+             show_progress: bool = False) -> dict[str, dict]:
+    """Score examples: {"nanogpt": {"acc", "acc_norm", "acc_stderr", "stderr", "n", …}, "harness": …}.
 
-    `stderr` is acc_norm's, `n` counts the examples with a label, `predictions` are acc_norm's choices and `logprobs` the sums
-    (nats) of the endings, example by example. An ending without tokens is never chosen. In a world of several processes each
-    scores its part of the examples, and the figures are of them all; the others' predictions are then None.
+    `stderr` is the standard error of acc_norm, `n` the number of examples with a label.
+    `predictions` has the ending that acc_norm chooses for each example, and `logprobs` has the
+    log-likelihoods (nats) of each example's endings.
+
+    With several processes each scores its share of the examples. The counts cover all of them, but
+    the predictions and logprobs of the other processes' examples are None.
     """
     if protocol not in (*PROTOCOLS, "both"):
-        raise UserError(f"A protocol is one of {', '.join(PROTOCOLS)} and both, not {protocol!r}.")
-    model = getattr(model, "module", model)  # in DistributedDataParallel
-    world = world or ddp.World(0, 1, next(model.parameters()).device)
-    names = [name for name in PROTOCOLS if protocol in (name, "both")]
-    return {name: verdicts(model, tokenizer, examples, name, batch_tokens, world, show_progress) for name in names}
+        raise UserError(f"The protocol must be nanogpt, harness or both, not {protocol!r}.")
+    model = getattr(model, "module", model)  # unwrap DistributedDataParallel
+    if world is None:
+        world = ddp.World(0, 1, next(model.parameters()).device)
+    results = {}
+    for name in PROTOCOLS if protocol == "both" else [protocol]:
+        results[name] = evaluate_protocol(
+            model, tokenizer, examples, name, batch_tokens, world, show_progress)
+    return results
 
 
-def verdicts(model, tokenizer, examples, protocol: str, batch_tokens, world: ddp.World, show_progress: bool) -> dict:
-    mine = range(world.rank, len(examples), world.size)
-    questions = [PROTOCOLS[protocol](examples[i], tokenizer) for i in mine]
-    distinct = [{tuple(ids): None for ids in question.endings} for question in questions]  # equal endings are equally likely
-    items = [fit_to_context(question.context, list(map(list, endings)), tokenizer, model.config.block_size)
-             for question, endings in zip(questions, distinct)]
-    predictions, logprobs = [None] * len(examples), [None] * len(examples)
-    n = right = right_norm = 0
+def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: str,
+                      batch_tokens: int | None, world: ddp.World, show_progress: bool) -> dict:
+    # tokenize this process's share of the examples
+    share = range(world.rank, len(examples), world.size)
+    tokenized = [PROTOCOLS[protocol](examples[i], tokenizer) for i in share]
+    # score equal endings once, so that they are equally likely to the last bit
+    distinct_endings, items = [], []
+    for context, endings, _ in tokenized:
+        distinct = list(dict.fromkeys(map(tuple, endings)))
+        distinct_endings.append(distinct)
+        continuations = [list(ids) for ids in distinct]
+        items.append(fit_to_context(context, continuations, tokenizer, model.config.block_size))
+    predictions = [None] * len(examples)
+    logprobs = [None] * len(examples)
+    n = correct = correct_norm = 0
     with tqdm(total=len(items), desc=protocol, unit="example", disable=not show_progress) as bar:
-        for item, sums in log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens, world):
-            i, (_, endings, lengths) = mine[item], questions[item]
-            found = dict(zip(distinct[item], sums))
-            logprobs[i] = [found.get(tuple(ids), 0.0) for ids in endings]  # without tokens there is none
-            predictions[i] = most_likely(logprobs[i], endings, lengths)
-            if (label := examples[i]["label"]) is not None:
+        scores = log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens, world)
+        for item, sums in scores:
+            i = share[item]
+            logprob_of = dict(zip(distinct_endings[item], sums))
+            # an ending without tokens may have no sum
+            logprobs[i] = [logprob_of.get(tuple(ids), 0.0) for ids in tokenized[item].endings]
+            predictions[i] = most_likely(logprobs[i], tokenized[item], normalize=True)
+            label = examples[i]["label"]
+            if label is not None:
                 n += 1
-                right += most_likely(logprobs[i], endings, [1] * len(endings)) == label
-                right_norm += predictions[i] == label
+                correct += most_likely(logprobs[i], tokenized[item], normalize=False) == label
+                correct_norm += predictions[i] == label
             bar.update()
-            bar.set_postfix_str(f"acc {right / max(n, 1):.4f}, acc_norm {right_norm / max(n, 1):.4f}", refresh=False)
-    n, right, right_norm = map(int, ddp.sum_over_ranks(world, n, right, right_norm))
-    (acc, acc_stderr), (acc_norm, stderr) = rate(right, n), rate(right_norm, n)
+            acc, acc_norm = correct / max(n, 1), correct_norm / max(n, 1)
+            bar.set_postfix_str(f"acc {acc:.4f}, acc_norm {acc_norm:.4f}", refresh=False)
+    # add up the counts of all processes
+    n, correct, correct_norm = map(int, ddp.sum_over_ranks(world, n, correct, correct_norm))
+    acc, acc_stderr = accuracy(correct, n)
+    acc_norm, stderr = accuracy(correct_norm, n)
     return {"acc": acc, "acc_norm": acc_norm, "acc_stderr": acc_stderr, "stderr": stderr, "n": n,
             "predictions": predictions, "logprobs": logprobs}
 
 
-def most_likely(logprobs: list[float], endings: list[list[int]], lengths: list[int]) -> int:
-    """The ending with the highest log-likelihood for its length, the first of equals."""
-    scores = [total / length if ids and length else -math.inf for total, ids, length in zip(logprobs, endings, lengths)]
+def most_likely(logprobs: list[float], tokenized: TokenizedExample, normalize: bool) -> int:
+    """The index of the ending with the highest log-likelihood, divided by its length if `normalize`.
+
+    Among equals it is the first. An ending without tokens is never chosen.
+    """
+    scores = []
+    for logprob, ids, length in zip(logprobs, tokenized.endings, tokenized.lengths):
+        if not normalize:
+            length = 1
+        scores.append(logprob / length if ids and length else -math.inf)
     return scores.index(max(scores))
 
 
-def rate(right: int, n: int) -> tuple[float | None, float | None]:
-    """(share, its standard error by n - 1), None where n is too small for either."""
-    share = right / n if n else None
-    return share, math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
+def accuracy(correct: int, n: int) -> tuple[float | None, float | None]:
+    """(accuracy p, its standard error sqrt(p (1 - p) / (n - 1))), None if n is too small."""
+    p = correct / n if n else None
+    stderr = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
+    return p, stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The command line
+# --------------------------------------------------------------------------------------------------
+# Command line
 
 @dataclasses.dataclass
 class HellaSwagConfig:
     """Evaluates a model on HellaSwag, or on a text."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
-    """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id; the newest run or `bundled` when not given."""
+    """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id. Default: the newest
+    run, or bundled."""
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
     """auto, cuda, mps or cpu."""
     data: Path | None = None
-    """HellaSwag's examples, .jsonl or .jsonl.gz; the validation part is downloaded when not given."""
+    """HellaSwag's examples, as .jsonl or .jsonl.gz. Default: download the validation set."""
     limit: int | None = None
-    """Score the first so many examples alone."""
+    """Score only the first LIMIT examples."""
     protocol: Literal["nanogpt", "harness", "both"] = "both"
     batch_tokens: int | None = None
-    """Tokens of a forward pass; 1,024 on a CPU and 65,536 elsewhere when not given."""
+    """Tokens per forward pass. Default: 1,024 on a CPU, 65,536 elsewhere."""
     dtype: Dtype = "auto"
     """auto is bfloat16 on CUDA and float32 elsewhere."""
     json: Path | None = None
-    """Write figures, choices and log-likelihoods to this file."""
+    """Write results, predictions and log-likelihoods to this file."""
     show: int = 0
-    """Print so many examples, with the losses of their endings."""
+    """Print SHOW examples with the losses of their endings."""
     text: Path | None = None
-    """Score this text instead."""
+    """Score this text instead of HellaSwag."""
     stride: int | None = None
-    """Of a text: each window scores so many tokens, given those before; half the model's context when not given."""
+    """For --text: tokens that each window scores. Default: half the model's context."""
 
 
 def main(config: HellaSwagConfig):
-    check(config)
-    sys.stdout.reconfigure(errors="replace")  # where the terminal cannot show a character
-    text = read_text(config.text) if config.text else None
-    examples = None if config.text else read_examples(config.data or download(), config.limit)
-    model, tokenizer, info = load_model(config.model, ddp.pick_device(config.device))
-    cuda = next(model.parameters()).is_cuda
-    engine = Engine(model, tokenizer, ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype)
-    print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
-    _, unknown = tokenizer.replace_unknown(text or "".join(example["ctx"] + "".join(example["endings"]) for example in examples))
-    if unknown:
-        print(f"The model's alphabet lacks these characters, which became spaces or were left out: {unknown}")
+    validate(config)
+    sys.stdout.reconfigure(errors="replace")  # for characters that the terminal cannot show
+    # read the text or the examples first: their errors come before a model is loaded
     if config.text:
-        results = perplexity(engine.packed, tokenizer, text, config.stride, config.batch_tokens, show_progress=True)
-        for name, value in results.items():
-            print(f"{value:>16,.4f}  {name}" if isinstance(value, float) else f"{value:>16,}  {name}")
+        text = read_text(config.text)
     else:
-        results, lines = {}, []
-        for protocol in PROTOCOLS if config.protocol == "both" else [config.protocol]:
-            began = time.perf_counter()
-            results |= evaluate(engine.packed, tokenizer, examples, protocol, config.batch_tokens, show_progress=True)
-            lines += rows(protocol, results[protocol], info["name"], time.perf_counter() - began)
-            for i in range(min(config.show, len(examples))):
-                print(shown(examples[i], PROTOCOLS[protocol](examples[i], tokenizer), results[protocol], i))
-        print("\n".join([row("protocol", "acc", "acc_norm", "examples", "seconds", "model"), *lines]))
-        if len(examples) != EXAMPLES or "ctx_a" not in examples[0]:
-            print("These are not all examples of the validation part as it was published: their figures do not compare.")
+        examples = read_examples(config.data or download(), config.limit)
+        text = "".join(example["ctx"] + "".join(example["endings"]) for example in examples)
+    model, tokenizer, info = load_model(config.model, ddp.pick_device(config.device))
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if next(model.parameters()).is_cuda else "float32"
+    engine = Engine(model, tokenizer, dtype)
+    print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
+    _, unknown = tokenizer.replace_unknown(text)
+    if unknown:
+        print("The tokenizer lacks these characters, which become spaces or are left out: "
+              f"{unknown}")
+    if config.text:
+        results = score_text(engine, text, config)
+    else:
+        results = score_examples(engine, examples, info["name"], config)
     if config.json:
-        write_json(config.json, {"model": info["name"], "dtype": engine.dtype,
-                                 "data": str(config.text or config.data or URL), **results})
+        source = str(config.text or config.data or URL)
+        header = {"model": info["name"], "dtype": engine.dtype, "data": source}
+        write_json(config.json, header | results)
 
 
-def check(config: HellaSwagConfig):
-    """Raises UserError for options that mean nothing, or nothing together."""
+def validate(config: HellaSwagConfig):
+    """Raise UserError if an option is invalid or does not go with another."""
     for name in ("limit", "batch_tokens", "stride"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is at least 1, not {getattr(config, name)}.")
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
     if config.show < 0:
-        raise UserError(f"--show is at least 0, not {config.show}.")
+        raise UserError(f"--show must be at least 0, not {config.show}.")
     if config.stride and not config.text:
-        raise UserError("--stride belongs to --text.")
+        raise UserError("--stride applies to --text only: leave it out.")
     if config.text and (config.data or config.limit or config.show):
-        raise UserError("--text scores a text instead of HellaSwag: leave --data, --limit and --show out.")
+        raise UserError("--text scores a text instead of HellaSwag: "
+                        "leave out --data, --limit and --show.")
     if config.json and (config.json.is_dir() or not config.json.parent.is_dir()):
-        raise UserError(f"--json names a file in a folder that there is, not {config.json}.")
+        raise UserError(f"--json must name a file in an existing folder, not {config.json}.")
 
 
 def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text: it is not UTF-8 ({error.reason} at byte {error.start:,}).") from None
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,}): "
+                        "convert it first.") from None
 
 
-def shown(example: dict, question: Question, result: dict, i: int) -> str:
-    """An example as a person reads it, with the mean loss of each ending."""
-    losses = [-total / max(1, len(ids)) for total, ids in zip(result["logprobs"][i], question.endings)]
-    endings = [f"{number} (loss {loss:.4f}) {ending}" for number, (loss, ending) in enumerate(zip(losses, example["endings"]))]
-    lines = ["---", example["ctx"], *endings, f"predicted {result['predictions'][i]}, actual {example['label']}"]
+def score_text(engine: Engine, text: str, config: HellaSwagConfig) -> dict:
+    results = perplexity(engine.packed, engine.tokenizer, text, config.stride, config.batch_tokens,
+                         show_progress=True)
+    for name, value in results.items():
+        number = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+        print(f"{number:>16}  {name}")
+    return results
+
+
+def score_examples(engine: Engine, examples: list[dict], model_name: str,
+                   config: HellaSwagConfig) -> dict:
+    results = {}
+    table = [table_row("protocol", "acc", "acc_norm", "examples", "seconds", "model")]
+    for protocol in PROTOCOLS if config.protocol == "both" else [config.protocol]:
+        began = time.perf_counter()
+        results |= evaluate(engine.packed, engine.tokenizer, examples, protocol,
+                            config.batch_tokens, show_progress=True)
+        seconds = time.perf_counter() - began
+        table += result_rows(protocol, results[protocol], model_name, seconds)
+        for i, example in enumerate(examples[:config.show]):
+            tokenized = PROTOCOLS[protocol](example, engine.tokenizer)
+            print(format_example(example, tokenized, results[protocol], i))
+    print("\n".join(table))
+    if len(examples) != VALIDATION_EXAMPLES or "ctx_a" not in examples[0]:
+        print("This is not the complete published validation set: "
+              "do not compare the results with published ones.")
+    return results
+
+
+def format_example(example: dict, tokenized: TokenizedExample, result: dict, i: int) -> str:
+    """Example i as text, with the mean loss of each ending."""
+    lines = ["---", example["ctx"]]
+    for number, ending in enumerate(example["endings"]):
+        n_tokens = max(1, len(tokenized.endings[number]))
+        loss = -result["logprobs"][i][number] / n_tokens
+        lines.append(f"{number} (loss {loss:.4f}) {ending}")
+    lines.append(f"predicted {result['predictions'][i]}, actual {example['label']}")
     return without_surrogates("\n".join(lines))
 
 
-def rows(protocol: str, result: dict, model: str, seconds: float) -> list[str]:
-    """The model's line of the table and, under it, the published ones."""
-    acc, acc_norm = (f"{result[name]:.4f} ±{result[error] or 0:.4f}" if result["n"] else "no labels"
-                     for name, error in (("acc", "acc_stderr"), ("acc_norm", "stderr")))
-    published = [row(protocol, f"{acc:.4f}", f"{acc_norm:.4f}", "10,042", "", f"{name}, published")
-                 for name, (acc, acc_norm) in PUBLISHED[protocol].items()]
-    return [row(protocol, acc, acc_norm, f"{result['n']:,}", f"{seconds:,.1f}", model), *published,
-            row("", "", "0.337", "", "", "GPT-3 124M, as its paper has it")]
+def result_rows(protocol: str, result: dict, model_name: str, seconds: float) -> list[str]:
+    """The model's row of the table, followed by the published ones."""
+    acc = acc_norm = "no labels"
+    if result["n"]:
+        acc = f"{result['acc']:.4f} ±{result['acc_stderr'] or 0:.4f}"
+        acc_norm = f"{result['acc_norm']:.4f} ±{result['stderr'] or 0:.4f}"
+    rows = [table_row(protocol, acc, acc_norm, f"{result['n']:,}", f"{seconds:,.1f}", model_name)]
+    for name, (acc, acc_norm) in PUBLISHED[protocol].items():
+        rows.append(table_row(protocol, f"{acc:.4f}", f"{acc_norm:.4f}", f"{VALIDATION_EXAMPLES:,}",
+                              "", f"{name}, published"))
+    rows.append(table_row("", "", GPT3_ACC_NORM, "", "", "GPT-3 124M, from its paper"))
+    return rows
 
 
-def row(protocol: str, acc: str, acc_norm: str, examples: str, seconds: str, model: str) -> str:
-    return f"{protocol:<10} {acc:<16} {acc_norm:<16} {examples:>8} {seconds:>8}  {model}"
+def table_row(protocol: str, acc: str, acc_norm: str, n: str, seconds: str, model: str) -> str:
+    return f"{protocol:<10} {acc:<16} {acc_norm:<16} {n:>8} {seconds:>8}  {model}"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Any text into token shards.
+"""Tokenize any text into token shards.
 
-    python prepare.py tiny_shakespeare                       # by character; --text FILE where there is no network
+    python prepare.py tiny_shakespeare                    # one id per character
+    python prepare.py tiny_shakespeare --text FILE        # without a network
     python prepare.py my_novel.txt --tokenizer gpt2 --out data/novel
-    python prepare.py my_corpus/                             # .parquet, .jsonl and .txt, alone or as .gz or .zst
-    python prepare.py my_corpus/ --tokenizer bpe:8192        # a vocabulary of its own, trained on it
-    python prepare.py openwebtext                            # a corpus of the Hugging Face Hub
-    torchrun --nproc_per_node=3 prepare.py my_corpus/        # or a Slurm array: each process takes a part of the files
-    python prepare.py fineweb10B/ --pretokenized             # shards that others made
+    python prepare.py my_corpus/                          # .parquet, .jsonl, .txt, also .gz or .zst
+    python prepare.py my_corpus/ --tokenizer bpe:8192     # trains a tokenizer on the corpus
+    python prepare.py openwebtext                         # a corpus on the Hugging Face Hub
+    python prepare.py fineweb10B/ --pretokenized          # existing shards of GPT-2 tokens
+    torchrun --nproc_per_node=3 prepare.py my_corpus/     # each process takes a part of the files
 
-Of one text the last 10% of the characters are validation, as in nanoGPT; of a corpus the first shard, or the first tenth
-where it fills none; with --val-share the last of either. The output is the same for any number of workers, and the same
-command goes on where a killed one stopped.
+Validation is the last 10% of a single text's characters, as in nanoGPT, or the first shard of a
+corpus (the first 10% if the corpus fills no shard). With --val-share it is the last part of either.
+The output does not depend on the number of workers. Run the same command again to resume.
 """
 import contextlib
 import dataclasses
@@ -30,188 +31,242 @@ from common.devices import allowed_cores
 from common.errors import UserError, report_user_errors
 from common.files import DISK_FULL
 from corpus import reader, sources
-from corpus.encoding import Encoded, copied, encode, start_workers, tokenized
+from corpus.encoding import (
+    EncodedBatch,
+    copy_shards,
+    encode_batch,
+    encode_passages,
+    start_workers,
+)
 from corpus.shard_writer import ShardWriter
-from shards import read_manifest
+from shards import MANIFEST, read_manifest, read_tokenizer
 from tokenizer import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 
-COMMIT_S = 1.0  # so much work, and no more, is done again after a kill
-SMALL = 4 * reader.BLOCK_BYTES  # bytes in files that are tokenized before another process would have started
+COMMIT_INTERVAL_S = 1.0  # a killed process loses at most so much work
+# smaller files are tokenized in this process: they are done before another one has started
+MIN_POOL_BYTES = 4 * reader.BLOCK_BYTES
+DISK_BYTES_PER_S = 2e8  # assumed for the estimate of copying shards
 
 
 @dataclasses.dataclass(kw_only=True)
-class Options:
-    """How shards are written, whatever their source."""
+class ShardOptions:
+    """How to write shards, from any source."""
 
     workers: int | None = None
-    """Processes that tokenize; one a core when not given."""
+    """Number of processes that tokenize; one per core if not given."""
     shard_tokens: int = 100_000_000
-    """Tokens of a shard."""
+    """Number of tokens in a shard."""
     val_share: float | None = None
-    """Share of the text for validation: one text's last characters, a corpus's last documents."""
+    """Fraction of the text for validation: a text's last characters, a corpus's last documents."""
     part: str | None = None
-    """Do this part of the files alone, such as 3/8 for the fourth of eight, as torchrun or a Slurm array would say."""
+    """Process only this part of the files: 3/8 is the fourth of eight.
+    torchrun and Slurm arrays set it."""
 
 
 @dataclasses.dataclass
-class PrepareConfig(Options):
+class PrepareConfig(ShardOptions):
     """Turns text into token shards."""
 
     source: tyro.conf.Positional[str]
-    """tiny_shakespeare, tiny_pushkin, openwebtext, or a file or folder of .parquet, .jsonl or .txt, also as .gz or .zst."""
+    """tiny_shakespeare, tiny_pushkin, openwebtext, or a file or folder of .parquet, .jsonl or .txt.
+    Files may be compressed (.gz or .zst)."""
     tokenizer: str | None = None
-    """char (an id for each character of the text), gpt2, bpe:8192 (a byte-level BPE of that many ids, trained on the text), or a
-    model, under any of its names, whose tokenizer is used. When not given, char for one text and gpt2 for a corpus."""
+    """char (one id per character of the text), gpt2, or bpe:8192 (trains a BPE with 8192 ids).
+    A folder of prepared data or a model also works: its tokenizer is used.
+    If not given, char for a single text and gpt2 for a corpus."""
     text: Path | None = None
-    """The file or folder that holds a named text, where there is no network."""
+    """File or folder with the content of a named text, instead of downloading it."""
     out: Path | None = None
-    """Folder for the shards; data/<name>_<tokenizer> when not given."""
+    """Output folder; data/<name>_<tokenizer> if not given."""
     pretokenized: bool = False
-    """The source is a folder of GPT-2 shards that others made: .bin as llm.c's or nanoGPT's, .npy as build-nanogpt's."""
+    """The source is a folder of GPT-2 shards: .bin of llm.c or nanoGPT, .npy of build-nanogpt."""
 
 
 def main(config: PrepareConfig):
+    # choose the defaults
     path = config.text or Path(config.source)
-    one_text = not config.pretokenized and (config.source in sources.NAMED_TEXTS or sources.is_text(path))
-    tokenizer = config.tokenizer or ("char" if one_text else "gpt2")
+    is_single_text = config.source in sources.NAMED_TEXTS or sources.is_text(path)
+    tokenizer = config.tokenizer
+    if tokenizer is None:
+        tokenizer = "char" if is_single_text and not config.pretokenized else "gpt2"
     name = sources.path_name(Path(config.source)).split(".")[0] or "corpus"
-    out = config.out or sources.DATA / f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '-', tokenizer)}"
-    source = sources.named_source(config.source, config.text, config.pretokenized, out)
+    suffix = re.sub(r"[^A-Za-z0-9.-]+", "-", tokenizer)
+    out = config.out or sources.DATA / f"{name}_{suffix}"
+
+    source = sources.find_source(config.source, config.text, config.pretokenized, out)
     if config.pretokenized and tokenizer != "gpt2":
-        raise UserError("--pretokenized takes GPT-2's tokens: leave --tokenizer out.")
+        raise UserError("--pretokenized takes GPT-2's tokens: leave out --tokenizer.")
     prepare(source, name, out, tokenizer, config)
 
 
-def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str, options: Options):
-    """Writes the source's tokens, or this process's part of them, into shards `out`/`name`_…, and goes on where an earlier
-    call was killed."""
-    if options.shard_tokens < 1 or (options.workers is not None and options.workers < 1):
-        raise UserError("--shard-tokens and --workers are at least 1.")
-    if options.val_share is not None and (not 0 < options.val_share < 1 or source.kind == "tokens"):
-        raise UserError("--val-share is a share of text above 0 and below 1, such as 0.01.")
-    part, parts = share_of_work(options.part)
+def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
+            options: ShardOptions):
+    """Write the source's tokens, or this process's part, into the shards `out`/`name`_….
+
+    Resumes an earlier call that was interrupted.
+    """
+    check_options(options, source)
+
+    # take this process's part of the files
+    part, parts = find_part(options.part)
     if parts > len(source.files):
-        raise UserError(f"{source.name} has {len(source.files)} files, too few for {parts} processes: each takes whole files.")
+        raise UserError(f"{source.name} has {len(source.files)} files, too few for {parts} "
+                        "processes, each of which takes whole files: start fewer processes.")
     first = len(source.files) * part // parts
-    files = source.files[first:len(source.files) * (part + 1) // parts]
-    val_share = (options.val_share or reader.VAL_SHARE) * (source.kind == "text")
-    val_from = reader.last_documents(source.files, options.val_share) if options.val_share and not val_share else None
-    tokenizer, sizes = choose_tokenizer(tokenizer_name, source, val_share, val_from), reader.file_sizes(files)
-    workers = 0 if source.kind == "tokens" or sum(sizes) < SMALL else options.workers or cores()
-    share = {"val_share": options.val_share} if options.val_share else {}
-    identity = {"name": source.name, "revision": source.revision, **share}
-    with start_workers(workers, tokenizer) as pool, full_disk_explained(out):
+    stop = len(source.files) * (part + 1) // parts
+    files = source.files[first:stop]
+    sizes = reader.file_sizes(files)
+
+    # find where validation begins: a share of a text's characters, or a document of a corpus
+    val_share = 0.0
+    val_from = None
+    if source.kind == "text":
+        val_share = options.val_share or reader.VAL_SHARE
+    elif options.val_share:
+        val_from = reader.find_split(source.files, options.val_share)
+
+    tokenizer = choose_tokenizer(tokenizer_name, source, val_share, val_from)
+    identity = {"name": source.name, "revision": source.revision}
+    if options.val_share:
+        identity["val_share"] = options.val_share
+    workers = options.workers or available_cores()
+    if source.kind == "tokens" or sum(sizes) < MIN_POOL_BYTES:
+        workers = 0
+
+    with start_workers(workers, tokenizer) as pool, report_full_disk(out):
         plan = make_plan(source, files, sizes, tokenizer, val_share, workers or 1)
-        with ShardWriter(out, name, tokenizer, identity, options.shard_tokens, part, parts) as writer:
+        with ShardWriter(out, name, tokenizer, identity,
+                         options.shard_tokens, part, parts) as writer:
             if not writer.finished:
-                print(f"{source.name}: {plan.describe(out)}" + " and the download" * reader.on_hub(files[0])
-                      + f"; {writer.counts['tokens'] / 1e6:,.1f}M tokens are there already" * bool(writer.counts))
-                passages = reader.read(files, writer.cursor, val_share)
-                if val_from:
-                    passages = reader.with_split(passages, (val_from[0] - first, *val_from[1:]))
-                fill(writer, plan, tokenized(passages, tokenizer, pool) if source.kind != "tokens" else
-                     copied(files, writer.cursor))
-    report(out, parts)
+                print_plan(plan, source, files, out, writer.counts)
+                if source.kind == "tokens":
+                    encoded = copy_shards(files, writer.cursor)
+                else:
+                    passages = reader.read(files, writer.cursor, val_share)
+                    if val_from:
+                        val_from = (val_from[0] - first, *val_from[1:])  # among this part's files
+                        passages = reader.assign_split(passages, val_from)
+                    encoded = encode_passages(passages, tokenizer, pool)
+                write_shards(writer, plan, encoded)
+    print_summary(out, parts)
 
 
-def fill(writer: ShardWriter, plan: "Plan", encoded: Iterator[Encoded]):
-    """Takes the tokens to the disk."""
-    measure = "bytes" if plan.bytes else "tokens"
-    unknown, committed = {}, time.monotonic()
-    with contextlib.closing(encoded), tqdm(
-            total=getattr(plan, measure), initial=writer.counts[measure], unit=measure[0].upper(), unit_scale=True,
-            mininterval=0.5, disable=writer.part > 0) as bar:
-        for piece in encoded:
-            writer.append(piece.tokens, piece.starts, piece.split)
-            writer.counts.update(piece.counts)
-            unknown |= dict.fromkeys(piece.unknown)
-            if time.monotonic() - committed > COMMIT_S:
-                writer.commit(piece.cursor)
-                committed = time.monotonic()
-            bar.set_postfix_str(f"{writer.counts['documents']:,} documents, {writer.counts['tokens'] / 1e6:,.1f}M tokens",
-                                refresh=False)
-            bar.update(writer.counts[measure] - bar.n)
+def check_options(options: ShardOptions, source: sources.Source):
+    if options.shard_tokens < 1 or (options.workers is not None and options.workers < 1):
+        raise UserError("--shard-tokens and --workers must be at least 1.")
+    share = options.val_share
+    if share is not None and source.kind == "tokens":
+        raise UserError("--val-share needs text: existing shards keep their splits.")
+    if share is not None and not 0 < share < 1:
+        raise UserError("--val-share must be above 0 and below 1, for example 0.01.")
+
+
+def choose_tokenizer(name: str, source: sources.Source, val_share: float,
+                     val_from: reader.Cursor | None) -> Tokenizer:
+    """Return the tokenizer that --tokenizer names.
+
+    `char` takes its alphabet from the whole source; `bpe:N` is trained on a sample of it.
+    """
+    if name == "char":
+        alphabet = set()
+        for passage in reader.read(source.files, val_share=val_share):
+            alphabet.update(reader.passage_text(passage)[0])
+        return CharTokenizer("".join(sorted(alphabet)))
+    if name.startswith("bpe:"):
+        size = name.removeprefix("bpe:")
+        if not size.isdecimal():
+            raise UserError(f"--tokenizer {name} has no valid size: write bpe:8192 for a BPE with "
+                            "8192 ids.")
+        return train_bpe(reader.sample_texts(source.files, val_share, val_from), int(size))
+    if name == "gpt2":
+        return load_tokenizer("gpt2")
+    if (Path(name) / MANIFEST).exists():
+        return read_tokenizer(name)
+    from checkpoint import load_model  # noqa: PLC0415 (worker processes do without torch)
+    return load_model(name)[1]
+
+
+def write_shards(writer: ShardWriter, plan: "Plan", encoded: Iterator[EncodedBatch]):
+    """Write the batches to disk with a progress bar, and commit once in a while."""
+    unit = "bytes" if plan.bytes else "tokens"
+    unknown = {}  # an ordered set
+    last_commit = time.monotonic()
+    bar = tqdm(total=getattr(plan, unit), initial=writer.counts[unit], unit=unit[0].upper(),
+               unit_scale=True, mininterval=0.5, disable=writer.part > 0)
+    with contextlib.closing(encoded), bar:
+        for batch in encoded:
+            writer.append(batch.tokens, batch.starts, batch.split)
+            writer.counts.update(batch.counts)
+            unknown |= dict.fromkeys(batch.unknown)
+            if time.monotonic() - last_commit > COMMIT_INTERVAL_S:
+                writer.commit(batch.cursor)
+                last_commit = time.monotonic()
+            documents = writer.counts["documents"]
+            tokens = writer.counts["tokens"] / 1e6
+            bar.set_postfix_str(f"{documents:,} documents, {tokens:,.1f}M tokens", refresh=False)
+            bar.update(writer.counts[unit] - bar.n)
     writer.finish()
     if unknown:
-        print(f"The tokenizer's alphabet lacks these characters, which become spaces or are left out: {''.join(unknown)}")
+        print("The tokenizer lacks these characters, which become spaces or are left out: "
+              + "".join(unknown))
 
 
 @contextlib.contextmanager
-def full_disk_explained(out: Path):
+def report_full_disk(out: Path):
+    """Turn the error of a full disk into a UserError."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise UserError(f"The disk of {out} is full: make room and give the same command again; it goes on where this one "
-                        "stopped.") from None
+        raise UserError(f"The disk of {out} is full: free some space and run the same command "
+                        "again to resume.") from None
 
 
-def report(out: Path, parts: int):
-    """Says what is in the finished folder."""
+def print_summary(out: Path, parts: int):
+    """Print what the finished folder holds."""
     manifest = read_manifest(out)
     if not manifest:
-        print(f"This part is ready; {out} is when all {parts} are")
+        print(f"This part is finished; {out} is ready when all {parts} parts are.")
         return
     tokens = Counter()
     for shard in manifest["shards"]:
         tokens[shard["split"]] += shard["tokens"]
-    print(f"{out} is ready: vocabulary of {load_tokenizer(manifest['tokenizer']).vocab_size:,}, "
-          f"{manifest['documents']:,} documents, {tokens['train']:,} tokens for training and {tokens['val']:,} for validation")
+    vocab_size = load_tokenizer(manifest["tokenizer"]).vocab_size
+    print(f"{out} is ready: vocabulary of {vocab_size:,}, {manifest['documents']:,} documents, "
+          f"{tokens['train']:,} tokens for training and {tokens['val']:,} for validation")
     if tokens["train"] < tokens["val"]:
-        print("Validation is larger than training: with a smaller --shard-tokens, and another --out, it would not be")
+        print("Validation is larger than training: choose a smaller --shard-tokens and another "
+              "--out to change that.")
     if manifest.get("empty"):
-        print(f"{manifest['empty']:,} empty documents were left out")
+        print(f"{manifest['empty']:,} empty documents were left out.")
     if manifest.get("repaired"):
-        print(f"{manifest['repaired']:,} documents held bytes that are not UTF-8, which became U+FFFD")
+        print(f"{manifest['repaired']:,} documents held bytes that are not UTF-8; they became "
+              "U+FFFD.")
 
 
-def choose_tokenizer(name: str, source: sources.Source, val_share: float, val_from: reader.Cursor | None) -> Tokenizer:
-    """The tokenizer that --tokenizer names; `char` takes its alphabet from the text, `bpe:N` its merges from a sample of it."""
-    if name == "char":
-        return CharTokenizer("".join(sorted(set().union(*(
-            reader.text_of(passage)[0] for passage in reader.read(source.files, val_share=val_share))))))
-    if name.startswith("bpe:"):
-        if not name[4:].isdecimal():
-            raise UserError(f"--tokenizer {name} names no size: bpe:8192 is a BPE of 8192 ids.")
-        return train_bpe(reader.sample(source.files, val_share, val_from), int(name[4:]))
-    if name == "gpt2":
-        return load_tokenizer("gpt2")
-    from checkpoint import load_model  # noqa: PLC0415 (imports torch, which the tokenizing processes can do without)
-    return load_model(name)[1]
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Before it starts
+# --------------------------------------------------------------------------------------------------
+# The plan, printed before the work starts
 
 class Plan(NamedTuple):
-    """About how much is to come."""
+    """An estimate of the work."""
     files: int
-    bytes: int  # of text
+    bytes: int  # of text, 0 for existing shards
     tokens: int
     disk_bytes: int
     seconds: float
 
-    def describe(self, out: Path) -> str:
-        free = shutil.disk_usage(next(path for path in out.absolute().joinpath("x").parents if path.exists())).free
-        minutes = f"about {self.seconds / 60:.0f} min" if self.seconds > 90 else f"about {self.seconds:.0f} s"
-        enough = "" if free > self.disk_bytes else "; THAT IS TOO LITTLE"
-        text = f"about {millions(self.bytes)} MB of text, " if self.bytes else ""
-        files = "1 file" if self.files == 1 else f"{self.files:,} files"
-        return (f"{files}, {text}{millions(self.tokens)}M tokens: {millions(self.disk_bytes)} MB of disk "
-                f"({free / 1e9:,.0f} GB are free{enough}), {minutes}")
 
-
-def millions(number: int) -> str:
-    return f"{number / 1e6:,.0f}" if number > 1e7 else f"{number / 1e6:.2g}"
-
-
-def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer, val_share: float,
-              workers: int) -> Plan:
-    """Measures the first of the text, and takes the rest for alike."""
+def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer,
+              val_share: float, workers: int) -> Plan:
+    """Measure the first megabyte of text and extrapolate."""
     if source.kind == "tokens":
-        return Plan(len(files), 0, sum(sizes) // 2, sum(sizes), sum(sizes) / 2e8)  # a disk that does 200 MB/s
-    content, sample, size = reader.content_bytes(files, sizes), [], 0
+        total = sum(sizes)
+        return Plan(len(files), 0, total // 2, total, total / DISK_BYTES_PER_S)
+
+    # read a sample
+    sample = []
+    size = 0
     for passage in reader.read(files, val_share=val_share):
         sample.append(passage)
         size += len(passage.content)
@@ -219,30 +274,70 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokeni
             break
     if not sample:
         return Plan(len(files), 0, 0, 0, 0.0)
-    began = time.thread_time()  # others may be busy now
-    piece = encode(tokenizer.to_dict(), sample)
+
+    # encode it, measuring CPU time, because other processes may be busy now
+    began = time.thread_time()
+    batch = encode_batch(tokenizer, sample)
     seconds = time.thread_time() - began
-    share = content / max(1, size)
-    text, tokens = round(share * piece.counts["bytes"]), round(share * len(piece.tokens))
-    return Plan(len(files), text, tokens, tokens * piece.tokens.itemsize, share * seconds / workers)
+    scale = reader.estimate_content_bytes(files, sizes) / max(1, size)
+    tokens = round(scale * len(batch.tokens))
+    return Plan(len(files), round(scale * batch.counts["bytes"]), tokens,
+                tokens * batch.tokens.itemsize, scale * seconds / workers)
 
 
-def cores() -> int:
-    """Cores that this process may use, shared with the others that torchrun started here."""
+def print_plan(plan: Plan, source: sources.Source, files: list[str], out: Path, counts: Counter):
+    """Print the plan, and what an earlier call has finished."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    enough = "" if free > plan.disk_bytes else "; NOT ENOUGH"
+    number = "1 file" if plan.files == 1 else f"{plan.files:,} files"
+    text = f"about {format_millions(plan.bytes)} MB of text, " if plan.bytes else ""
+    duration = f"{plan.seconds:.0f} s"
+    if plan.seconds > 90:
+        duration = f"{plan.seconds / 60:.0f} min"
+    if reader.is_on_hub(files[0]):
+        duration += " and the download"
+    done = f"; {counts['tokens'] / 1e6:,.1f}M tokens are already done" if counts else ""
+    print(f"{source.name}: {number}, {text}{format_millions(plan.tokens)}M tokens: "
+          f"{format_millions(plan.disk_bytes)} MB of disk ({free / 1e9:,.0f} GB free{enough}), "
+          f"about {duration}{done}")
+
+
+def format_millions(number: int) -> str:
+    return f"{number / 1e6:,.0f}" if number > 1e7 else f"{number / 1e6:.2g}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Cores and parts
+
+def available_cores() -> int:
+    """Return the cores for this process, shared with the processes that torchrun started here."""
     return max(1, allowed_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def share_of_work(part_of: str | None) -> tuple[int, int]:
-    """This process's part of the files, and the number of parts: from `part_of`, else torchrun, else a Slurm array."""
-    rank, world, task, first, step, tasks = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", "0"), ("WORLD_SIZE", "1"), ("SLURM_ARRAY_TASK_ID", "0"), ("SLURM_ARRAY_TASK_MIN", "0"),
-        ("SLURM_ARRAY_TASK_STEP", "1"), ("SLURM_ARRAY_TASK_COUNT", "1")))
-    part, parts = (rank, world) if world > 1 else ((task - first) // max(1, step), tasks)
-    if part_of is not None:
-        named = re.fullmatch(r"(\d+)/(\d+)", part_of)
-        part, parts = map(int, named.groups()) if named else (0, 0)
+def find_part(option: str | None) -> tuple[int, int]:
+    """Return (this process's part of the files, number of parts).
+
+    They come from the option --part, else from torchrun, else from a Slurm array.
+    """
+    def variable(name: str, default: int) -> int:
+        return int(os.environ.get(name, default))
+
+    if option is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", option)
+        part, parts = map(int, match.groups()) if match else (0, 0)
+    elif variable("WORLD_SIZE", 1) > 1:
+        part = variable("RANK", 0)
+        parts = variable("WORLD_SIZE", 1)
+    else:
+        task = variable("SLURM_ARRAY_TASK_ID", 0) - variable("SLURM_ARRAY_TASK_MIN", 0)
+        part = task // max(1, variable("SLURM_ARRAY_TASK_STEP", 1))
+        parts = variable("SLURM_ARRAY_TASK_COUNT", 1)
     if not 0 <= part < parts:
-        raise UserError(f"There is no part {part_of or f'{part}/{parts}'}: --part 3/8 is the fourth of eight.")
+        raise UserError(f"There is no part {option or f'{part}/{parts}'}: "
+                        "--part 3/8 is the fourth of eight.")
     return part, parts
 
 

@@ -1,10 +1,11 @@
-"""Puts a model into the form that others open, with a card that says what it is, and onto the Hugging Face Hub.
+"""Exports a model for other programs, with a model card, and uploads it to the Hugging Face Hub.
 
-    python publish.py export log/shakespeare-char-cpu my_model           # Hugging Face's layout, float16
+    python publish.py export log/shakespeare-char-cpu my_model     # Hugging Face's layout, float16
     python publish.py export gpt2 gpt2-gguf --to gguf --dtype q8_0       # for llama.cpp
-    python publish.py upload log/gpt2-124m me/my-gpt2                    # shows what it would send; --push sends it
+    python publish.py upload log/gpt2-124m me/my-gpt2     # shows what it sends; --push sends it
 """
 import contextlib
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -27,137 +28,213 @@ from weights.huggingface import save_huggingface
 
 app = tyro.extras.SubcommandApp()
 
-HERE = {"corpus", "data", "run", "resume", "device", "compile", "dry_run"}  # of a recipe: what another machine has otherwise
-CARD = Path(__file__).parent / "assets" / "card.md"
-BY_PUBLISH = "<!-- Written by publish.py, which writes it again; a card without this line stays as it is. -->"
+CARD_TEMPLATE = Path(__file__).parent / "assets" / "card.md"
 
+# a card that contains this is overwritten; any other was written by hand and is kept
+MARK = "<!-- Written by publish.py"
+MARK_LINE = f"{MARK}, which will overwrite this file: delete this line to keep your edits. -->"
+
+# settings that depend on the machine, which a card's recipe leaves out
+MACHINE_SETTINGS = {"corpus", "data", "run", "resume", "device", "compile", "dry_run"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands
 
 @app.command
-def export(model: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path], to: Literal["hf", "gguf"] = "hf",
-           dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float16"):
-    """Writes a model as a folder in Hugging Face's layout, which `transformers` and this repository open, or as llama.cpp's file.
+def export(model: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path],
+           to: Literal["hf", "gguf"] = "hf",
+           dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float16",
+           chat_template: Path | None = None):
+    """Writes a model as a Hugging Face folder, for `transformers`, or as llama.cpp's GGUF file.
 
     Args:
         model: A run folder, a .pt file, or any other name of a model.
         folder: The folder to write.
-        to: hf, or gguf for llama.cpp, Ollama and their like.
-        dtype: The precision of the stored matrices; q8_0, in blocks of 8 bits, is gguf's alone.
+        to: hf, or gguf for llama.cpp, Ollama and others.
+        dtype: The precision of the stored matrices; q8_0 (8 bits, in blocks) is for gguf only.
+        chat_template: A Jinja file with the tokenizer's chat template; default: the model's own.
     """
-    for name in "metrics.jsonl", "model.safetensors.index.json", "meta.pkl":
-        if (folder / name).exists() or model_steps(folder):
-            raise UserError(f"{folder} holds a run or another model's files, with which an export would not go together: choose "
-                            "another folder.")
+    # check the options before anything is loaded
+    other_files = ("metrics.jsonl", "model.safetensors.index.json", "meta.pkl")
+    if model_steps(folder) or any((folder / name).exists() for name in other_files):
+        raise UserError(f"{folder} holds a run or the files of another model: choose another "
+                        "folder.")
     if dtype == "q8_0" and to == "hf":
         raise UserError("Hugging Face's layout has no q8_0: choose another --dtype, or --to gguf.")
+
     gpt, tokenizer, info = load_model(model)
     if to == "hf" and Path(info["path"]).resolve() == folder.resolve():
         raise UserError(f"{folder} is the model itself: choose another folder.")
+    if chat_template:
+        tokenizer = copy.copy(tokenizer)  # other models can share it
+        tokenizer.chat_template = read_chat_template(chat_template)
+
     if to == "gguf":
         path = folder / f"model-{dtype}.gguf"
         save_gguf(path, gpt, tokenizer, dtype, info["name"])
     else:
         path = folder / "model.safetensors"
         write_folder(folder, gpt, tokenizer, info, dtype, address=str(folder))
-    print(f"{path}: {exported(gpt, tokenizer):,} parameters of {info['path']}, {path.stat().st_size / 1e6:.2f} MB of {dtype}")
+    print(f"{path}: {count_parameters(gpt, tokenizer):,} parameters from {info['path']}, "
+          f"{path.stat().st_size / 1e6:.2f} MB in {dtype}")
 
 
 @app.command
 def upload(model: tyro.conf.Positional[str], repository: tyro.conf.Positional[str],
-           dtype: Literal["float32", "bfloat16", "float16"] = "float16", private: bool = False, push: bool = False):
-    """Exports a model and sends it to the Hugging Face Hub, with the account that `hf auth login` knows.
+           dtype: Literal["float32", "bfloat16", "float16"] = "float16", private: bool = False,
+           push: bool = False):
+    """Exports a model and uploads it to the Hugging Face Hub, to the account of `hf auth login`.
 
     Args:
         model: A run folder, a .pt file, or any other name of a model.
-        repository: Its name there, such as me/my-gpt2.
+        repository: The name of the repository on the Hub, such as me/my-gpt2.
         dtype: The precision of the stored matrices.
-        private: Make the repository, where it is a new one, visible to you alone.
-        push: Send it; without this, what would be sent is only shown.
+        private: Make the repository private if it is new.
+        push: Send the files; without it, they are only listed.
     """
     try:
         validate_repo_id(repository)
         _user, name = repository.split("/")
     except (HFValidationError, ValueError):
-        raise UserError(f"A repository of the Hub is named user/name, not {repository!r}.") from None
+        raise UserError(f"A repository of the Hub is named user/name, not {repository!r}."
+                        ) from None
     gpt, tokenizer, info = load_model(model)
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder), gpt, tokenizer, info, dtype, address=repository)
-        sizes = {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
-        for name, size in {**sizes, f"in all, for {constants.ENDPOINT}/{repository}": sum(sizes.values())}.items():
-            print(f"{size:>15,} bytes  {name}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_folder(folder, gpt, tokenizer, info, dtype, address=repository)
+
+        # list the files
+        total = 0
+        for path in sorted(folder.iterdir()):
+            size = path.stat().st_size
+            total += size
+            print(f"{size:>15,} bytes  {path.name}")
+        print(f"{total:>15,} bytes  in total, for {constants.ENDPOINT}/{repository}")
         if not push:
-            print("Nothing was sent: --push sends it.")
+            print("Nothing was sent: add --push to send it.")
             return
+
+        # send them, except for the card if somebody has written another
         try:
             hub.create_repo(repository, private=private, exist_ok=True)
             with contextlib.suppress(EntryNotFoundError):
-                if BY_PUBLISH not in hub.ModelCard.load(repository).content:
-                    (Path(folder) / "README.md").unlink()
-                    print(f"The card of {repository} was written by hand and stays as it is.")
-            done = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"{name} in {dtype}")
-        except Exception as error:  # whatever its HTTP library of the day raises
+                if MARK not in hub.ModelCard.load(repository).content:
+                    (folder / "README.md").unlink()
+                    print(f"The card of {repository} was written by hand and is kept.")
+            commit = hub.upload_folder(repo_id=repository, folder_path=folder,
+                                       commit_message=f"{name} in {dtype}")
+        except Exception as error:  # the HTTP library's errors depend on huggingface_hub's version
             reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise UserError(f"The Hugging Face Hub did not take {repository} ({type(error).__name__}: {reason}): `hf auth login` "
-                            "makes you known to it, and the same command sends what is missing.") from None
-    print(done)
+            raise UserError(f"The upload to {repository} failed ({type(error).__name__}: "
+                            f"{reason}): log in with `hf auth login` if needed, then run the same "
+                            "command again to send the rest.") from None
+    print(commit)
 
 
-def write_folder(folder: Path, gpt: GPT, tokenizer: Tokenizer, info: dict, dtype: str, address: str):
-    """Hugging Face's layout in `folder`, with the model's card, which calls it `address`, and its run's plots; a card that
-    somebody wrote by hand stays."""
+# --------------------------------------------------------------------------------------------------
+# The exported folder
+
+def write_folder(folder: Path, gpt: GPT, tokenizer: Tokenizer, info: dict, dtype: str,
+                 address: str):
+    """Writes the model in Hugging Face's layout, with its card and the plots of its run.
+
+    `address` is the name under which the card loads the model. A card written by hand is kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    run = run_of(info)
+    run = source_run(info)
     if run:
         info = {**info, "train_config": report.read_config(run)}
-    text = card(gpt, tokenizer, info, run, address)
-    known = {key: info[key] for key in ("train_config", "step", "val_loss") if key in info}
-    save_huggingface(folder, gpt, tokenizer, getattr(torch, dtype), **known)
+    card = model_card(gpt, tokenizer, info, run, address)
+
+    training_info = {key: info[key] for key in ("train_config", "step", "val_loss") if key in info}
+    save_huggingface(folder, gpt, tokenizer, getattr(torch, dtype), **training_info)
+
     path = folder / "README.md"
-    if path.exists() and BY_PUBLISH.encode() not in path.read_bytes():
-        print(f"{path} was written by hand and stays as it is.")
+    if path.exists() and MARK.encode() not in path.read_bytes():
+        print(f"{path} was written by hand and is kept.")
         return
-    path.write_text(text, encoding="utf-8")
+    path.write_text(card, encoding="utf-8")
     if run:
         report.save_plots(run, folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The card
+def read_chat_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: give a Jinja template.") from None
 
-def run_of(info: dict) -> Path | None:
-    """The folder of the run that made a model, where it is at hand."""
+
+def count_parameters(gpt: GPT, tokenizer: Tokenizer) -> int:
+    """The number of parameters without the embedding's padding rows, which are not exported."""
+    padding_rows = gpt.config.vocab_size - tokenizer.vocab_size
+    return gpt.num_parameters() - padding_rows * gpt.config.n_embd
+
+
+# --------------------------------------------------------------------------------------------------
+# The model card
+
+def source_run(info: dict) -> Path | None:
+    """The folder of the run that trained a model, or None if it is not on this machine."""
     path = Path(info["path"])
-    return path.parent if path.suffix == ".pt" and "step" in info and (path.parent / "metrics.jsonl").is_file() else None
+    has_run = path.suffix == ".pt" and "step" in info and (path.parent / "metrics.jsonl").is_file()
+    return path.parent if has_run else None
 
 
-def card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, address: str) -> str:
-    """The model card: what the model is and, as far as is known, how it was made and what came of it."""
+def model_card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, address: str) -> str:
+    """The card's text: what the model is and, if known, how it was trained and with what results.
+
+    `info` is from `load_model`. Its `train_config` may be missing or from another program.
+    """
     config = info.get("train_config", {})
-    corpus = config["corpus"] if isinstance(config.get("corpus"), dict) else {}
-    source = corpus["source"] if isinstance(corpus.get("source"), dict) else {}
+    corpus = as_dict(config.get("corpus"))
+    source = as_dict(corpus.get("source"))
     data = str(source.get("name") or Path(str(config.get("data", ""))).name)
-    measured = [("cross_entropy_nats_per_token", data or "its text", info["val_loss"])] if "val_loss" in info else []
-    figures = {"validation loss": f"{info['val_loss']:.4f} nats a token"} if measured and not run else {}
+
+    # results: (metric, dataset, value) for the Hub's metadata, and a table for people
+    results = []
+    figures = {}
+    plots = []
+    samples = []
+    if "val_loss" in info:
+        results.append(("cross_entropy_nats_per_token", data or "its text", info["val_loss"]))
+        figures["validation loss"] = f"{info['val_loss']:.4f} nats per token"
     if run:
-        scored = report.hellaswag(run).query("curve == 'HellaSwag' and step == @info['step']")
-        measured += [("acc_norm", "HellaSwag", float(accuracy)) for accuracy in scored["hellaswag"].tail(1)]
-        figures = {"these weights": f"step {info['step']:,}", **report.summary(run)}
+        step = info["step"]
+        figures = {"these weights": f"step {step:,}", **report.summary(run)}
+        plots = [f"{table.__name__}.png" for table in report.available_plots(run)]
+        texts = report.samples(run)
+        samples = texts[texts["step"] <= step].tail(1).to_dict("records")
+        scores = report.hellaswag(run)
+        scores = scores[(scores["curve"] == "HellaSwag") & (scores["step"] == step)]
+        for accuracy in scores["hellaswag"].tail(1):
+            results.append(("acc_norm", "HellaSwag", float(accuracy)))
+
+    # the Hub's metadata
     name = Path(address).resolve().name
-    return hub.ModelCard.from_template(
-        hub.ModelCardData(
-            license="mit" if run else None, library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"],
-            datasets=[data.partition(":")[0]] if "revision" in source and data.count("/") == 1 else None, model_name=name,
-            eval_results=[hub.EvalResult("text-generation", of.lower(), of, metric, round(value, 4))
-                          for metric, of, value in measured] or None),
-        template_path=CARD, mark=BY_PUBLISH, name=name, address=address, c=gpt.config, tokenizer=tokenizer,
-        parameters=exported(gpt, tokenizer), figures=figures, data=data,
-        plots=[f"{plot.__name__}.png" for plot in report.plots_of(run)] if run else [],
-        source=source, corpus=corpus, recipe=json.dumps({k: v for k, v in config.items() if k not in HERE}, indent=1),
-        samples=report.samples(run).query("step <= @info['step']").tail(1).to_dict("records") if run else []).content
+    is_hub_dataset = "revision" in source and data.count("/") == 1
+    eval_results = [
+        hub.EvalResult("text-generation", dataset.lower(), dataset, metric, round(value, 4))
+        for metric, dataset, value in results]
+    metadata = hub.ModelCardData(
+        license="mit" if run else None, library_name="transformers",
+        pipeline_tag="text-generation", tags=["gpt2"], model_name=name,
+        datasets=[data.partition(":")[0]] if is_hub_dataset else None,
+        eval_results=eval_results or None)
+
+    recipe = {key: value for key, value in config.items() if key not in MACHINE_SETTINGS}
+    card = hub.ModelCard.from_template(
+        metadata, template_path=CARD_TEMPLATE, mark=MARK_LINE, name=name, address=address,
+        c=gpt.config, tokenizer=tokenizer, parameters=count_parameters(gpt, tokenizer),
+        figures=figures, plots=plots, samples=samples, data=data, source=source, corpus=corpus,
+        recipe=json.dumps(recipe, indent=1))
+    return card.content
 
 
-def exported(gpt: GPT, tokenizer: Tokenizer) -> int:
-    """Parameters without the embedding's padding rows."""
-    return gpt.num_parameters() - (gpt.config.vocab_size - tokenizer.vocab_size) * gpt.config.n_embd
+def as_dict(value) -> dict:
+    """The value if it is a dict, else {}: another program's configuration can hold anything."""
+    return value if isinstance(value, dict) else {}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Token shards on disk: written once, then read as one memory-mapped stream of N tokens a split.
+"""Token shards on disk. A split reads as one stream of tokens, memory-mapped.
 
-    python shards.py info data/tiny_shakespeare_char         # what is in them, with a sample
-    python shards.py verify data/tiny_shakespeare_char       # whether they are what was written
+    python shards.py info data/tiny_shakespeare_char         # contents, with a sample
+    python shards.py verify data/tiny_shakespeare_char       # compares the files with the manifest
 
     data/tiny_shakespeare_char/
-        tiny_shakespeare_val_000000.npy      1-D uint16 (uint32 where the vocabulary needs it)
-        tiny_shakespeare_train_000001.npy    one running index over both splits
-        manifest.json                        source, tokenizer, and documents, tokens, sha256 of each shard
+        tiny_shakespeare_val_000000.npy      1-D uint16 (uint32 for a vocabulary above 65,536)
+        tiny_shakespeare_train_000001.npy    shards of both splits share one running index
+        manifest.json                        source, tokenizer; documents, tokens, sha256 per shard
 
-Shards that others wrote are read in place: build-nanogpt's `.npy`, llm.c's and modded-nanogpt's `.bin` with its
-1024-byte header, nanoGPT's raw `train.bin` and `val.bin`.
+Shards of other projects are read as they are: build-nanogpt's `.npy`, the `.bin` of llm.c and
+modded-nanogpt with its 1024-byte header, and nanoGPT's raw `train.bin` and `val.bin`.
 """
 import bisect
 import contextlib
@@ -27,155 +27,219 @@ from tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
 SPLITS = ("val", "train")
-LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 1024  # llm.c: 256 int32, of them magic, version, number of tokens
+
+# llm.c's header: 256 int32, of which the first three are magic number, version, number of tokens
+LLMC_MAGIC = 20240520
+LLMC_HEADER_BYTES = 1024
 
 
 class Shards:
-    """The tokens of one split as one stream: `len()` of them, `read(start, stop)` from anywhere.
+    """The tokens of one split as one stream: `len()` and `read(start, stop)`.
 
-    Raises UserError where the folder has no such shards, or one of them is missing or cut off.
+    Raises UserError if the folder has no shards of this split, or if one is missing or cut off.
     """
 
     def __init__(self, folder, split: str):
         folder = Path(folder)
         manifest = read_manifest(folder)
-        if not manifest and (any(folder.glob("progress*.json")) or any(folder.glob("manifest_p*.json"))):
-            raise UserError(f"{folder} is not finished: the command that prepares it goes on where it stopped.")
-        stated = {folder / shard["file"]: shard["tokens"] for shard in manifest.get("shards", ()) if shard["split"] == split}
-        theirs = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")  # without a manifest: shards of others
-        self.files = list(stated) if manifest else sorted(path for path in folder.glob("*") if theirs.fullmatch(path.name))
+        unfinished = any(folder.glob("progress*.json")) or any(folder.glob("manifest_p*.json"))
+        if not manifest and unfinished:
+            raise UserError(f"{folder} is not finished: run the command that prepares it again.")
+
+        # list the shards
+        token_counts = {}  # of each shard in the manifest
+        if manifest:
+            for shard in manifest["shards"]:
+                if shard["split"] == split:
+                    token_counts[folder / shard["file"]] = shard["tokens"]
+            self.files = list(token_counts)
+        else:
+            pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
+            self.files = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder}.")
         if not self.files:
-            raise UserError(f"{folder} holds no {split} shards; `python prepare.py` makes them." if folder.is_dir() else
-                            f"There is no folder {folder}.")
+            raise UserError(f"{folder} holds no {split} shards: create them with prepare.py.")
+
+        # open them
         allow_open_files(len(self.files))
         self.arrays = [open_shard(path) for path in self.files]
         for path, array in zip(self.files, self.arrays):
-            if len(array) != stated.get(path, len(array)):
-                raise UserError(f"{path} holds {len(array):,} tokens and the manifest says {stated[path]:,}: "
-                                "prepare the data again.")
+            expected = token_counts.get(path, len(array))
+            if len(array) != expected:
+                raise UserError(f"{path} holds {len(array):,} tokens but the manifest says "
+                                f"{expected:,}: prepare the data again.")
         self.ends = np.cumsum([len(array) for array in self.arrays]).tolist()
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop-1 of the stream, 0 <= start < stop <= len, across shard ends."""
-        pieces, shard = [], bisect.bisect_right(self.ends, start)
+        """Return tokens start to stop-1 of the stream, which may span shards.
+
+        Requires 0 <= start < stop <= len.
+        """
+        pieces = []
+        shard = bisect.bisect_right(self.ends, start)
         while start < stop:
-            begin = self.ends[shard] - len(self.arrays[shard])
-            pieces.append(self.arrays[shard][start - begin:stop - begin])
-            start, shard = self.ends[shard], shard + 1
+            offset = self.ends[shard] - len(self.arrays[shard])
+            pieces.append(self.arrays[shard][start - offset:stop - offset])
+            start = self.ends[shard]
+            shard += 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def allow_open_files(number: int):
-    """Raises this process's limit for so many memory-mapped files, where it is lower and the system lets it."""
+    """Raise this process's limit on open files for that many shards, if the system allows it."""
+    needed = 2 * number + 256
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # noqa: PLC0415 (not on Windows)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < 2 * number + 256:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (2 * number + 256 if hard < 0 else min(hard, 2 * number + 256), hard))
+        if soft < needed:
+            limit = needed if hard < 0 else min(hard, needed)  # hard < 0: unlimited
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def read_manifest(folder) -> dict:
-    """The folder's manifest.json, or {} where others wrote the shards."""
+    """Return the folder's manifest.json, or {} if it has none (shards of other projects)."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         return {}
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        shards = [(shard["split"] in SPLITS, Path(shard["file"]).name == shard["file"], shard["sha256"].isalnum(),
-                   shard["tokens"] > 0, shard["documents"] >= 0) for shard in manifest["shards"]]
-        plain = isinstance(manifest["tokenizer"], dict) and isinstance(manifest["source"], dict) and manifest["documents"] >= 0
-        if manifest["format"] == 1 and plain and shards and all(map(all, shards)) and (
-                len({shard["file"] for shard in manifest["shards"]}) == len(shards)):
+        if is_valid_manifest(manifest):
             return manifest
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{path} is not a manifest of format 1: delete {folder} and prepare the data again.")
+    raise UserError(f"{path} is not a manifest of format 1: "
+                    f"delete {folder} and prepare the data again.")
+
+
+def is_valid_manifest(manifest: dict) -> bool:
+    """Whether the manifest has the format that this version writes."""
+    for shard in manifest["shards"]:
+        is_file_name = Path(shard["file"]).name == shard["file"]  # not a path out of the folder
+        if shard["split"] not in SPLITS or not is_file_name or not shard["sha256"].isalnum():
+            return False
+        if not (shard["tokens"] > 0 and shard["documents"] >= 0):
+            return False
+    files = {shard["file"] for shard in manifest["shards"]}
+    return (manifest["format"] == 1 and isinstance(manifest["tokenizer"], dict)
+            and isinstance(manifest["source"], dict) and manifest["documents"] >= 0
+            and 0 < len(files) == len(manifest["shards"]))
 
 
 def read_tokenizer(folder) -> Tokenizer:
-    """The tokenizer that the folder's shards were made with. Where others wrote them it is GPT-2's, or nanoGPT's meta.pkl."""
-    theirs = Path(folder) if (Path(folder) / "meta.pkl").exists() else "gpt2"
-    return load_tokenizer(read_manifest(folder).get("tokenizer", theirs))
+    """Return the tokenizer of the folder's shards.
+
+    Without a manifest it is that of nanoGPT's meta.pkl, if present, else GPT-2's.
+    """
+    manifest = read_manifest(folder)
+    if manifest:
+        return load_tokenizer(manifest["tokenizer"])
+    has_meta = (Path(folder) / "meta.pkl").exists()
+    return load_tokenizer(Path(folder) if has_meta else "gpt2")
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """One shard's tokens, memory-mapped: `.npy`, llm.c's `.bin`, or raw uint16 as nanoGPT writes them."""
+    """Memory-map a shard: `.npy`, llm.c's `.bin`, or raw uint16 as nanoGPT writes it."""
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             header = np.fromfile(path, dtype=np.int32, count=3)
+            offset = 0
             if len(header) == 3 and header[0] == LLMC_MAGIC:
-                if path.stat().st_size != LLMC_HEADER_BYTES + 2 * int(header[2]):
+                offset = LLMC_HEADER_BYTES
+                if path.stat().st_size != offset + 2 * int(header[2]):
                     raise ValueError(f"its header announces {header[2]:,} tokens")
-                tokens = np.memmap(path, dtype=np.uint16, mode="r", offset=LLMC_HEADER_BYTES)
-            else:
-                tokens = np.memmap(path, dtype=np.uint16, mode="r")
+            tokens = np.memmap(path, dtype=np.uint16, mode="r", offset=offset)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing, and the manifest names it: prepare the data again.") from None
+        raise UserError(f"{path} is missing but listed in the manifest: "
+                        "prepare the data again.") from None
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is cut off or no token shard ({error}): prepare the data again.") from None
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
-        raise UserError(f"{path} is no token shard, which is a row of uint16 or uint32.")
-    return np.asarray(tokens)  # slices of a memmap proper are slow
+        raise UserError(f"{path} is cut off or not a token shard ({error}): "
+                        "prepare the data again.") from None
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or not len(tokens) or (
+            tokens.dtype not in (np.uint16, np.uint32)):
+        raise UserError(f"{path} is not a token shard (a 1-D array of uint16 or uint32).")
+    return np.asarray(tokens)  # slicing an np.memmap is slow
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where):
-    """Raises UserError for a token that the tokenizer has not."""
-    if (largest := tokens.max()) >= vocab_size:
-        raise UserError(f"{where} holds the id {largest:,}, and its tokenizer has {vocab_size:,}: it is damaged, or was made "
-                        "with another tokenizer.")
+    """Raise UserError, naming the place `where`, if an id is outside the vocabulary."""
+    largest = tokens.max()
+    if largest >= vocab_size:
+        raise UserError(f"{where} holds the id {largest:,}, but its tokenizer has {vocab_size:,} "
+                        "ids: it is damaged or was made with another tokenizer.")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The command line
+# --------------------------------------------------------------------------------------------------
+# Command line
 
 app = tyro.extras.SubcommandApp()
 
 
 @app.command
 def verify(folder: tyro.conf.Positional[Path]):
-    """Compares every shard with the manifest, and names the first that differs."""
-    manifest, tokenizer = read_manifest(folder), read_tokenizer(folder)
-    stated = {folder / shard["file"]: shard for shard in manifest.get("shards", ())}
+    """Compare every shard with the manifest. Stops at the first that differs."""
+    manifest = read_manifest(folder)
+    tokenizer = read_tokenizer(folder)
+    entries = {folder / shard["file"]: shard for shard in manifest.get("shards", ())}
     splits = [Shards(folder, split) for split in SPLITS]
     arrays = [pair for shards in splits for pair in zip(shards.files, shards.arrays)]
+
+    # compare each shard with its entry
     for path, tokens in tqdm(arrays, unit="shard", leave=False):
-        if path in stated and sha256(path) != stated[path]["sha256"]:
-            raise UserError(f"{path} is damaged, its checksum is not the manifest's: prepare the data again.")
+        entry = entries.get(path)
+        if entry and sha256(path) != entry["sha256"]:
+            raise UserError(f"{path} is damaged (its sha256 differs from the manifest's): "
+                            "prepare the data again.")
         check_ids(tokens, tokenizer.vocab_size, path)
-        documents = stated.get(path, {}).get("documents")
-        if documents is not None and tokenizer.eot is not None and documents != np.count_nonzero(tokens == tokenizer.eot):
-            raise UserError(f"{path} does not hold the {documents:,} documents that the manifest says: prepare the data again.")
-    for key in ("tokens", "documents") if manifest else ():
-        if manifest[key] != sum(shard[key] for shard in stated.values()):
-            raise UserError(f"{folder / MANIFEST} names {manifest[key]:,} {key}, and its shards add up to others.")
-    unnamed = set(folder.glob("*.npy")) - set(stated) if manifest else set()
-    if unnamed:
-        raise UserError(f"{min(unnamed)} is not in the manifest: it does not belong to this corpus.")
-    print(f"{len(arrays)} shards, {sum(map(len, splits)):,} tokens: "
-          + ("all as they were written" if manifest else "all can be read; they came without checksums"))
+        if entry and tokenizer.eot is not None:
+            documents = np.count_nonzero(tokens == tokenizer.eot)
+            if documents != entry["documents"]:
+                raise UserError(f"{path} holds {documents:,} documents but the manifest says "
+                                f"{entry['documents']:,}: prepare the data again.")
+
+    # compare the totals and the list of files
+    if manifest:
+        for key in "tokens", "documents":
+            total = sum(shard[key] for shard in entries.values())
+            if manifest[key] != total:
+                raise UserError(f"{folder / MANIFEST} says {manifest[key]:,} {key}, but its shards "
+                                f"add up to {total:,}: prepare the data again.")
+        unlisted = set(folder.glob("*.npy")) - set(entries)
+        if unlisted:
+            raise UserError(f"{min(unlisted)} is not in the manifest: "
+                            "it does not belong to this corpus.")
+
+    result = "all match the manifest" if manifest else "all readable (no manifest to compare with)"
+    print(f"{len(arrays)} shards, {sum(map(len, splits)):,} tokens: {result}")
 
 
 @app.command
 def info(folder: tyro.conf.Positional[Path]):
-    """Prints documents, tokens, bytes a token, and the beginning of a document of each split."""
-    tokenizer, manifest = read_tokenizer(folder), read_manifest(folder)
+    """Print documents, tokens, bytes per token, and the start of a document for each split."""
+    tokenizer = read_tokenizer(folder)
+    manifest = read_manifest(folder)
     if manifest:
-        print(f"{manifest['source'].get('name', 'unknown source')}, by {tokenizer.kind} with {tokenizer.vocab_size:,} ids")
+        name = manifest["source"].get("name", "unknown source")
+        print(f"{name}, tokenizer {tokenizer.kind} with {tokenizer.vocab_size:,} ids")
     for split in "train", "val":
         shards = Shards(folder, split)
-        documents = sum(shard["documents"] for shard in manifest.get("shards", ()) if shard["split"] == split)
+        documents = "unknown"
+        if manifest:
+            entries = [shard for shard in manifest["shards"] if shard["split"] == split]
+            documents = f"{sum(shard['documents'] for shard in entries):,}"
         sample = shards.read(0, min(len(shards), 100_000))
+        bytes_per_token = len(tokenizer.decode_bytes(sample.tolist())) / len(sample)
+        print(f"{split}: {documents} documents, {len(shards):,} tokens in {len(shards.files)} "
+              f"shards, {bytes_per_token:.2f} bytes per token")
+
+        # print the start of the first document that starts in the sample
         begin = int(np.argmax(sample == tokenizer.eot)) if tokenizer.eot is not None else 0
-        print(f"{split}: {f'{documents:,}' if manifest else 'unknown'} documents, {len(shards):,} tokens in "
-              f"{len(shards.files)} shards, {len(tokenizer.decode_bytes(sample.tolist())) / len(sample):.2f} bytes a token")
         print(tokenizer.decode(sample[begin:begin + 50].tolist()))
 
 
 if __name__ == "__main__":
     with report_user_errors():
-        app.cli(description="What is in a folder of token shards, and whether it is whole.")
+        app.cli(description="Show or verify a folder of token shards.")

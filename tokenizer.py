@@ -1,14 +1,18 @@
-"""Text to token ids and back.
+"""Tokenizers: text to token ids and back.
 
-    tokenizer = load_tokenizer("gpt2")      # or a folder, or the dict that .to_dict() gave
+    tokenizer = load_tokenizer("gpt2")      # or a folder, or the dict returned by .to_dict()
     tokenizer.decode(tokenizer.encode("Hello, I'm a language model,"))
 
-Three kinds with one interface: `gpt2`, the byte-level BPE of GPT-2 (from assets/gpt2.tiktoken, so no machine downloads
-anything), `bpe`, any other byte-level BPE, also one trained here, and `char`, one id a character of a given alphabet.
-Merging is left to tiktoken where a BPE is like GPT-2's, else to the `tokenizers` library.
+Three kinds share one interface:
+    gpt2    GPT-2's byte-level BPE, read from assets/gpt2.tiktoken (nothing is downloaded)
+    bpe     any other byte-level BPE, including one trained here
+    char    one id for each character of a given alphabet
+
+A BPE that works like GPT-2's runs on tiktoken, any other on the `tokenizers` library.
 """
 import binascii
 import codecs
+import copy
 import functools
 import hashlib
 import json
@@ -18,90 +22,176 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import tiktoken
 import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from common.errors import UserError
 from common.files import read_json
 
 RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
-GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # sha256 of OpenAI's merges file
+# sha256 of OpenAI's merges.txt
+GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """What all kinds share. `vocab_size` ids exist, 0 to vocab_size-1; `eot` is the id of `<|endoftext|>`, or None; a BPE says
-    whether it splits text into words as GPT-2 does, and has `vocabulary()` and `merges()` as GPT-2's files spell them."""
+    """The interface that all kinds share."""
     kind: str
-    vocab_size: int
-    eot: int | None
-    splits_as_gpt2: bool
-    special: set[int]  # ids that no text gives
+    vocab_size: int  # ids are 0 to vocab_size-1
+    eot: int | None  # the id of <|endoftext|>
+    special_ids: frozenset[int]  # ids that `encode` never returns
+    splits_like_gpt2: bool  # True for a BPE that splits text into words as GPT-2 does
+    chat_template: str | None = None  # a Jinja template, as in Hugging Face's tokenizers
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of the text. Special tokens in the text are encoded as ordinary text."""
         raise NotImplementedError
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of `encode` as an array, without a list on the way where that is faster."""
+        """Same as `encode`, but returns an array; faster for long texts."""
         return np.array(self.encode(text), dtype=np.uint32)
 
     def replace_unknown(self, text: str) -> tuple[str, str]:
-        """(the text as the vocabulary can spell it, the distinct characters that had to go, in order of appearance)."""
+        """Replace the characters that the vocabulary lacks.
+
+        Returns the new text and the distinct characters replaced, in order of appearance.
+        """
         return text, ""
 
     def decode_bytes(self, ids) -> bytes:
-        """UTF-8 of the ids, possibly cut inside a character. Ids past the vocabulary (a model's padding) are nothing."""
+        """Return the UTF-8 bytes of the ids, which may end inside a character.
+
+        Ids outside the vocabulary (a model's padding) give no bytes.
+        """
         raise NotImplementedError
 
     def decode(self, ids) -> str:
-        """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of the ids. Bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream_decoder(self):
-        """A function `(ids, final=False) -> str` for ids that arrive one by one: it holds back an unfinished
-        character until the bytes that complete it, or `final`, arrive. The pieces join to `decode` of all ids."""
+        """Return a function `(ids, final=False) -> str` that decodes ids as they arrive.
+
+        It holds back an incomplete character until its last byte arrives or `final` is True.
+        The returned pieces, joined, equal `decode` of all ids.
+        """
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids, final=False: utf8.decode(self.decode_bytes(ids), final)
 
+    def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt=True) -> list[int]:
+        """Return the ids of a conversation, formatted with the chat template.
+
+        The template can write special tokens; messages cannot: special tokens are removed from
+        them. Otherwise the ids are those of `apply_chat_template` in transformers.
+        """
+        if self.chat_template is None:
+            raise UserError("This model's tokenizer has no chat template: "
+                            "set chat_template in its tokenizer_config.json.")
+        end_of_text = "" if self.eot is None else self.decode([self.eot])
+        special = {self.decode([i]): i for i in self.special_ids}
+        if end_of_text:
+            special[end_of_text] = self.eot
+
+        # render the template
+        messages = [
+            {key: remove_all(special, value) if isinstance(value, str) else value
+             for key, value in message.items()} for message in messages]
+        try:
+            text = compile_template(self.chat_template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                bos_token=end_of_text, eos_token=end_of_text)
+        except Exception as error:  # a template can raise any exception
+            raise UserError(f"The chat template failed ({type(error).__name__}: {error}): "
+                            "correct chat_template in tokenizer_config.json.") from None
+
+        # encode the text between special tokens
+        pattern = "|".join(map(re.escape, special)) or "(?!)"  # (?!) never matches
+        ids = []
+        for piece in re.split(f"({pattern})", text):
+            ids += [special[piece]] if piece in special else self.encode(piece)
+        return ids
+
     def to_dict(self) -> dict:
-        """What `load_tokenizer` needs to make it again, in plain values."""
+        """Return plain values from which `load_tokenizer` rebuilds the tokenizer.
+
+        They do not include the chat template.
+        """
         raise NotImplementedError
 
     def save(self, folder: Path):
-        """Writes Hugging Face's files into the folder: `transformers` gets the same ids from them."""
+        """Write Hugging Face's files into the folder; `transformers` reads the same ids."""
         raise NotImplementedError
 
+    def save_config(self, folder: Path, **config):
+        """Write tokenizer_config.json."""
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def remove_all(words: Iterable[str], text: str) -> str:
+    """Remove the words from the text, also those that a removal puts together."""
+    while any(word in text for word in words):
+        for word in words:
+            text = text.replace(word, "")
+    return text
+
+
+@functools.lru_cache
+def compile_template(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+# --------------------------------------------------------------------------------------------------
+# Byte-level BPE
 
 class BPETokenizer(Tokenizer):
-    """Any byte-level BPE, from the text of its tokenizer.json. What its special tokens spell is ordinary text, a lone surrogate
-    U+FFFD, and nothing is put before or behind a text. `eot` is the id that ends a text where that is not `<|endoftext|>`."""
+    """Any byte-level BPE, given the text of its tokenizer.json.
+
+    `encode` treats special tokens as ordinary text, adds no tokens at either end, and replaces a
+    lone surrogate by U+FFFD. The argument `eot` is used if the vocabulary lacks `<|endoftext|>`.
+    """
     kind = "bpe"
-    fast: tiktoken.Encoding | None = None  # gives the same ids, six times as fast, where merges are in the order of their ids
+    # six times as fast as `tokenizers`, with the same ids; None if ids do not follow merge order
+    fast: tiktoken.Encoding | None = None
 
     def __init__(self, description: str, eot: int | None = None):
         parts = json.loads(description)
         model = parts["model"]
-        if model["type"] != "BPE" or parts["decoder"]["type"] != "ByteLevel" or (
-                model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")):
-            raise ValueError("a tokenizer.json of neither a byte-level BPE nor a table of characters")
+        byte_level = model["type"] == "BPE" and parts["decoder"]["type"] == "ByteLevel"
+        if not byte_level or model.get("continuing_subword_prefix") or (
+                model.get("end_of_word_suffix")):
+            raise ValueError("tokenizer.json is neither a byte-level BPE nor a character table")
         self.description = description
+
+        # switch off everything but the merges
         self.bpe = tokenizers.Tokenizer.from_str(description)
         self.bpe.encode_special_tokens = True
         self.bpe.no_truncation()
         self.bpe.no_padding()
         self.bpe.model.dropout = None
+
+        # read the vocabulary
         vocab = self.vocabulary()
-        self.vocab_size, self.eot = max(vocab.values()) + 1, vocab.get(END_OF_TEXT, eot)
-        self.splits_as_gpt2 = splits_as_gpt2(parts)
         added = {token["content"] for token in parts["added_tokens"]}
-        self.special = {vocab[token] for token in added}
-        self.bytes = {i: token.encode() if token in added else bytes(LETTER_BYTES[letter] for letter in token)
-                      for token, i in vocab.items()}
-        merged = [vocab.get("".join(pair)) for pair in pairs_of(parts)]
-        ranks = {self.bytes[i]: i for i in vocab.values() if i not in self.special}
-        if self.splits_as_gpt2 and len(ranks) == 256 + len(merged) and None not in merged and merged == sorted(set(merged)):
+        self.vocab_size = max(vocab.values()) + 1
+        self.eot = vocab.get(END_OF_TEXT, eot)
+        self.special_ids = frozenset(vocab[token] for token in added)
+        self.token_bytes = {
+            i: token.encode() if token in added else bytes(UNICODE_TO_BYTE[c] for c in token)
+            for token, i in vocab.items()}
+
+        # use tiktoken if ids follow the order of the merges
+        self.splits_like_gpt2 = splits_like_gpt2(parts)
+        ranks = {self.token_bytes[i]: i for i in vocab.values() if i not in self.special_ids}
+        merged = [vocab.get("".join(pair)) for pair in read_merges(parts)]
+        complete = None not in merged and len(ranks) == 256 + len(merged)
+        if self.splits_like_gpt2 and complete and merged == sorted(set(merged)):
             self.fast = tiktoken_bpe(ranks)
 
     def encode(self, text: str) -> list[int]:
@@ -109,7 +199,7 @@ class BPETokenizer(Tokenizer):
             return self.encode_array(text).tolist()
         try:
             return self.bpe.encode(text, add_special_tokens=False).ids
-        except TypeError:  # what `tokenizers` says of a lone surrogate
+        except TypeError:  # `tokenizers` refuses lone surrogates
             return self.encode(without_surrogates(text))
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -119,12 +209,13 @@ class BPETokenizer(Tokenizer):
             return self.fast.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             return self.encode_array(without_surrogates(text))
-        except ValueError:  # tiktoken gives up on a million blanks in a row
+        except ValueError:  # tiktoken fails on a million spaces in a row
             middle = len(text) // 2
-            return np.concatenate([self.encode_array(text[:middle]), self.encode_array(text[middle:])])
+            halves = [self.encode_array(text[:middle]), self.encode_array(text[middle:])]
+            return np.concatenate(halves)
 
     def decode_bytes(self, ids) -> bytes:
-        return b"".join(self.bytes.get(int(i), b"") for i in ids)
+        return b"".join(self.token_bytes.get(int(i), b"") for i in ids)
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, "description": self.description, "eot": self.eot}
@@ -133,60 +224,76 @@ class BPETokenizer(Tokenizer):
         (folder / "tokenizer.json").write_text(self.description, encoding="utf-8")
         end = self.bpe.id_to_token(self.eot) if self.eot is not None else None
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end) if end else {}
-        save_config(folder, special)
+        self.save_config(folder, **FAST_CONFIG, **special)
 
     def vocabulary(self) -> dict[str, int]:
+        """Return the id of each token, written as in GPT-2's vocab.json."""
         return self.bpe.get_vocab()
 
     def merges(self) -> list[tuple[str, str]]:
-        return pairs_of(json.loads(self.description))
+        """Return the pairs that BPE merges, in order, written as in GPT-2's merges.txt."""
+        return read_merges(json.loads(self.description))
 
 
 class GPT2Tokenizer(BPETokenizer):
-    """GPT-2's own: read from its ranks, saved as its files."""
-    kind, vocab_size, eot, splits_as_gpt2, special = "gpt2", 50257, 50256, True, {50256}
+    """GPT-2's tokenizer, read from its ranks and saved in the files of OpenAI's release."""
+    kind = "gpt2"
+    vocab_size = 50257
+    eot = 50256
+    special_ids = frozenset({50256})
+    splits_like_gpt2 = True
 
     def __init__(self):
         lines = (line.split() for line in RANKS.read_bytes().splitlines())
-        self.ranks = {binascii.a2b_base64(token): int(rank) for token, rank in lines}  # a token's rank is its id
+        # a token's rank is its id
+        self.ranks = {binascii.a2b_base64(token): int(rank) for token, rank in lines}
         self.fast = tiktoken_bpe(self.ranks)
-        self.bytes = {rank: token for token, rank in self.ranks.items()} | {self.eot: END_OF_TEXT.encode()}
+        self.token_bytes = {rank: token for token, rank in self.ranks.items()}
+        self.token_bytes[self.eot] = END_OF_TEXT.encode()
 
     def to_dict(self) -> dict:
         return {"kind": self.kind}
 
     def save(self, folder: Path):
-        """GPT-2's own vocab.json and merges.txt, rebuilt from the ranks, and tokenizer.json, which says the same."""
-        vocab, merges = self.vocabulary(), self.merges()
+        """Write GPT-2's vocab.json and merges.txt, and the equivalent tokenizer.json."""
+        vocab = self.vocabulary()
+        merges = self.merges()
         (folder / "vocab.json").write_text(json.dumps(vocab))
-        (folder / "merges.txt").write_text(merges_file(merges), encoding="utf-8")
+        (folder / "merges.txt").write_text(format_merges(merges), encoding="utf-8")
         byte_level_bpe(vocab, merges).save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}) + "\n")
+        self.save_config(folder, tokenizer_class="GPT2Tokenizer")
 
     def vocabulary(self) -> dict[str, int]:
-        """Each token's id, spelled as GPT-2's files do."""
-        return {spell(token): rank for token, rank in self.ranks.items()} | {END_OF_TEXT: self.eot}
+        vocab = {bytes_to_unicode(token): rank for token, rank in self.ranks.items()}
+        return vocab | {END_OF_TEXT: self.eot}
 
     def merges(self) -> list[tuple[str, str]]:
-        """The pairs that BPE merges, in their order, spelled alike."""
-        return [tuple(map(spell, self.merged_from(token))) for token in self.ranks if len(token) > 1]
+        pairs = [self.split_token(token) for token in self.ranks if len(token) > 1]
+        return [(bytes_to_unicode(left), bytes_to_unicode(right)) for left, right in pairs]
 
-    def merged_from(self, token: bytes) -> tuple[bytes, bytes]:
-        """The two tokens whose merge is this one: what BPE makes of its bytes before the token itself exists."""
+    def split_token(self, token: bytes) -> tuple[bytes, bytes]:
+        """Return the two tokens that BPE merges into this one."""
+        def rank_of_merge(i: int) -> int:
+            return self.ranks.get(parts[i] + parts[i + 1], self.vocab_size)
+
+        # merge the bytes in rank order until two parts are left
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: self.ranks.get(parts[i] + parts[i + 1], self.vocab_size))
+            i = min(range(len(parts) - 1), key=rank_of_merge)
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return tuple(parts)
 
 
 def tiktoken_bpe(ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    """The BPE whose ids are the order of its merges, run by tiktoken."""
+    """Return tiktoken's BPE for tokens whose ids follow the order of the merges."""
     return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
 
 
 def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """GPT-2's kind of tokenizer, of the `tokenizers` library, from a vocabulary and merges as GPT-2's files spell them."""
+    """Return a BPE of the `tokenizers` library that splits text and represents bytes as GPT-2 does.
+
+    `vocab` and `merges` are written as in GPT-2's vocab.json and merges.txt.
+    """
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -195,102 +302,135 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """A byte-level BPE of `vocab_size` ids, fewer where the texts have no more to merge: GPT-2's way to split, 256 bytes, their
-    merges, and `<|endoftext|>` the last. The same texts give the same one."""
+    """Train a byte-level BPE that splits text into words as GPT-2 does.
+
+    Its ids are the 256 bytes, their merges, and `<|endoftext|>` last: `vocab_size` in all, or fewer
+    if the texts have no more pairs to merge. Training is deterministic.
+    """
     if vocab_size < 257:
-        raise UserError(f"A byte-level BPE has at least 257 ids, of the bytes and {END_OF_TEXT}, not {vocab_size}.")
+        raise UserError("A byte-level BPE needs at least 257 ids (256 bytes and "
+                        f"{END_OF_TEXT}), not {vocab_size}.")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bpe = byte_level_bpe({}, [])
-    bpe.train_from_iterator(map(without_surrogates, texts), tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(map(without_surrogates, texts), trainer)
     bpe.add_special_tokens([END_OF_TEXT])
     return BPETokenizer(bpe.to_str())
 
 
-def pairs_of(parts: dict) -> list[tuple[str, str]]:
-    """The merges of a tokenizer.json: pairs, or in older files two words each."""
-    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in parts["model"]["merges"]]
+def read_merges(parts: dict) -> list[tuple[str, str]]:
+    """Return the merges of a parsed tokenizer.json, which older files write as "left right"."""
+    merges = parts["model"]["merges"]
+    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
 
 
-def merges_file(merges: list[tuple[str, str]]) -> str:
-    """The text of GPT-2's merges.txt."""
+def format_merges(merges: list[tuple[str, str]]) -> str:
+    """Return the text of GPT-2's merges.txt."""
     return "#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n"
 
 
-def splits_as_gpt2(parts: dict) -> bool:
-    """Whether a tokenizer.json's byte-level BPE cuts a text into words as GPT-2's does, and merges plainly."""
-    words, model = parts["pre_tokenizer"] or {}, parts["model"]
-    return (not parts["normalizer"] and words.get("type") == "ByteLevel" and not words["add_prefix_space"]
-            and words.get("use_regex", True) and bool(model["merges"]) and not model.get("ignore_merges"))
+def splits_like_gpt2(parts: dict) -> bool:
+    """Whether a parsed tokenizer.json splits text into words as GPT-2 does, and uses its merges."""
+    if parts["normalizer"] or not parts["model"]["merges"] or parts["model"].get("ignore_merges"):
+        return False
+    words = parts["pre_tokenizer"] or {}
+    return (words.get("type") == "ByteLevel" and not words["add_prefix_space"]
+            and words.get("use_regex", True))
 
 
 def without_surrogates(text: str) -> str:
-    """The text as UTF-8 can hold it: surrogates that are a pair become their character, as in UTF-16, a lone one U+FFFD."""
+    """Return text that UTF-8 can encode: surrogate pairs are joined, lone ones become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# GPT-2's files spell a byte as one visible letter: itself where it is one, else the next one free from U+0100 on.
-_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+# GPT-2's files write a byte as one visible character: printable Latin-1 characters stand for
+# themselves, the other bytes are numbered from U+0100.
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+            *range(ord("®"), ord("ÿ") + 1)]
 _INVISIBLE = [byte for byte in range(256) if byte not in _VISIBLE]
-BYTE_LETTERS = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_INVISIBLE)}
-LETTER_BYTES = {letter: byte for byte, letter in BYTE_LETTERS.items()}
+BYTE_TO_UNICODE = {byte: chr(byte) for byte in _VISIBLE}
+BYTE_TO_UNICODE |= {byte: chr(256 + n) for n, byte in enumerate(_INVISIBLE)}
+UNICODE_TO_BYTE = {char: byte for byte, char in BYTE_TO_UNICODE.items()}
 
 
-def spell(token: bytes) -> str:
-    return "".join(BYTE_LETTERS[byte] for byte in token)
+def bytes_to_unicode(token: bytes) -> str:
+    """Return the token as GPT-2's files write it."""
+    return "".join(BYTE_TO_UNICODE[byte] for byte in token)
 
+
+# --------------------------------------------------------------------------------------------------
+# Characters
 
 class CharTokenizer(Tokenizer):
-    """One id a character of `chars`, in their order. What is not among them becomes a space, or nothing without one."""
-    kind, eot, splits_as_gpt2, special = "char", None, False, set()
+    """One id for each character of `chars`, in order.
+
+    Any other character becomes a space, or is dropped if `chars` has no space.
+    """
+    kind = "char"
+    eot = None
+    special_ids = frozenset()
+    splits_like_gpt2 = False
 
     def __init__(self, chars: str):
         if len(set(chars)) != len(chars) or not chars:
             raise UserError("A character tokenizer needs an alphabet of distinct characters.")
         self.chars = chars
-        self.ids = {c: i for i, c in enumerate(chars)}
+        self.ids = {char: i for i, char in enumerate(chars)}
         self.vocab_size = len(chars)
         self.replacement = " " if " " in self.ids else ""
-        self.outside = f"[^{re.escape(chars)}]"
+        self.unknown = f"[^{re.escape(chars)}]"  # a pattern
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; warns once, naming them, of characters that the alphabet lacks."""
+        """Return the ids of the text. Warns if characters are not in the alphabet."""
         text, unknown = self.replace_unknown(text)
         if unknown:
-            became = "became a space" if self.replacement else "were dropped"
-            warnings.warn(f"Characters outside the model's alphabet {became}: {unknown!r}", stacklevel=2)
-        return [self.ids[c] for c in text]
+            action = "became a space" if self.replacement else "were dropped"
+            warnings.warn(f"Characters outside the model's alphabet {action}: {unknown!r}",
+                          stacklevel=2)
+        return [self.ids[char] for char in text]
 
     def replace_unknown(self, text: str) -> tuple[str, str]:
-        unknown = "".join(dict.fromkeys(re.findall(self.outside, text)))
-        return re.sub(self.outside, self.replacement, text) if unknown else text, unknown
+        unknown = "".join(dict.fromkeys(re.findall(self.unknown, text)))
+        if unknown:
+            text = re.sub(self.unknown, self.replacement, text)
+        return text, unknown
 
     def decode_bytes(self, ids) -> bytes:
-        return "".join(self.chars[i] for i in ids if 0 <= i < self.vocab_size).encode("utf-8", "surrogatepass")
+        text = "".join(self.chars[i] for i in ids if 0 <= i < self.vocab_size)
+        return text.encode("utf-8", "surrogatepass")
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, "chars": self.chars}
 
     def save(self, folder: Path):
-        fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(self.ids, unk_token=self.chars[0]))
-        fast.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(self.outside), self.replacement)
-        fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        # express the table as a WordLevel model whose words are single characters
+        model = tokenizers.models.WordLevel(self.ids, unk_token=self.chars[0])
+        fast = tokenizers.Tokenizer(model)
+        unknown = tokenizers.Regex(self.unknown)
+        any_char = tokenizers.Regex(r"[\s\S]")
+        fast.normalizer = tokenizers.normalizers.Replace(unknown, self.replacement)
+        fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(any_char, "isolated")
         fast.decoder = tokenizers.decoders.Fuse()
         fast.save(str(folder / "tokenizer.json"))
-        save_config(folder, {})
+        self.save_config(folder, **FAST_CONFIG)
 
 
-def save_config(folder: Path, special: dict[str, str]):
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+# the tokenizer_config.json with which `transformers` opens a tokenizer.json
+FAST_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
-gpt2_tokenizer = functools.cache(GPT2Tokenizer)
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+gpt2_tokenizer = functools.cache(GPT2Tokenizer)  # one instance, which nobody changes
 
 
 def load_tokenizer(source: str | Path | dict) -> Tokenizer:
-    """The tokenizer named "gpt2", saved in a folder (also as nanoGPT's meta.pkl), or described by the dict of `to_dict`.
+    """Load a tokenizer.
 
-    Raises UserError where the source names none that this repository knows, or its files are damaged.
+    `source` is "gpt2", a folder with Hugging Face's tokenizer files or nanoGPT's meta.pkl, or a
+    dict returned by `to_dict`. Raises UserError if it is none of these or its files are damaged.
     """
     try:
         if isinstance(source, dict):
@@ -306,49 +446,75 @@ def load_tokenizer(source: str | Path | dict) -> Tokenizer:
             return read_folder(Path(source))
     except UserError:
         raise
-    except Exception as error:  # `tokenizers` raises bare ones
-        what = f"The tokenizer files in {source} are" if not isinstance(source, dict) else "A saved tokenizer is"
-        raise UserError(f"{what} damaged ({type(error).__name__}: {error}).") from None
-    raise UserError(f"No tokenizer is described by {source!r:.200}: give 'gpt2', a folder or a saved tokenizer's dict.")
+    except Exception as error:  # `tokenizers` raises bare exceptions
+        subject = "A saved tokenizer is"
+        if not isinstance(source, dict):
+            subject = f"The tokenizer files in {source} are"
+        raise UserError(f"{subject} damaged ({type(error).__name__}: {error}).") from None
+    raise UserError(f"No tokenizer found for {source!r:.200}: "
+                    "give 'gpt2', a folder, or the dict of a saved tokenizer.")
 
 
 def read_folder(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a folder, and its chat template if it has one."""
+    tokenizer = read_vocabulary(folder)
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if not isinstance(template, str) and (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(template, str):
+        tokenizer = copy.copy(tokenizer)  # GPT-2's instance is shared
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def read_vocabulary(folder: Path) -> Tokenizer:
+    """Load meta.pkl, tokenizer.json, or vocab.json and merges.txt, in this order of preference."""
     if (folder / "meta.pkl").exists():
-        letters = PlainUnpickler(open(folder / "meta.pkl", "rb")).load()["itos"]
-        return CharTokenizer("".join(letters[i] for i in range(len(letters))))
+        with open(folder / "meta.pkl", "rb") as file:
+            chars = SafeUnpickler(file).load()["itos"]
+        return CharTokenizer("".join(chars[i] for i in range(len(chars))))
     if (folder / "tokenizer.json").exists():
-        return read_description((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return parse_tokenizer_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if (folder / "vocab.json").exists():
-        merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split(" ")) for line in merges if line and not line.startswith("#version")]
-        bpe = byte_level_bpe(read_json(folder / "vocab.json"), pairs)
-        added = read_json(folder / "added_tokens.json")  # of older versions of transformers
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = [line for line in lines if line and not line.startswith("#version")]
+        merges = [tuple(line.split(" ")) for line in lines]
+        bpe = byte_level_bpe(read_json(folder / "vocab.json"), merges)
+        added = read_json(folder / "added_tokens.json")  # older versions of transformers write it
         bpe.add_special_tokens(sorted(added, key=added.get))
         if any(bpe.token_to_id(token) != i for token, i in added.items()):
-            raise ValueError("added_tokens.json does not go on where vocab.json ends")
-        return read_description(bpe.to_str())
-    raise UserError(f"{folder} holds no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor meta.pkl.")
+            raise ValueError("the ids in added_tokens.json do not continue those in vocab.json")
+        return parse_tokenizer_json(bpe.to_str())
+    raise UserError(f"{folder} has no tokenizer: expected tokenizer.json, vocab.json with "
+                    "merges.txt, or meta.pkl.")
 
 
-def read_description(description: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's text: a `char`, GPT-2's own, or another `bpe`."""
+def parse_tokenizer_json(description: str) -> Tokenizer:
+    """Return the tokenizer that the text of a tokenizer.json describes."""
     parts = json.loads(description)
-    vocab = parts["model"]["vocab"]
-    if parts["model"]["type"] == "WordLevel":
+    model = parts["model"]
+    vocab = model["vocab"]
+
+    # a character table
+    if model["type"] == "WordLevel":
         chars = sorted(vocab, key=vocab.get)
         if any(len(char) != 1 or vocab[char] != i for i, char in enumerate(chars)):
-            raise ValueError("a tokenizer.json of words, not of characters")
+            raise ValueError("tokenizer.json is a word table, not a character table")
         return CharTokenizer("".join(chars))
-    if parts["model"]["type"] == "BPE" and splits_as_gpt2(parts) and vocab == gpt2_tokenizer().vocabulary():
-        merges = merges_file(pairs_of(parts)).encode()
+
+    # GPT-2's own vocabulary and merges
+    if model["type"] == "BPE" and splits_like_gpt2(parts) and (
+            vocab == gpt2_tokenizer().vocabulary()):
+        merges = format_merges(read_merges(parts)).encode()
         added = {token["content"] for token in parts["added_tokens"]}
         if hashlib.sha256(merges).hexdigest() == GPT2_MERGES and added <= {END_OF_TEXT}:
             return gpt2_tokenizer()
+
     return BPETokenizer(description)
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Unpickles plain values alone: whatever names a class or a function is refused."""
+class SafeUnpickler(pickle.Unpickler):
+    """Loads plain values only; refuses pickles that name a class or a function."""
 
     def find_class(self, module: str, name: str):
-        raise ValueError(f"a pickle that wants {module}.{name}")
+        raise ValueError(f"the pickle refers to {module}.{name}")

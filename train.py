@@ -1,20 +1,21 @@
-"""Trains a GPT: one loop from a character model on a laptop to GPT-2 124M on eight GPUs.
+"""Trains a GPT: one loop, from a character model on a laptop to GPT-2 124M on eight GPUs.
 
-    python train.py shakespeare-char-cpu                     # after: python prepare.py tiny_shakespeare
-    torchrun --standalone --nproc_per_node=8 train.py        # gpt2-124m, after: python fineweb.py
-    torchrun --standalone --nproc_per_node=8 -- train.py --run second    # -- because torchrun has options like --run
-    torchrun --standalone --nproc_per_node=8 train.py --shard            # for models that one device does not hold
-    python train.py finetune --init-from bundled --data data/my_text_char
+    python train.py shakespeare-char-cpu                 # after: prepare.py tiny_shakespeare
+    torchrun --standalone --nproc_per_node=8 train.py    # gpt2-124m, after: fineweb.py
+    torchrun --standalone --nproc_per_node=8 train.py --name second
+    torchrun --standalone --nproc_per_node=8 train.py --shard  # a model too large for one device
+    python train.py finetune --init-from bundled --data data/my_text
 
-A preset is a set of defaults: any option overrides it. The run is the folder log/<run>/, and the same command goes
-on where the run stopped.
+A preset is a set of defaults, and any option overrides it. The run is the folder log/<name>/; run
+the same command again to resume it.
 """
 import contextlib
 import dataclasses
-import signal
+import os
 import sys
-import time
-from pathlib import Path
+
+# Let idle OpenMP threads sleep: spinning ones slow a busy machine down. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import tyro
@@ -24,9 +25,8 @@ import checkpoint
 import ddp
 import hellaswag
 import report
-from common.devices import find_device
 from common.errors import UserError, report_user_errors
-from common.seed import seed_of
+from common.seed import derive_seed
 from dataloader import DataLoader
 from generate import Engine
 from model import GPT
@@ -34,280 +34,262 @@ from tokenizer import Tokenizer
 from training import optim, plan, runlog, sharding
 from training.config import TrainConfig, check, run_description, run_fingerprint
 from training.loss import cross_entropy
+from training.meter import Meter
 from training.presets import PRESETS, RECIPES
-from training.setup import autocast, build, find_checkpoint, hellaswag_examples, micro_batch, place, resume, sizes_of
+from training.setup import TrainingRun, autocast, model_sizes, set_up
+from training.signals import StopRequest
 
-MAX_SKIPPED_IN_A_ROW = 5  # updates with a gradient that is not finite, after which a run stops
+# --------------------------------------------------------------------------------------------------
+# The command line
 
 
 def main(argv: list[str]):
-    preset, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("gpt2-124m", argv)
+    # a preset comes first, if one is named
+    if argv and not argv[0].startswith("-"):
+        preset, *argv = argv
+    else:
+        preset = "gpt2-124m"
     if preset not in PRESETS:
-        raise UserError(f"There is no preset {preset!r}; there are: {', '.join(PRESETS)}.")
-    default = dataclasses.replace(PRESETS[preset], run=preset)
-    config = parse(preset, default, argv)
-    if config.recipe != default.recipe:  # which has other defaults
-        config = parse(preset, RECIPES[config.recipe](default), argv)
+        raise UserError(f"Unknown preset {preset!r}. The presets are: {', '.join(PRESETS)}.")
+
+    # options over the preset's defaults; a recipe changes those defaults
+    defaults = dataclasses.replace(PRESETS[preset], name=preset)
+    config = parse_options(preset, defaults, argv)
+    if config.recipe != defaults.recipe:
+        config = parse_options(preset, RECIPES[config.recipe](defaults), argv)
     check(config)
+
+    # a plan needs no data if the vocabulary is known
     if config.dry_run and not config.data.is_dir() and config.vocab_size and not config.init_from:
         with torch.device("meta"):
-            model = GPT(sizes_of(config, config.vocab_size))
-        print(plan.describe(config, model, None, None, config.gpu or ddp.pick_device(config.device).type, 1))
+            model = GPT(model_sizes(config, config.vocab_size))
+        device_name = config.gpu or ddp.pick_device(config.device).type
+        print(plan.describe(config, model, None, None, device_name, 1))
         return
     with ddp.join_world(config.device, config.wait_s) as world:
         train(config, world)
 
 
-def parse(preset: str, default: TrainConfig, argv: list[str]) -> TrainConfig:
-    return tyro.cli(TrainConfig, args=argv, default=default, prog=f"train.py {preset}",
-                    description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. The defaults below are {preset}'s.")
+def parse_options(preset: str, defaults: TrainConfig, argv: list[str]) -> TrainConfig:
+    description = f"{__doc__}\nPresets: {', '.join(PRESETS)}. The defaults below are {preset}'s."
+    return tyro.cli(TrainConfig, args=argv, default=defaults, prog=f"train.py {preset}",
+                    description=description)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
 
 
 def train(config: TrainConfig, world: ddp.World):
-    """The run that `config` describes, from its start or its newest checkpoint to its last step."""
-    run = checkpoint.LOG / config.run
-    with runlog.locked(run) if world.is_main and not config.dry_run else contextlib.nullcontext(), runlog.StopSignals() as signals:
-        resume_step = find_checkpoint(config, run, world)
-        model, first_weights, tokenizer, config = build(config)
-        train_loader = DataLoader(config.data, "train", config.batch_tokens // config.block_size, config.block_size,
-                                  config.seed, world.rank, world.size, config.order)
-        val_loader = DataLoader(config.data, "val", 1, config.block_size)
-        examples = None if config.dry_run and config.hellaswag == "auto" else hellaswag_examples(config, world)
-        if world.is_main:
-            print(plan.describe(config, model, train_loader, val_loader, ddp.device_name(world.device), world.size))
-        if config.dry_run:
+    """Trains the run that `config` describes, from its newest checkpoint to its last step."""
+    folder = checkpoint.LOG / config.name
+    writes_files = world.is_main and not config.dry_run
+    lock = runlog.locked(folder) if writes_files else contextlib.nullcontext()
+    with lock, runlog.StopSignals() as signals:
+        run = set_up(config, world)
+        if run is None:  # a dry run
             return
-        place(model, first_weights, config, world)
-        config = dataclasses.replace(config, micro_batch=micro_batch(config, run if resume_step else None, model, world))
-        optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay, (config.beta1, config.beta2),
-                                            config.embedding_rate)
-        measured = resume_step is not None and resume(run, resume_step, config, model, optimizers)
-        if resume_step is not None and world.is_main:
-            print(f"{run} goes on from step {resume_step:,}")
-        log = runlog.Log(run, run_description(config), resume_step, measured, config.track, device=ddp.device_name(world.device),
-                       processes=world.size) if world.is_main else None
-        trained = Trained(config, world, run, log, model, ddp.wrap(model, world), tokenizer, optimizers)
-        loop(trained, train_loader.batches(resume_step or 0, config.max_steps, world.device), val_loader, examples,
-             resume_step or 0, measured, signals)
+        loop(run, signals)
     if world.is_main:
-        print(f"{run} is complete at step {config.max_steps}: python app.py --model {run}")
+        print(f"{folder} is complete at step {config.max_steps}: python app.py --model {folder}")
 
 
-@dataclasses.dataclass
-class Trained:
-    """What a run works with from its first step to its last; the log is the main process's alone."""
-    config: TrainConfig
-    world: ddp.World
-    run: Path
-    log: runlog.Log | None
-    model: GPT
-    ddp_model: torch.nn.Module
-    tokenizer: Tokenizer
-    optimizers: list[torch.optim.Optimizer]
+def loop(run: TrainingRun, signals: runlog.StopSignals):
+    """Takes the steps of a run. At the top of the loop, `step` updates have been taken."""
+    config, world = run.config, run.world
+    meter = Meter(run)
+    stop_request = StopRequest(world, signals)
+    progress = tqdm(total=config.max_steps, initial=run.first_step, unit="step",
+                    disable=not world.is_main)
+
+    for step in range(run.first_step, config.max_steps + 1):
+        last_step = step == config.max_steps
+
+        # a signal: save this step on all ranks and exit
+        if signal_number := stop_request.signal_number(step):
+            save_and_exit(run, step, signal_number)
+
+        if step > run.first_step or not run.first_step_is_evaluated:
+            evaluate_now, sample_now, save_now = due(config, step)
+
+            # evaluate, sample and save once in a while; these batches are not worth compiling for
+            with torch.compiler.set_stance("force_eager"):
+                if evaluate_now:
+                    val_loss = evaluate_and_log(run, step)
+                if sample_now:
+                    sample_and_log(run, step)
+                if save_now:
+                    save(run, step, val_loss)
+        if last_step:
+            break
+
+        # one training step
+        meter.start()
+        x, y = next(run.batches)  # (B / world, T) each
+        loss, grad_norm, lr = train_step(run, x, y, step)
+
+        # log
+        meter.stop(step, loss, grad_norm, lr, progress, pause_follows=any(due(config, step + 1)))
+        progress.update()
+    progress.close()
 
 
-def loop(t: Trained, batches, val_loader: DataLoader, examples, start: int, measured: bool, signals: runlog.StopSignals):
-    """Steps from `start` on; whether that step was `measured` before it was saved. At a signal all ranks stop at one step, which
-    is saved, and exit as the signal would have made them."""
-    meter, agreement = Meter(t), Agreement(t.world, signals)
-    with tqdm(total=t.config.max_steps, initial=start, unit="step", disable=not t.world.is_main) as bar:
-        for step in range(start, t.config.max_steps + 1):  # `step` updates have been taken
-            if number := agreement.stop(step):
-                if step > start:
-                    save(t, step, None)
-                    if t.log:
-                        tqdm.write(f"stopped after step {step:,}, which is saved: the same command goes on")
-                ddp.sum_over_ranks(t.world, 0)  # a process that left earlier would bring the saving one down
-                sys.exit(128 + number)
-            if step > start or not measured:
-                with torch.compiler.set_stance("force_eager"):  # batches of every shape, for which nothing is to be compiled
-                    measure_and_save(t, val_loader, examples, step)
-            if step == t.config.max_steps:
-                return
-            meter.start()
-            x, y = next(batches)
-            meter.add(step, *update(t, x, y, step), bar, wait=any(due(t.config, step + 1)))
-            bar.update()
+def train_step(run: TrainingRun, x, y, step: int):
+    """One update from this rank's sequences x, y (B / world, T).
 
-
-def measure_and_save(t: Trained, val_loader: DataLoader, examples, step: int):
-    """What is due after `step` updates: validation, HellaSwag, a sample, a checkpoint."""
-    config, (evaluation_due, sample_due, save_due) = t.config, due(t.config, step)
-    if evaluation_due:
-        val_loss = evaluate(t.model, val_loader, t.tokenizer.vocab_size, config, t.world)
-        accuracy = score_hellaswag(t.model, t.tokenizer, examples, config, t.world) if examples else {}
-        if t.log:
-            t.log.metrics(step=step, val_loss=val_loss, **accuracy)
-            if report.learns_fineweb_edu(run_description(config)):
-                tqdm.write(report.compared(step * config.batch_tokens, val_loss))
-    if sample_due and (t.log or config.shard):
-        for text in (sharding.draw_together if config.shard else draw_samples)(t.model, t.tokenizer, config):
-            if t.log:
-                t.log.sample(step, config.sample_prompt, text)
-    if save_due:
-        save(t, step, val_loss)
-
-
-def due(config: TrainConfig, step: int) -> tuple[bool, bool, bool]:
-    """Whether validation, samples and a checkpoint are due after `step` updates; what is saved is measured before."""
-    is_last = step == config.max_steps
-    save_due = step > 0 and (step % config.save_every == 0 or is_last)
-    return save_due or step % config.eval_every == 0, is_last or step % config.sample_every == 0, save_due
-
-
-def save(t: Trained, step: int, val_loss: float | None):
-    """Writes a checkpoint; val_loss is None where the step was not measured. A full disk costs this checkpoint, not the run."""
-    if not t.log and not t.config.shard:
-        return
-    if t.config.shard:
-        t.model.reshard()  # what validation had gathered
-    try:
-        checkpoint.save(t.run, step, t.model, optim.named_state(t.model, t.optimizers), t.tokenizer, run_fingerprint(t.config, step),
-                        val_loss, t.world)
-    except checkpoint.NotSaved as error:
-        if val_loss is None or step == t.config.max_steps:  # nothing comes after
-            raise UserError(f"{error}: make room, and the same command goes on from the last one that was.") from None
-        if t.log:
-            runlog.warn(f"{error}; the run goes on")
-
-
-class Meter:
-    """Reads loss, speed and skipped updates off the device every `log_every` steps, where alone a step waits for its numbers."""
-
-    def __init__(self, t: Trained):
-        self.t, self.seconds, self.tokens = t, 0.0, 0  # of training alone, since the last line of the log
-        self.device = find_device(ddp.device_name(t.world.device))
-        self.flops_per_token = t.model.flops_per_token(t.config.block_size)
-        self.in_a_row, self.longest, self.skipped = (torch.zeros((), dtype=torch.int64, device=t.world.device) for _ in range(3))
-
-    def start(self):
-        self.began = time.perf_counter()
-
-    def add(self, step: int, loss, grad_norm, lr: float, bar: tqdm, wait: bool):
-        """Takes in what update `step`, counted from 0, returned. `wait` for the device where something else than training
-        follows, which would else wait for it."""
-        bad = ~grad_norm.isfinite()
-        self.skipped += bad
-        self.in_a_row = (self.in_a_row + 1) * bad
-        self.longest = torch.maximum(self.longest, self.in_a_row)
-        config, world = self.t.config, self.t.world
-        self.tokens += config.batch_tokens
-        if wait:
-            loss.item()
-        if (step + 1) % config.log_every and step + 1 < config.max_steps:
-            self.seconds += time.perf_counter() - self.began
-            return
-        loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
-        speed = self.tokens / (self.seconds + time.perf_counter() - self.began)
-        mfu = {"mfu": speed * self.flops_per_token / (world.size * self.device.flops)} if self.device else {}
-        skipped = {"skipped": self.skipped.item()} if self.skipped.item() else {}
-        if self.t.log:
-            shares = f"MFU {100 * mfu['mfu']:.0f}%" if mfu else "MFU n/a"
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, {shares}", refresh=False)
-            self.t.log.metrics(step=step + 1, train_loss=loss, grad_norm=grad_norm.item(), learning_rate=lr,
-                               tokens_per_s=round(speed), **mfu, **skipped)
-            if skipped:
-                runlog.warn(f"step {step + 1}: {skipped['skipped']} of the last updates had no finite gradient and were skipped")
-        if self.longest >= MAX_SKIPPED_IN_A_ROW:
-            good = checkpoint.saved_steps(self.t.run)
-            kept = f"the last checkpoint is of step {good[-1]}" if good else "no checkpoint was saved"
-            raise UserError(f"The run has diverged: by step {step + 1}, {MAX_SKIPPED_IN_A_ROW} gradients in a row were not finite; {kept}. "
-                            "Start another with a lower --learning-rate.")
-        self.seconds, self.tokens = 0.0, 0
-        self.skipped.zero_()
-
-
-class Agreement:
-    """Whether all ranks stop, asked about every two seconds: a signal may reach one alone, and they must stop at one step."""
-
-    def __init__(self, world: ddp.World, signals: runlog.StopSignals):
-        self.world, self.signals, self.asked, self.next = world, signals, None, 0
-
-    def stop(self, step: int) -> int:
-        """The signal after which every rank stops at this step, or 0."""
-        if self.world.size == 1:
-            return self.signals.received
-        if step < self.next:
-            return 0
-        now, received = time.perf_counter(), self.signals.received
-        last_step, last = self.asked or (step, now)
-        seconds, terminated, interrupted = ddp.sum_over_ranks(
-            self.world, (now - last) / self.world.size, received == signal.SIGTERM, received == signal.SIGINT)
-        self.asked, self.next = (step, now), step + max(1, int(2 * (step - last_step) / seconds) if seconds else 1)
-        return signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# A step, and what is measured between steps
-
-def update(t: Trained, x, y, step: int):
-    """One update from this rank's sequences x, y (B / world, T); none, alike on all ranks, where the gradient is not finite.
-
-    Returns this rank's mean loss and the norm of the gradient before clipping, both still on the device, and the
-    learning rate.
+    Returns this rank's mean loss and the gradient's norm before clipping, both still on the device,
+    and the learning rate. If the gradient is not finite, all ranks skip the update alike.
     """
-    config, world, ddp_model, optimizers = t.config, t.world, t.ddp_model, t.optimizers
-    ddp_model.train()
-    torch.manual_seed(seed_of(config.seed, step, world.rank))  # dropout
+    config, world, model = run.config, run.world, run.ddp_model
+    model.train()
+    torch.manual_seed(derive_seed(config.seed, step, world.rank))  # for dropout
+
+    # forward and backward, accumulating gradients over micro-batches
     loss = torch.zeros((), device=world.device)
-    parts = list(zip(x.split(config.micro_batch), y.split(config.micro_batch)))
-    for i, (x_part, y_part) in enumerate(parts):
-        # Gradients accumulate here and cross between ranks once, with the last micro-batch; sharded ones are never whole here.
-        wait = world.size > 1 and not config.shard and i < len(parts) - 1
-        accumulate = ddp_model.no_sync() if wait else contextlib.nullcontext()
-        with accumulate, autocast(config, world):
-            _, part_loss = ddp_model(x_part, y_part)
-            part_loss = part_loss * (len(x_part) / len(x))
+    micro_batches = list(zip(x.split(config.micro_batch), y.split(config.micro_batch)))
+    for i, (x_part, y_part) in enumerate(micro_batches):
+        # DDP averages gradients over the ranks only with the last micro-batch
+        last = i == len(micro_batches) - 1
+        skip_sync = world.size > 1 and not config.shard and not last
+        sync = model.no_sync() if skip_sync else contextlib.nullcontext()
+        with sync, autocast(config, world):
+            _, part_loss = model(x_part, y_part)
+            part_loss = part_loss * (len(x_part) / len(x))  # a micro-batch's share of the mean
             part_loss.backward()
         loss += part_loss.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(ddp_model.parameters(), config.grad_clip or float("inf"))
+
+    # clip
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
     if config.shard:
         grad_norm = grad_norm.full_tensor()
-    lr = optim.learning_rate(step, peak=config.learning_rate, schedule=config.schedule, min_ratio=config.min_lr_ratio,
-                             warmup_steps=config.warmup_steps, max_steps=config.max_steps)
-    optim.set_learning_rate(optimizers, lr)
-    for optimizer in optimizers:
-        optimizer.found_inf = (~grad_norm.isfinite()).float()  # the optimizer looks at it on the device
+
+    # learning rate
+    lr = optim.learning_rate(
+        step, peak=config.learning_rate, schedule=config.schedule, min_ratio=config.min_lr_ratio,
+        warmup_steps=config.warmup_steps, max_steps=config.max_steps)
+    optim.set_learning_rate(run.optimizers, lr)
+
+    # optimizer
+    found_inf = (~grad_norm.isfinite()).float()  # read on the device, so that no step waits for it
+    for optimizer in run.optimizers:
+        optimizer.found_inf = found_inf
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm, lr
 
 
-@torch.no_grad()
-def evaluate(model: GPT, val_loader: DataLoader, vocab_size: int, config: TrainConfig, world: ddp.World) -> float:
-    """Mean loss, nats per token, over the first `eval_tokens` of validation: the same sequences on any number of ranks.
+# --------------------------------------------------------------------------------------------------
+# Between steps: evaluate, sample, save
 
-    Probabilities are over the tokenizer's vocab_size ids, without a model's padding.
+
+def due(config: TrainConfig, step: int) -> tuple[bool, bool, bool]:
+    """Whether to evaluate, sample and save after `step` updates. What is saved is evaluated."""
+    last_step = step == config.max_steps
+    save_now = step > 0 and (step % config.save_every == 0 or last_step)
+    evaluate_now = save_now or step % config.eval_every == 0
+    sample_now = last_step or step % config.sample_every == 0
+    return evaluate_now, sample_now, save_now
+
+
+def evaluate_and_log(run: TrainingRun, step: int) -> float:
+    """The validation loss; HellaSwag's accuracy is logged with it if the run has its examples."""
+    config = run.config
+    val_loss = evaluate(run.model, run.val_loader, run.tokenizer.vocab_size, config, run.world)
+    accuracy = {}
+    if run.hellaswag_examples:
+        with autocast(config, run.world):
+            scores = hellaswag.evaluate(run.model, run.tokenizer, run.hellaswag_examples, "nanogpt",
+                                        world=run.world)
+        accuracy["hellaswag"] = scores["nanogpt"]["acc_norm"]
+    if run.log:
+        run.log.metrics(step=step, val_loss=val_loss, **accuracy)
+        if report.learns_fineweb_edu(run_description(config, run.manifest)):
+            tqdm.write(report.compare_to_published(step * config.batch_tokens, val_loss))
+    return val_loss
+
+
+@torch.no_grad()
+def evaluate(model: GPT, val_loader: DataLoader, vocab_size: int, config: TrainConfig,
+             world: ddp.World) -> float:
+    """Mean loss in nats per token over the first eval_tokens of the validation split.
+
+    The ranks divide the same sequences whatever their number. Probabilities are over the
+    tokenizer's vocab_size ids, without the padding of the model's vocabulary.
     """
     model.eval()
-    count = min(val_loader.sequences, max(1, config.eval_tokens // config.block_size))
-    total, tokens = 0.0, 0
-    for first in range(world.rank * config.micro_batch, count + world.rank * config.micro_batch, world.size * config.micro_batch):
-        sequences = range(first, min(first + config.micro_batch, count))
+    n_sequences = min(val_loader.sequences, max(1, config.eval_tokens // config.block_size))
+    total_loss, n_scored = 0.0, 0
+    stride = world.size * config.micro_batch
+    offset = world.rank * config.micro_batch
+    for first in range(offset, n_sequences + offset, stride):
+        sequences = range(first, min(first + config.micro_batch, n_sequences))
         if not sequences and not config.shard:
             break
-        x, y = (part.to(world.device) for part in val_loader.read(sequences or range(1)))  # sharded, all run as many passes
+        # the ranks of a sharded model run equally many passes; one without sequences repeats one
+        x, y = val_loader.read(sequences or range(1))  # (micro_batch, T) each
+        x, y = x.to(world.device), y.to(world.device)
         with autocast(config, world):
-            hidden = model.hidden(x).flatten(0, 1)
-            loss = cross_entropy(hidden, model.transformer.wte.weight[:vocab_size], y.flatten())
-        total += loss.item() * len(sequences)
-        tokens += len(sequences)
-    total, tokens = ddp.sum_over_ranks(world, total, tokens)
-    return total / tokens
+            hidden = model.hidden(x).flatten(0, 1)  # (micro_batch * T, C)
+            head = model.transformer.wte.weight[:vocab_size]
+            loss = cross_entropy(hidden, head, y.flatten())
+        total_loss += loss.item() * len(sequences)
+        n_scored += len(sequences)
+    total_loss, n_scored = ddp.sum_over_ranks(world, total_loss, n_scored)
+    return total_loss / n_scored
 
 
-def score_hellaswag(model: GPT, tokenizer: Tokenizer, examples: list[dict], config: TrainConfig, world: ddp.World) -> dict:
-    """{"hellaswag": acc_norm over all examples, each scored by one rank}, by build-nanogpt's protocol."""
-    with autocast(config, world):
-        return {"hellaswag": hellaswag.evaluate(model, tokenizer, examples, "nanogpt", world=world)["nanogpt"]["acc_norm"]}
+def sample_and_log(run: TrainingRun, step: int):
+    """Continues the sample prompt, on the main process or on all ranks of a sharded model."""
+    if run.config.shard:
+        texts = sharding.draw_together(run.model, run.tokenizer, run.config)
+    elif run.log:
+        texts = draw_samples(run.model, run.tokenizer, run.config)
+    if run.log:
+        for text in texts:
+            run.log.sample(step, run.config.sample_prompt, text)
 
 
 def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
     """Continuations of the sample prompt by the model as it is now."""
     model.eval()
-    engine, prompt = Engine(model, tokenizer, dtype="float32"), config.sample_prompt
-    return [prompt + text for text in engine.generate(engine.encode(prompt)[0], n=config.samples, max_new_tokens=200,
-                                                      temperature=0.8, top_k=200, seed=config.seed)]
+    engine = Engine(model, tokenizer, dtype="float32")
+    ids, _ = engine.encode(config.sample_prompt)
+    texts = engine.generate(ids, n=config.samples, max_new_tokens=200, temperature=0.8, top_k=200,
+                            seed=config.seed)
+    return [config.sample_prompt + text for text in texts]
+
+
+def save(run: TrainingRun, step: int, val_loss: float | None):
+    """Writes a checkpoint; val_loss is None for a step that was not evaluated.
+
+    A full disk costs this checkpoint, not the run, unless no step follows.
+    """
+    config = run.config
+    if not run.log and not config.shard:
+        return
+    if config.shard:
+        run.model.reshard()  # free what validation gathered
+    try:
+        checkpoint.save(run.folder, step, run.model, optim.named_state(run.model, run.optimizers),
+                        run.tokenizer, run_fingerprint(config, run.manifest, step), val_loss,
+                        run.world)
+    except checkpoint.SaveError as error:
+        no_step_follows = val_loss is None or step == config.max_steps
+        if no_step_follows:
+            raise UserError(f"{error}. Free some disk space and run the same command again to "
+                            "resume from the last checkpoint.") from None
+        if run.log:
+            runlog.warn(f"{error}; training continues")
+
+
+def save_and_exit(run: TrainingRun, step: int, signal_number: int):
+    """Saves the step that a signal interrupts and exits with the code that the signal has."""
+    if step > run.first_step:
+        save(run, step, None)
+        if run.log:
+            tqdm.write(f"stopped after step {step:,} and saved it; run the same command to resume")
+    ddp.sum_over_ranks(run.world, 0)  # wait for all: a rank that leaves early breaks the others
+    sys.exit(128 + signal_number)
 
 
 if __name__ == "__main__":

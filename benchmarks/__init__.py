@@ -1,1 +1,5 @@
-"""Speed and quality, measured against peers: run one with `python -m benchmarks.decode`, all with `python -m benchmarks.run`."""
+"""Benchmarks of speed and quality; README.md lists them.
+
+    python -m benchmarks.decode     # one of them
+    python -m benchmarks.run        # all of them
+"""

@@ -1,11 +1,10 @@
-"""A byte-level BPE of our own: how long its training takes, what memory, and how fast it encodes by tiktoken and by `tokenizers`.
+"""Train a byte-level BPE and encode with it: time, memory, and tiktoken against `tokenizers`.
 
     python -m benchmarks.bpe CORPUS [--size 8192]
 
-CORPUS is a file or folder as prepare.py takes it; the first 20 MB of it are encoded, in one process, each way once a round.
+CORPUS is a file or folder that prepare.py reads. The first 20 MB are encoded in one process, each
+way once per round.
 """
-
-
 import resource
 import statistics
 import time
@@ -17,30 +16,43 @@ from corpus import reader
 from corpus.sources import local_source
 from tokenizer import train_bpe
 
+ENCODED_BYTES = 2e7
+
 
 def main(path: tyro.conf.Positional[Path], size: int = 8192, rounds: int = 5):
+    # train
     files = local_source(path.name, path).files
     began = time.perf_counter()
-    bpe = train_bpe(reader.sample(files, 0.0, None), size)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(f"trained {bpe.vocab_size:,} ids in {time.perf_counter() - began:.0f} s, at most {memory:.0f} MB resident")
-    texts, length = [], 0
+    bpe = train_bpe(reader.sample_texts(files, 0.0, None), size)
+    seconds = time.perf_counter() - began
+    memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print(f"trained {bpe.vocab_size:,} ids in {seconds:.0f} s, at most {memory_mb:.0f} MB resident")
+
+    # read the texts to encode
+    texts, total_bytes = [], 0
     for passage in reader.read(files):
-        texts.append(reader.text_of(passage)[0])
-        length += len(texts[-1].encode())
-        if length > 2e7:
+        text, _ = reader.passage_text(passage)
+        texts.append(text)
+        total_bytes += len(text.encode())
+        if total_bytes > ENCODED_BYTES:
             break
-    ways = {"tiktoken": bpe.encode_array, "tokenizers": lambda text: bpe.bpe.encode(text, add_special_tokens=False).ids}
-    assert all(list(ways["tiktoken"](text)) == ways["tokenizers"](text) for text in texts[:200])
-    taken = {name: [] for name in ways}
+
+    # encode them both ways, which must agree
+    def encode_with_tokenizers(text: str) -> list[int]:
+        return bpe.bpe.encode(text, add_special_tokens=False).ids
+
+    ways = {"tiktoken": bpe.encode_array, "tokenizers": encode_with_tokenizers}
+    for text in texts[:200]:
+        assert list(ways["tiktoken"](text)) == ways["tokenizers"](text)
+    times = {name: [] for name in ways}
     for _ in range(rounds):
         for name, encode in ways.items():
             began = time.thread_time()
             tokens = sum(len(encode(text)) for text in texts)
-            taken[name].append(time.thread_time() - began)
-    print(f"{length / tokens:.2f} bytes a token")
-    for name, seconds in taken.items():
-        print(f"{name:10} {length / statistics.median(seconds) / 1e6:5.1f} MB/s of one core")
+            times[name].append(time.thread_time() - began)
+    print(f"{total_bytes / tokens:.2f} bytes per token")
+    for name, seconds in times.items():
+        print(f"{name:10} {total_bytes / statistics.median(seconds) / 1e6:5.1f} MB/s per core")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""HellaSwag against build-nanogpt's script: examples a second and verdicts, both in one run, turn and turn about.
+"""HellaSwag against build-nanogpt's script: examples/s and verdicts, in alternating rounds.
 
-    python -m benchmarks.hellaswag_speed hellaswag_val.jsonl build-nanogpt/      # a checkout of karpathy/build-nanogpt
-    python -m benchmarks.hellaswag_speed hellaswag_val.jsonl build-nanogpt/ --dtype bfloat16 --device cuda --examples 10042
+    git clone https://github.com/karpathy/build-nanogpt
+    python -m benchmarks.hellaswag_speed hellaswag_val.jsonl build-nanogpt/
+    python -m benchmarks.hellaswag_speed hellaswag_val.jsonl build-nanogpt/ --device cuda \
+        --dtype bfloat16 --examples 10042
 
-The model is GPT-2 124M, with random weights unless --model names others; the examples are drawn at random from the file. The
-script runs as it is, in its own precision, but for where its model and its examples come from.
+The model is GPT-2 124M, with random weights unless --model names another. The examples are drawn at
+random from the file. The script runs unchanged and in its own precision, except that its model and
+its examples come from here.
 """
-
-
 import contextlib
 import dataclasses
 import importlib.util
@@ -24,6 +25,7 @@ import tiktoken
 import torch
 import tyro
 
+from benchmarks.ratio import print_ratio
 from checkpoint import load_model
 from generate import Engine
 from hellaswag import evaluate, read_examples
@@ -34,14 +36,16 @@ from weights.huggingface import save_huggingface
 
 @dataclasses.dataclass
 class Config:
-    """Measures."""
+    """Examples, model and rounds."""
     data: tyro.conf.Positional[Path]
+    """HellaSwag's validation examples."""
     build_nanogpt: tyro.conf.Positional[Path]
+    """A checkout of karpathy/build-nanogpt."""
     model: str | None = None
-    """A folder in Hugging Face's layout; random weights of GPT-2 124M when not given."""
+    """A folder in Hugging Face's layout; GPT-2 124M with random weights by default."""
     device: str = "cpu"
     dtype: str = "float32"
-    """Ours; the script has its own."""
+    """Our precision; the script has its own."""
     examples: int = 60
     rounds: int = 3
 
@@ -50,6 +54,7 @@ def main(config: Config):
     examples = read_examples(config.data)
     examples = random.Random(0).sample(examples, min(config.examples, len(examples)))
     with tempfile.TemporaryDirectory() as folder:
+        # load the same model into both programs
         if config.model is None:
             torch.manual_seed(0)
             save_huggingface(folder, GPT(SIZES["gpt2"]), gpt2_tokenizer(), torch.float32)
@@ -57,24 +62,30 @@ def main(config: Config):
         model, tokenizer, _ = load_model(path, config.device)
         model = Engine(model, tokenizer, config.dtype).packed
         script = load_script(config.build_nanogpt / "hellaswag.py")
-        times = {"ours": [], "script": []}
+
+        # evaluate in alternating rounds
+        our_times, script_times = [], []
         for _ in range(config.rounds):
             began = time.perf_counter()
-            ours = evaluate(model, tokenizer, examples, "nanogpt")["nanogpt"]["predictions"]
-            times["ours"].append(time.perf_counter() - began)
-            verdicts, seconds = run_script(script, path, config.device, examples)
-            times["script"].append(seconds)
-    equal = sum((choice == e["label"]) == right for choice, e, right in zip(ours, examples, verdicts))
-    for name, seconds in times.items():
-        print(f"{name:>8}: {len(examples) / statistics.median(seconds):8.2f} examples/s "
-              f"(rounds: {', '.join(f'{s:.1f} s' for s in seconds)})")
-    ratios = [theirs / own for own, theirs in zip(*times.values())]
-    print(f"= {statistics.median(ratios):.2f} HellaSwag in {config.dtype} against build-nanogpt's script; "
-          f"{min(ratios):.2f} to {max(ratios):.2f}; equal verdicts: {equal} of {len(examples)}")
+            ours = evaluate(model, tokenizer, examples, "nanogpt")["nanogpt"]
+            our_times.append(time.perf_counter() - began)
+            script_correct, seconds = run_script(script, path, config.device, examples)
+            script_times.append(seconds)
+
+    for name, times in ("ours", our_times), ("script", script_times):
+        rounds = ", ".join(f"{seconds:.1f} s" for seconds in times)
+        print(f"{name:>8}: {len(examples) / statistics.median(times):8.2f} examples/s "
+              f"(rounds: {rounds})")
+    our_correct = [choice == example["label"]
+                   for choice, example in zip(ours["predictions"], examples)]
+    equal = sum(a == b for a, b in zip(our_correct, script_correct))
+    ratios = [theirs / own for own, theirs in zip(our_times, script_times)]
+    print_ratio(f"HellaSwag in {config.dtype}", ratios, "times build-nanogpt's script",
+                f"{equal} of {len(examples)} verdicts equal")
 
 
 def load_script(path: Path):
-    tiktoken.get_encoding = lambda name: gpt2_tokenizer().fast  # as it is, without a download
+    tiktoken.get_encoding = lambda name: gpt2_tokenizer().fast  # avoids a download
     spec = importlib.util.spec_from_file_location("build_nanogpt_hellaswag", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -82,21 +93,23 @@ def load_script(path: Path):
 
 
 def run_script(script, model: str, device: str, examples: list[dict]) -> tuple[list[bool], float]:
-    """(which examples it got right by acc_norm, the seconds from its first to its last)."""
-    times = []
+    """(whether each example is correct by acc_norm, seconds from the first example to the end)."""
+    began = None
 
-    def iterate(split):
-        for example in examples:
-            times.append(time.perf_counter())
-            yield example
+    def iterate_examples(split):
+        nonlocal began
+        began = time.perf_counter()  # the model is loaded by now
+        yield from examples
 
-    script.iterate_examples = iterate
+    script.iterate_examples = iterate_examples
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         script.evaluate(model, device)
-    seconds = time.perf_counter() - times[0]
-    counts = [0, *(int(count) for count in re.findall(r"acc_norm: (\d+)/", printed.getvalue()))]
-    return [after > before for before, after in itertools.pairwise(counts)], seconds
+    seconds = time.perf_counter() - began
+
+    # the script prints how many are correct so far
+    counts = [int(count) for count in re.findall(r"acc_norm: (\d+)/", printed.getvalue())]
+    return [after > before for before, after in itertools.pairwise([0, *counts])], seconds
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,16 +1,15 @@
-"""Which recipe reaches the tuned AdamW's final validation loss with the fewest tokens, the architecture unchanged.
+"""Which training recipe reaches the tuned AdamW's final validation loss in the fewest tokens.
 
     python prepare.py edu_corpus.jsonl.zst --tokenizer bpe:4096 --val-share 0.01
-    python -m benchmarks.recipes                  # trains every run that has no result yet, and reports
-    python -m benchmarks.recipes adamw muon-lr    # only runs whose names begin so; several processes may share the work
-    python -m benchmarks.recipes --only-report    # benchmarks/recipes/: runs.csv and curves.png out of curves/*.csv
-    python -m benchmarks.recipes --times          # what a step of the baseline and of the winner takes
+    python -m benchmarks.recipes                  # train every run without a result, then report
+    python -m benchmarks.recipes adamw muon-lr    # only runs whose names start with one of these
+    python -m benchmarks.recipes --only-report    # write runs.csv and curves.png from curves/*.csv
+    python -m benchmarks.recipes --times          # the time of a step with AdamW and with Muon
 
-Each run is train.py's own loop in log/recipe-<name>/, goes on where it was stopped, and leaves its curve in
-benchmarks/recipes/curves/<name>.csv. benchmarks/recipes/README.md says what came of it.
+The architecture stays the same. Each run uses train.py's own loop in log/recipe-<name>/, resumes
+after an interruption, and writes benchmarks/recipes/curves/<name>.csv. Several processes may share
+the work. benchmarks/recipes/README.md describes the results.
 """
-
-
 import contextlib
 import csv
 import dataclasses
@@ -33,171 +32,253 @@ import train
 from checkpoint import LOG
 from common.errors import UserError, report_user_errors
 from model import GPT
-from training import optim, setup
+from training import optim
 from training.config import TrainConfig
+from training.setup import model_sizes
 
 FOLDER = Path(__file__).parent / "recipes"
 CURVES = FOLDER / "curves"
 TOKENS = 2**20  # of the baseline's run
+VOCAB_SIZE = 4096
+
+# --------------------------------------------------------------------------------------------------
+# The runs, by name: how each differs from BASE
 
 BASE = TrainConfig(
-    n_layer=4, n_head=4, n_embd=128, block_size=256, batch_tokens=2048, micro_batch=8, max_steps=TOKENS // 2048,
-    learning_rate=2e-3, warmup_steps=32, eval_every=64, eval_tokens=2**16, sample_every=10**6, save_every=128, log_every=32,
-    sample_prompt="The", dtype="float32")
-HALF = {"optimizer": "muon", "max_steps": BASE.max_steps // 2, "learning_rate": 4e-3, "warmup_steps": 16}  # half of the tokens
+    n_layer=4, n_head=4, n_embd=128, block_size=256, batch_tokens=2048, micro_batch=8,
+    max_steps=TOKENS // 2048, learning_rate=2e-3, warmup_steps=32, dtype="float32",
+    eval_every=64, eval_tokens=2**16, save_every=128, log_every=32,
+    sample_every=10**6, sample_prompt="The")
+
+# half of the tokens, with a complete schedule
+HALF = {"optimizer": "muon", "max_steps": BASE.max_steps // 2, "learning_rate": 4e-3,
+        "warmup_steps": 16}
 WSD = {"schedule": "wsd", "min_lr_ratio": 0.0}
+BATCH_1024 = {"batch_tokens": 1024, "max_steps": 2 * BASE.max_steps, "warmup_steps": 64,
+              "eval_every": 128}
+BATCH_4096 = {"batch_tokens": 4096, "max_steps": BASE.max_steps // 2, "warmup_steps": 16,
+              "eval_every": 32}
 
-
-def variant(base: dict, **changes) -> dict:
-    return {**base, **changes}
-
-
-# Name: what differs from BASE; `trick` is one of TRICKS, which train.py does not have.
 RUNS = {
-    **{f"adamw-lr{lr:g}": {"learning_rate": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
+    # AdamW
+    "adamw-lr0.001": {"learning_rate": 1e-3},
+    "adamw-lr0.002": {"learning_rate": 2e-3},
+    "adamw-lr0.004": {"learning_rate": 4e-3},
+    "adamw-lr0.008": {"learning_rate": 8e-3},
     "adamw-wsd": {"learning_rate": 4e-3, **WSD},
-    "adamw-batch4096": {"learning_rate": 4e-3, "batch_tokens": 4096, "max_steps": BASE.max_steps // 2, "warmup_steps": 16,
-                        "eval_every": 32},
-    **{f"adamw-batch1024{name}": {"learning_rate": lr, "batch_tokens": 1024, "max_steps": 2 * BASE.max_steps, "warmup_steps": 64,
-                                  "eval_every": 128} for name, lr in (("", 4e-3), ("-lr0.002", 2e-3))},
-    **{f"muon-lr{lr:g}": variant(HALF, learning_rate=lr) for lr in (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)},
-    "muon-cosine0": variant(HALF, min_lr_ratio=0.0),
-    "muon-zero": variant(HALF, trick="zero"),
-    "muon-qkv": variant(HALF, trick="qkv"),
-    "muon-wd0": variant(HALF, weight_decay=0.0),
-    "muon-wd0.3": variant(HALF, weight_decay=0.3),
-    "muon-batch4096": variant(HALF, batch_tokens=4096, max_steps=HALF["max_steps"] // 2, warmup_steps=8, eval_every=32),
-    "muon-embed2": variant(HALF, embedding_rate=2.0),
-    "fast": variant(HALF, embedding_rate=4.0),
-    "muon-embed8": variant(HALF, embedding_rate=8.0),
-    "muon-wsd": variant(HALF, **WSD),
-    "muon-wsd-embed4": variant(HALF, **WSD, embedding_rate=4.0),
-    **{f"muon-wsd-lr{lr:g}": variant(HALF, **WSD, learning_rate=lr) for lr in (8e-3, 16e-3)},
-    **{f"muon-wsd-lr0.008-embed{rate:g}": variant(HALF, **WSD, learning_rate=8e-3, embedding_rate=rate) for rate in (2.0, 4.0)},
+    "adamw-batch4096": {"learning_rate": 4e-3, **BATCH_4096},
+    "adamw-batch1024": {"learning_rate": 4e-3, **BATCH_1024},
+    "adamw-batch1024-lr0.002": {"learning_rate": 2e-3, **BATCH_1024},
+
+    # Muon in half of the tokens; `trick` is one of TRICKS below, which train.py does not have
+    "muon-lr0.002": HALF | {"learning_rate": 2e-3},
+    "muon-lr0.004": HALF | {"learning_rate": 4e-3},
+    "muon-lr0.008": HALF | {"learning_rate": 8e-3},
+    "muon-lr0.016": HALF | {"learning_rate": 16e-3},
+    "muon-lr0.032": HALF | {"learning_rate": 32e-3},
+    "muon-cosine0": HALF | {"min_lr_ratio": 0.0},
+    "muon-zero": HALF | {"trick": "zero"},
+    "muon-qkv": HALF | {"trick": "qkv"},
+    "muon-wd0": HALF | {"weight_decay": 0.0},
+    "muon-wd0.3": HALF | {"weight_decay": 0.3},
+    "muon-batch4096": HALF | BATCH_4096 | {"max_steps": HALF["max_steps"] // 2, "warmup_steps": 8},
+
+    # a higher learning rate for the embeddings
+    "muon-embed2": HALF | {"embedding_rate": 2.0},
+    "fast": HALF | {"embedding_rate": 4.0},
+    "muon-embed8": HALF | {"embedding_rate": 8.0},
+
+    # WSD
+    "muon-wsd": HALF | WSD,
+    "muon-wsd-embed4": HALF | WSD | {"embedding_rate": 4.0},
+    "muon-wsd-lr0.008": HALF | WSD | {"learning_rate": 8e-3},
+    "muon-wsd-lr0.016": HALF | WSD | {"learning_rate": 16e-3},
+    "muon-wsd-lr0.008-embed2": HALF | WSD | {"learning_rate": 8e-3, "embedding_rate": 2.0},
+    "muon-wsd-lr0.008-embed4": HALF | WSD | {"learning_rate": 8e-3, "embedding_rate": 4.0},
 }
-RUNS |= {f"{name}-40": variant(RUNS[name], max_steps=round(0.4 * BASE.max_steps), warmup_steps=13)  # a whole schedule in 40%
-         for name in ("fast", "muon-wsd-lr0.008")}
-RUNS |= {f"{name}-s{seed}": variant(RUNS[name], seed=1336 + seed) for seed in (2, 3) for name in (
-    "fast", "adamw-batch1024", "adamw-lr0.004", "adamw-lr0.002", "muon-lr0.004", "muon-lr0.008", "muon-lr0.016", "muon-zero",
-    "muon-wsd-lr0.008", "muon-wsd-embed4")}
+
+# a complete schedule in 40% of the baseline's tokens
+for _name in "fast", "muon-wsd-lr0.008":
+    RUNS[f"{_name}-40"] = RUNS[_name] | {
+        "max_steps": round(0.4 * BASE.max_steps), "warmup_steps": 13}
+
+# two more seeds
+for _seed in 2, 3:
+    for _name in ("fast", "adamw-batch1024", "adamw-lr0.004", "adamw-lr0.002", "muon-lr0.004",
+                  "muon-lr0.008", "muon-lr0.016", "muon-zero", "muon-wsd-lr0.008",
+                  "muon-wsd-embed4"):
+        RUNS[f"{_name}-s{_seed}"] = RUNS[_name] | {"seed": 1336 + _seed}
 
 
-def zero_residuals(model, whole=GPT.initial):
-    """First values by which each block begins as the identity: the residual projections are zero."""
-    residual = {id(block) for layer in model.transformer.h for block in (layer.attn.c_proj.weight, layer.mlp.c_proj.weight)}
-    return ((p, values * (id(p) not in residual)) for p, values in whole(model))
+def zero_residuals(model: GPT, initial_weights=GPT.initial_weights):
+    """Initial weights with zero residual projections: each block starts as the identity."""
+    projections = set()
+    for block in model.transformer.h:
+        projections |= {id(block.attn.c_proj.weight), id(block.mlp.c_proj.weight)}
+    for p, values in initial_weights(model):
+        yield p, torch.zeros_like(values) if id(p) in projections else values
 
 
-def orthogonalize_qkv(matrix: torch.Tensor, whole=optim.orthogonalize) -> torch.Tensor:
-    """Queries', keys' and values' matrices each on their own, in the update of c_attn (3C, C)."""
+def orthogonalize_qkv(matrix: torch.Tensor, orthogonalize=optim.orthogonalize) -> torch.Tensor:
+    """Orthogonalize queries, keys and values separately in the update of c_attn (3C, C)."""
     m, n = matrix.shape
-    return torch.cat([whole(part) for part in matrix.split(n)]) / 3**0.5 if m == 3 * n else whole(matrix)
+    if m != 3 * n:
+        return orthogonalize(matrix)
+    return torch.cat([orthogonalize(part) for part in matrix.split(n)]) / 3**0.5
 
 
 TRICKS = {
     None: contextlib.nullcontext,
-    "zero": lambda: mock.patch.object(GPT, "initial", zero_residuals),
+    "zero": lambda: mock.patch.object(GPT, "initial_weights", zero_residuals),
     "qkv": lambda: mock.patch.object(optim, "orthogonalize", orthogonalize_qkv),
 }
 
 
-def main(names: tyro.conf.Positional[tuple[str, ...]] = (), /, data: Path = Path("data/edu_corpus_bpe-4096"),
+def main(names: tyro.conf.Positional[tuple[str, ...]] = (), /,
+         data: Path = Path("data/edu_corpus_bpe-4096"),
          only_report: bool = False, times: bool = False):
-    """Trains the runs whose names begin with one of `names`, or all; --only-report only reads what there is."""
+    """Train the runs whose names start with one of `names`, or all of them, and report."""
     if times:
-        step_times()
+        time_steps()
         return
-    CURVES.mkdir(parents=True, exist_ok=True)
-    for name, changes in RUNS.items():
-        if not only_report and name.startswith(names or ("",)) and not (CURVES / f"{name}.csv").exists():
-            with contextlib.suppress(UserError) if names == () else contextlib.nullcontext():  # another process has it
-                run(name, dict(changes), data)
+    if not only_report:
+        train_missing(names, data)
     write_report()
 
 
-def run(name: str, changes: dict, data: Path):
-    with TRICKS[changes.pop("trick", None)](), ddp.join_world("cpu") as world:
-        config = dataclasses.replace(BASE, data=data, run=f"recipe-{name}", **changes)
+def train_missing(names: tuple[str, ...], data: Path):
+    CURVES.mkdir(parents=True, exist_ok=True)
+    for name, changes in RUNS.items():
+        if not name.startswith(names or ("",)) or (CURVES / f"{name}.csv").exists():
+            continue
+        try:
+            train_one(name, changes, data)
+        except UserError:
+            if names:
+                raise
+            # without names, leave a run that another process is training to it
+
+
+def train_one(name: str, changes: dict, data: Path):
+    changes = dict(changes)
+    trick = TRICKS[changes.pop("trick", None)]
+    config = dataclasses.replace(BASE, data=data, name=f"recipe-{name}", **changes)
+    with trick(), ddp.join_world("cpu") as world:
         train.train(config, world)
-    measured = report.metrics(LOG / config.run).dropna(subset="val_loss")
-    points = zip(measured["step"] * config.batch_tokens, measured["val_loss"].round(5))
+    log = report.metrics(LOG / config.name).dropna(subset="val_loss")
+    points = zip(log["step"] * config.batch_tokens, log["val_loss"].round(5))
     with open(CURVES / f"{name}.csv", "w", newline="") as file:
         csv.writer(file).writerows([("tokens", "val_loss"), *points])
 
 
-def step_times(rounds: int = 15):
-    """Median seconds of an update of AdamW and of Muon beside it, each once a round; also in the time of this thread alone, which
-    others that use the cores do not lengthen."""
-    model = GPT(setup.sizes_of(BASE, 4096))
-    x = torch.randint(4096, (BASE.batch_tokens // BASE.block_size, BASE.block_size))
-    optimizers = {name: optim.build_optimizers(model, name, 0.1, (0.9, 0.95)) for name in ("adamw", "muon")}
-    taken = {name: [] for name in optimizers}
-    for _, (name, parts) in itertools.product(range(rounds), optimizers.items()):
-        began = time.perf_counter(), time.thread_time()
-        model(x, x)[1].backward()
-        optim.set_learning_rate(parts, 1e-6)
-        for part in parts:
-            part.step()
-        model.zero_grad(set_to_none=True)
-        taken[name].append((time.perf_counter() - began[0], time.thread_time() - began[1]))
-    for name, seconds in taken.items():
-        wall, own = (statistics.median(column) for column in zip(*seconds))
-        print(f"{name:6} {wall * 1000:6.0f} ms a step, {own * 1000:6.0f} ms of the main thread")
+def time_steps(rounds: int = 15):
+    """Median times of a step with AdamW and with Muon, each once per round.
+
+    The main thread's own time does not depend on other programs that use the cores.
+    """
+    model = GPT(model_sizes(BASE, VOCAB_SIZE))
+    x = torch.randint(VOCAB_SIZE, (BASE.batch_tokens // BASE.block_size, BASE.block_size))  # (B, T)
+    optimizers = {name: optim.build_optimizers(model, name, 0.1, (0.9, 0.95))
+                  for name in ("adamw", "muon")}
+    times = {name: [] for name in optimizers}
+    for _ in range(rounds):
+        for name, parts in optimizers.items():
+            began, thread_began = time.perf_counter(), time.thread_time()
+            model(x, x)[1].backward()
+            optim.set_learning_rate(parts, 1e-6)
+            for part in parts:
+                part.step()
+            model.zero_grad(set_to_none=True)
+            times[name].append((time.perf_counter() - began, time.thread_time() - thread_began))
+    for name, pairs in times.items():
+        wall_s, thread_s = (statistics.median(column) for column in zip(*pairs))
+        print(f"{name:6} {wall_s * 1000:6.0f} ms per step, {thread_s * 1000:6.0f} ms of the main "
+              "thread")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What came of them
+# --------------------------------------------------------------------------------------------------
+# The report
 
 def write_report():
-    """runs.csv and curves.png: each recipe over its seeds, and the tokens it took to the best AdamW's mean final loss."""
-    recipes = {}
+    """Write runs.csv, a line per recipe, and curves.png.
+
+    The baseline is the AdamW recipe with the lowest mean final loss.
+    """
+    # the curves of each recipe, one per seed
+    recipes: dict[str, list[pd.DataFrame]] = {}
     for path in sorted(CURVES.glob("*.csv")):
-        recipes.setdefault(re.sub(r"-s\d+$", "", path.stem), []).append(pd.read_csv(path))
-    final = {name: statistics.mean(curve["val_loss"].iloc[-1] for curve in curves) for name, curves in recipes.items()}
-    baselines = [name for name in recipes if name.startswith("adamw")]
+        recipe = re.sub(r"-s\d+$", "", path.stem)
+        recipes.setdefault(recipe, []).append(pd.read_csv(path))
+
+    # the final losses, and the baseline's as the goal
+    final_losses, means = {}, {}
+    for recipe, curves in recipes.items():
+        final_losses[recipe] = [curve["val_loss"].iloc[-1] for curve in curves]
+        means[recipe] = statistics.mean(final_losses[recipe])
+    baselines = [recipe for recipe in recipes if recipe.startswith("adamw")]
     if not baselines:
-        print("The report waits for a run of AdamW.")
+        print("No report yet: it needs the result of an AdamW run.")
         return
-    baseline = min(baselines, key=final.get)
+    baseline = min(baselines, key=means.get)
+    goal = means[baseline]
+
+    # a row per recipe, AdamW first, the best first
     rows = []
-    for name in sorted(recipes, key=lambda name: (not name.startswith("adamw"), final[name])):
-        ends = [curve["val_loss"].iloc[-1] for curve in recipes[name]]
-        reached = [tokens_to(curve, final[baseline]) / TOKENS for curve in recipes[name]]
-        rows.append({"recipe": name, "seeds": len(ends), "tokens": int(recipes[name][0]["tokens"].iloc[-1]),
-                     "val_loss": round(final[name], 4), "sd": round(statistics.stdev(ends), 4) if len(ends) > 1 else "",
-                     "share_of_tokens": round(statistics.mean(reached), 3) if max(reached) < math.inf else "",
-                     "changes": " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-                                         for key, value in RUNS.get(name, {}).items())})
+    for recipe in sorted(recipes, key=lambda name: (not name.startswith("adamw"), means[name])):
+        curves, losses = recipes[recipe], final_losses[recipe]
+        shares = [tokens_to(curve, goal) / TOKENS for curve in curves]
+        rows.append({
+            "recipe": recipe,
+            "seeds": len(curves),
+            "tokens": int(curves[0]["tokens"].iloc[-1]),
+            "val_loss": round(means[recipe], 4),
+            "sd": round(statistics.stdev(losses), 4) if len(losses) > 1 else "",
+            "share_of_tokens": round(statistics.mean(shares), 3) if max(shares) < math.inf else "",
+            "changes": changes_text(RUNS.get(recipe, {})),
+        })
     frame = pd.DataFrame(rows)
     frame.to_csv(FOLDER / "runs.csv", index=False)
     print(frame.drop(columns="changes").to_string(index=False))
-    draw(recipes, baseline, final[baseline]).savefig(FOLDER / "curves.png")
+    draw(recipes, baseline, goal).savefig(FOLDER / "curves.png")
+
+
+def changes_text(changes: dict) -> str:
+    parts = []
+    for key, value in changes.items():
+        parts.append(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}")
+    return " ".join(parts)
 
 
 def tokens_to(curve: pd.DataFrame, loss: float) -> float:
-    """Tokens until the curve, straight between its points, is that low; infinite where it never is."""
+    """Tokens until the interpolated curve reaches the loss; infinite if it never does."""
     points = list(zip(curve["tokens"], curve["val_loss"]))
-    for (tokens, before), (later, after) in itertools.pairwise(points):
+    for (tokens, before), (next_tokens, after) in itertools.pairwise(points):
         if after <= loss:
-            return tokens + (later - tokens) * (before - loss) / max(1e-9, before - after)
+            share = (before - loss) / max(1e-9, before - after)
+            return tokens + (next_tokens - tokens) * share
     return math.inf
 
 
 def draw(recipes: dict[str, list[pd.DataFrame]], baseline: str, goal: float) -> Figure:
+    """The curves: recipes with several seeds in colour, with their range; the others in grey."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes, colours = figure.subplots(), itertools.count()
-    for name, curves in recipes.items():
-        together = pd.concat(curves).groupby("tokens")["val_loss"].agg(["mean", "min", "max"])
-        several = len(curves) > 1
-        axes.plot(together.index, together["mean"], label=name if several or name == baseline else None, zorder=2 + several,
-                  **({"color": f"C{next(colours)}", "linewidth": 2} if several or name == baseline else
-                     {"color": "0.7", "linewidth": 0.8}))
-        axes.fill_between(together.index, together["min"], together["max"], color=axes.lines[-1].get_color(), alpha=0.3,
-                          linewidth=0)
+    axes = figure.subplots()
+    colours = (f"C{i}" for i in itertools.count())
+    for recipe, curves in recipes.items():
+        points = pd.concat(curves).groupby("tokens")["val_loss"].agg(["mean", "min", "max"])
+        several_seeds = len(curves) > 1
+        if several_seeds or recipe == baseline:
+            style = {"label": recipe, "color": next(colours), "linewidth": 2}
+        else:
+            style = {"color": "0.7", "linewidth": 0.8}
+        axes.plot(points.index, points["mean"], zorder=2 + several_seeds, **style)
+        axes.fill_between(points.index, points["min"], points["max"], color=style["color"],
+                          alpha=0.3, linewidth=0)
     axes.axhline(goal, color="0.2", linestyle="--", linewidth=1, label=f"{baseline}'s final loss")
     axes.axvline(0.6 * TOKENS, color="0.2", linestyle=":", linewidth=1, label="60% of its tokens")
-    axes.set_ylim(min(curve["val_loss"].min() for curves in recipes.values() for curve in curves) - 0.05, goal + 1)
-    axes.set(xlabel="tokens seen", ylabel="validation loss, nats a token")
+    lowest = min(curve["val_loss"].min() for curves in recipes.values() for curve in curves)
+    axes.set_ylim(lowest - 0.05, goal + 1)
+    axes.set(xlabel="tokens seen", ylabel="validation loss, nats per token")
     axes.legend(frameon=False, fontsize="small")
     return figure
 

@@ -1,13 +1,14 @@
-"""Every benchmark that this machine can run, side by side with the peers that are there; what came of it is kept.
+"""Run every benchmark that this machine can run, and compare the ratios with earlier ones.
 
-    pip install -r requirements-interop.txt                   # transformers and llama.cpp
-    python -m benchmarks.run                                  # what needs nothing else
-    python -m benchmarks.run decode --build-nanogpt build-nanogpt/ --nanogpt nanoGPT/ --hellaswag hellaswag_val.jsonl \
-        --corpus corpus.jsonl.zst --shakespeare tiny_shakespeare.txt
+    pip install -r requirements-interop.txt         # transformers and llama.cpp
+    python -m benchmarks.run                        # the benchmarks that need no further files
+    python -m benchmarks.run decode hellaswag_speed --build-nanogpt build-nanogpt/ \
+        --hellaswag hellaswag_val.jsonl             # only these two
 
-A benchmark prints `= RATIO WHAT` for each way of ours against a peer: how many times as fast, in one run. They go to
-results/<machine>.json and into README's table. A ratio that fell by more than a tenth since it was kept is named, and the
-exit code is then 1. Let nothing else run meanwhile.
+A benchmark prints one line for each comparison with a reference (see ratio.py). This program stores
+the ratios in results/<machine>.json and in the table of benchmarks/README.md. If a ratio is more
+than 10% below the stored one, the program reports it and exits with code 1. Run nothing else
+on the machine meanwhile.
 """
 import dataclasses
 import os
@@ -21,26 +22,28 @@ from pathlib import Path
 import torch
 import tyro
 
+from benchmarks.ratio import parse_ratio, sentence
 from common.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {  # and their arguments, where {name} is one of Config's
+PROGRAMS = {  # name: arguments; {field} stands for a field of Config
     "decode": [],
-    "train_throughput": ["{build_nanogpt}", "--sequences", "2", "--dtype", "float32", "--rounds", "3"],
+    "train_throughput":
+        ["{build_nanogpt}", "--sequences", "2", "--dtype", "float32", "--rounds", "3"],
     "hellaswag_speed": ["{hellaswag}", "{build_nanogpt}"],
     "shakespeare_time": ["{nanogpt}", "{shakespeare}"],
-    "tokenize": ["{corpus}"],
+    "tokenizing": ["{corpus}"],
     "loss_in_chunks": [],
     "train_step_cpu": [],
 }
-WORSE = 0.9  # of what was kept
+TOLERANCE = 0.9  # a ratio below this share of the stored one is reported
 
 
 @dataclasses.dataclass
 class Config:
-    """Measures."""
+    """Benchmarks to run, and the files that some of them need."""
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Only these benchmarks."""
+    """Run only these benchmarks."""
     build_nanogpt: Path | None = None
     """A checkout of karpathy/build-nanogpt."""
     nanogpt: Path | None = None
@@ -48,66 +51,86 @@ class Config:
     hellaswag: Path | None = None
     """HellaSwag's validation examples."""
     corpus: Path | None = None
-    """Text to tokenize, 200 MB or more."""
+    """Text to tokenize, at least 200 MB."""
     shakespeare: Path | None = None
     """tiny_shakespeare.txt."""
 
 
-def main(config: Config):
+def main(config: Config) -> int:
     path = ROOT / "benchmarks" / "results" / f"{machine()}.json"
-    kept = read_json(path)
-    results, worse = kept.get("ratios", {}), []
+    results = read_json(path).get("ratios", {})
+    regressions = []
     for name in config.names or PROGRAMS:
-        missing = [f"--{field.replace('_', '-')}" for field in re.findall(r"{(\w+)}", " ".join(PROGRAMS[name]))
+        # skip a benchmark whose files were not given
+        fields = re.findall(r"{(\w+)}", " ".join(PROGRAMS[name]))
+        missing = [f"--{field.replace('_', '-')}" for field in fields
                    if getattr(config, field) is None]
         if missing:
-            print(f"{name}: skipped, as it needs {' and '.join(missing)}")
+            print(f"{name}: skipped, needs {' and '.join(missing)}")
             continue
-        ratios = run(name, [argument.format_map(dataclasses.asdict(config)) for argument in PROGRAMS[name]])
-        worse += [f"{name} failed"] * (not ratios)
-        worse += [f"{name}: {what} is {now:.2f}, and was {before:.2f}" for what, now in ratios.items()
-                  if now < WORSE * (before := results.get(name, {}).get(what, 0))]
-        results[name] = ratios or results.get(name, {})
+
+        # run it, and compare with the stored ratios
+        values = dataclasses.asdict(config)
+        ratios = run(name, [argument.format_map(values) for argument in PROGRAMS[name]])
+        if not ratios:
+            regressions.append(f"{name} failed")
+            continue
+        stored = results.get(name, {})
+        for label, ratio in ratios.items():
+            if label in stored and ratio < TOLERANCE * stored[label]:
+                regressions.append(f"{name}: {sentence(label, ratio)} (was {stored[label]:.2f})")
+
+        # store the new ones
+        results[name] = ratios
         path.parent.mkdir(exist_ok=True)
-        write_json(path, {"machine": machine(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__,
-                          "date": time.strftime("%Y-%m-%d"), "ratios": results})
+        write_json(path, {
+            "machine": machine(), "cores": len(os.sched_getaffinity(0)),
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "ratios": results})
         write_table(path, results)
-    print("\n".join(["", *(f"worse than before: {line}" for line in worse)]))
-    return int(bool(worse))
+    print()
+    for line in regressions:
+        print(f"worse than before: {line}")
+    return int(bool(regressions))
 
 
 def run(name: str, arguments: list[str]) -> dict[str, float]:
-    """What a benchmark printed as `= RATIO WHAT; …`; nothing where it failed."""
+    """The ratios that a benchmark prints, by label; {} if it fails."""
     print(f"\n{name} {' '.join(arguments)}", flush=True)
-    lines, command = [], [sys.executable, ROOT / "benchmarks" / f"{name}.py", *arguments]
+    ratios = {}
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
-            lines.append(line)
+            if parsed := parse_ratio(line):
+                label, ratios[label] = parsed
     if process.returncode:
         print(f"{name}: failed with exit code {process.returncode}")
         return {}
-    found = (re.fullmatch(r"= ([\d.]+) ([^;]+?)(;.*)?", line.strip()) for line in lines)
-    return {match[2]: float(match[1]) for match in found if match}
+    return ratios
 
 
 def machine() -> str:
-    """The processor's name, fit for a file."""
-    cpu = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
-    gpu = f" {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return re.sub(r"\W+", "-", f"{models[0] if models else platform.processor() or platform.machine()}{gpu}").strip("-").lower()
+    """The names of the CPU and the GPU, in characters that suit a file name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    name = models[0] if models else platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        name += f" {torch.cuda.get_device_name()}"
+    return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
 def write_table(path: Path, results: dict[str, dict[str, float]]):
-    """README's table, between its two marks."""
-    readme = ROOT / "README.md"
-    rows = [f"| {what} | {ratio:.2f} | `benchmarks/{name}.py` |"
-            for name, ratios in results.items() for what, ratio in ratios.items()]
-    table = "\n".join([f"| times as fast, on `{path.stem}` | | by |", "| --- | --- | --- |", *rows])
+    """Write the table of benchmarks/README.md, between its two marks."""
+    rows = [f"| speed on `{path.stem}` | benchmark |", "| --- | --- |"]
+    for name, ratios in results.items():
+        for label, ratio in ratios.items():
+            rows.append(f"| {sentence(label, ratio, emphasis='**')} | `{name}` |")
+    table = "\n".join(rows)
+    readme = ROOT / "benchmarks" / "README.md"
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(re.sub(r"(<!-- ratios -->\n).*?(<!-- /ratios -->)", lambda marks: f"{marks[1]}{table}\n{marks[2]}", text,
-                             flags=re.DOTALL), encoding="utf-8")
+    marks = r"(<!-- ratios -->\n).*?(<!-- /ratios -->)"
+    text = re.sub(marks, lambda match: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""A loss law fitted to small models trained here, what it says of the bundled one, and what published laws say of eight A100s.
+"""Fit a loss law to small models trained here, and apply it and published laws to larger runs.
 
     python prepare.py edu_corpus.jsonl.zst --tokenizer bpe:4096 --val-share 0.01
-    python -m benchmarks.scaling                  # trains every model that has no result yet: 15 minutes on two quiet cores
-    python -m benchmarks.scaling --only-report    # fits and draws what is there
+    python -m benchmarks.scaling                  # train the missing models: 15 minutes on two cores
+    python -m benchmarks.scaling --only-report    # fit and draw the results so far
 
-Each model is the preset edu-bundled with other sizes and steps, trained by train.py's own loop. Losses go into
-benchmarks/scaling/runs.csv, the plot beside it, the tables into docs/scaling.md, which explains them.
+Each model is the preset edu-bundled with other sizes and fewer steps, trained by train.py's own loop.
+The losses go into benchmarks/scaling/runs.csv, the plot next to it, and the tables into
+docs/scaling.md, which explains them.
 """
-
-
 import dataclasses
 import itertools
 import re
@@ -28,21 +27,31 @@ from checkpoint import LOG
 from common.devices import DEVICES
 from common.errors import report_user_errors
 from model import GPT, SIZES
-from training import setup
+from training.config import TrainConfig
 from training.presets import PRESETS
+from training.setup import model_sizes
 
 ROOT = Path(__file__).parents[1]
-FOLDER, PAGE = ROOT / "benchmarks" / "scaling", ROOT / "docs" / "scaling.md"
+FOLDER = ROOT / "benchmarks" / "scaling"
+PAGE = ROOT / "docs" / "scaling.md"
 NAME = "edu-bundled"
 BUNDLED = PRESETS[NAME]
-RUNS = [(shape, 2**power) for shape, powers in (
-    ((2, 64, 2), (18, 19, 20, 21)), ((3, 96, 3), (18, 19, 20)), ((4, 128, 4), (18, 19, 20)), ((6, 192, 6), (18, 19)))
-    for power in powers]  # (layers, width, heads), tokens
+VOCAB_SIZE = 4096
 
+RUNS = [  # (layers, width, heads), tokens
+    ((2, 64, 2), 2**18), ((2, 64, 2), 2**19), ((2, 64, 2), 2**20), ((2, 64, 2), 2**21),
+    ((3, 96, 3), 2**18), ((3, 96, 3), 2**19), ((3, 96, 3), 2**20),
+    ((4, 128, 4), 2**18), ((4, 128, 4), 2**19), ((4, 128, 4), 2**20),
+    ((6, 192, 6), 2**18), ((6, 192, 6), 2**19),
+]
+
+
+# --------------------------------------------------------------------------------------------------
+# The law
 
 class Law(NamedTuple):
-    """Loss of a model of N parameters after D tokens: E + A / N^alpha + B / D^beta, nats a token (Hoffmann et al. 2022,
-    arXiv 2203.15556, equation 2)."""
+    """Loss in nats per token of a model with N parameters after D tokens:
+    E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, arXiv 2203.15556, equation 2)."""
     E: float
     A: float
     B: float
@@ -53,13 +62,15 @@ class Law(NamedTuple):
         return self.E + self.A / N**self.alpha + self.B / D**self.beta
 
 
-HOFFMANN = Law(1.69, 406.4, 410.7, 0.34, 0.28)  # the same paper, equation 10
-BESIROGLU = Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658)  # the same data fitted anew: arXiv 2404.10102
+HOFFMANN = Law(1.69, 406.4, 410.7, 0.34, 0.28)  # arXiv 2203.15556, equation 10
+BESIROGLU = Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658)  # the same data, arXiv 2404.10102
 
 
 def fit(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> Law:
-    """The law with the least squares of the error. Given its exponents it is linear, so those alone are searched, on a grid; a
-    law whose terms are not all positive is none."""
+    """The law with the least squared error and only positive terms.
+
+    For given exponents the law is linear, so only the exponents are searched, on a grid.
+    """
     best, least = None, np.inf
     for alpha, beta in itertools.product(np.arange(0.05, 1.2, 0.01), repeat=2):
         terms = np.stack([np.ones(len(N)), N**-alpha, D**-beta], axis=1)  # (runs, 3)
@@ -70,111 +81,151 @@ def fit(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> Law:
     return best
 
 
+# --------------------------------------------------------------------------------------------------
+# Training
+
 def main(data: Path = BUNDLED.data, only_report: bool = False):
-    """Trains what has no result yet, and reports."""
+    """Train the models without a result, and report."""
     FOLDER.mkdir(exist_ok=True)
-    for shape, tokens in () if only_report else RUNS:
-        found = results()
-        if found.query("n_layer == @shape[0] and tokens == @tokens").empty:
-            pd.concat([found, train_one(shape, tokens, data)]).to_csv(FOLDER / "runs.csv", index=False)
-    write_report(results())
+    if not only_report:
+        for shape, tokens in RUNS:
+            results = read_results()
+            if results.query("n_layer == @shape[0] and tokens == @tokens").empty:
+                result = train_one(shape, tokens, data)
+                pd.concat([results, result]).to_csv(FOLDER / "runs.csv", index=False)
+    write_report(read_results())
 
 
-def results() -> pd.DataFrame:
-    columns = ["n_layer", "n_embd", "parameters", "tokens", "val_loss"]
-    return pd.read_csv(FOLDER / "runs.csv") if (FOLDER / "runs.csv").exists() else pd.DataFrame(columns=columns)
+def read_results() -> pd.DataFrame:
+    path = FOLDER / "runs.csv"
+    if path.exists():
+        return pd.read_csv(path)
+    return pd.DataFrame(columns=["n_layer", "n_embd", "parameters", "tokens", "val_loss"])
 
 
 def train_one(shape: tuple[int, int, int], tokens: int, data: Path) -> pd.DataFrame:
     n_layer, n_embd, n_head = shape
     steps = tokens // BUNDLED.batch_tokens
     config = dataclasses.replace(
-        BUNDLED, data=data, run=f"scaling-{n_layer}x{n_embd}-{tokens}", n_layer=n_layer, n_embd=n_embd, n_head=n_head,
-        max_steps=steps, warmup_steps=min(BUNDLED.warmup_steps, steps // 8), eval_every=steps, save_every=steps,
-        sample_every=10**6)
+        BUNDLED, data=data, name=f"scaling-{n_layer}x{n_embd}-{tokens}",
+        n_layer=n_layer, n_embd=n_embd, n_head=n_head,
+        max_steps=steps, warmup_steps=min(BUNDLED.warmup_steps, steps // 8),
+        eval_every=steps, save_every=steps, sample_every=10**6)
     with ddp.join_world("cpu") as world:
         train.train(config, world)
-    loss = report.metrics(LOG / config.run)["val_loss"].dropna().iloc[-1]
-    return pd.DataFrame([{"n_layer": n_layer, "n_embd": n_embd, "parameters": sized(config).num_parameters(), "tokens": tokens,
-                          "val_loss": round(loss, 4)}])
+    loss = report.metrics(LOG / config.name)["val_loss"].dropna().iloc[-1]
+    return pd.DataFrame([{
+        "n_layer": n_layer, "n_embd": n_embd, "parameters": model_of(config).num_parameters(),
+        "tokens": tokens, "val_loss": round(loss, 4)}])
 
 
-def sized(config) -> GPT:
+def model_of(config: TrainConfig) -> GPT:
+    """The model of a configuration, without memory for its weights."""
     with torch.device("meta"):
-        return GPT(setup.sizes_of(config, config.vocab_size or 4096))
+        return GPT(model_sizes(config, config.vocab_size or VOCAB_SIZE))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What follows from them
+# --------------------------------------------------------------------------------------------------
+# The report
 
 def write_report(runs: pd.DataFrame):
-    """docs/scaling.md between its marks, and law.png."""
+    """Write the tables of docs/scaling.md, between their marks, and law.png."""
     N, D, loss = (runs[column].to_numpy(float) for column in ("parameters", "tokens", "val_loss"))
     law = fit(N, D, loss)
-    model, last = sized(BUNDLED), BUNDLED.max_steps * BUNDLED.batch_tokens
-    bundled = model.num_parameters()
-    ends = [fit(*(np.delete(column, i) for column in (N, D, loss))).loss(bundled, last) for i in range(len(runs))]
+    rms_error = np.sqrt(np.mean(np.square(law.loss(N, D) - loss)))
+
+    # the prediction for the bundled model, and its range when any one run is left out
+    model = model_of(BUNDLED)
+    parameters = model.num_parameters()
+    tokens = BUNDLED.max_steps * BUNDLED.batch_tokens
+    predictions = []
+    for i in range(len(runs)):
+        law_without = fit(*(np.delete(column, i) for column in (N, D, loss)))
+        predictions.append(law_without.loss(parameters, tokens))
+
+    lines = [
+        f"L(N, D) = {law.E:.2f} + {law.A:.3g} / N^{law.alpha:.2f} + {law.B:.3g} / D^{law.beta:.2f}, "
+        f"with a root-mean-square error of {rms_error:.3f} nats per token over the "
+        f"{len(runs)} models.",
+        "",
+        "| | nats per token |",
+        "| --- | --- |",
+        f"| the law's prediction for the bundled model: {parameters / 1e6:.1f}M parameters, "
+        f"{tokens / 1e6:.1f}M tokens | **{law.loss(parameters, tokens):.2f}** "
+        f"({min(predictions):.2f} to {max(predictions):.2f} if any one of the models is left out) |",
+    ]
     measured = measured_curve()
-    lines = [f"L(N, D) = {law.E:.2f} + {law.A:.3g} / N^{law.alpha:.2f} + {law.B:.3g} / D^{law.beta:.2f}: its error over the "
-             f"{len(runs)} models is {np.sqrt(np.mean(np.square(law.loss(N, D) - loss))):.3f} nats a token on average.", "",
-             "| | nats a token |", "| --- | --- |",
-             f"| the law for the bundled model: {bundled / 1e6:.1f}M parameters, {last / 1e6:.1f}M tokens | "
-             f"**{law.loss(bundled, last):.2f}** ({min(ends):.2f} to {max(ends):.2f} when any one of the models is left out) |"]
     if len(measured):
-        tokens, at = measured[["tokens", "loss"]].iloc[-1]
-        lines.append(f"| measured, after {tokens / 1e6:.1f}M tokens | **{at:.2f}** |")
-    lines += ["", *best_size(law, last * model.flops_per_token(BUNDLED.block_size)), "", *eight_a100s()]
-    page = PAGE.read_text(encoding="utf-8")
+        last_tokens, last_loss = measured[["tokens", "loss"]].iloc[-1]
+        lines.append(f"| measured after {last_tokens / 1e6:.1f}M tokens | **{last_loss:.2f}** |")
+    flops = tokens * model.flops_per_token(BUNDLED.block_size)
+    lines += ["", *size_table(law, flops), "", *a100_table()]
+
     block = "\n".join(lines) + "\n"
-    PAGE.write_text(re.sub(r"(?s)(?<=<!-- law -->\n).*(?=<!-- end of law -->)", lambda _: block, page), encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    page = re.sub(r"(?s)(?<=<!-- law -->\n).*(?=<!-- end of law -->)", lambda _: block, page)
+    PAGE.write_text(page, encoding="utf-8")
     print(block)
-    draw(runs, law, measured, bundled).savefig(FOLDER / "law.png")
+    draw(runs, law, measured, parameters).savefig(FOLDER / "law.png")
 
 
 def measured_curve() -> pd.DataFrame:
-    """The bundled model's validation loss over tokens: of its run where that is here, else as it was kept."""
-    kept = FOLDER / "bundled.csv"
+    """The bundled model's validation loss by tokens: from its run if it is here, else bundled.csv."""
+    path = FOLDER / "bundled.csv"
     if (LOG / NAME / "metrics.jsonl").exists():
-        report.loss(LOG / NAME).query("curve == 'validation'")[["tokens", "loss"]].to_csv(kept, index=False)
-    return pd.read_csv(kept).query("tokens > 0") if kept.exists() else pd.DataFrame(columns=["tokens", "loss"])
+        curve = report.loss(LOG / NAME).query("curve == 'validation'")
+        curve[["tokens", "loss"]].to_csv(path, index=False)
+    if path.exists():
+        return pd.read_csv(path).query("tokens > 0")
+    return pd.DataFrame(columns=["tokens", "loss"])
 
 
-def best_size(law: Law, flops: float) -> list[str]:
-    """What the law says of other sizes for the same FLOPs."""
-    lines = [f"The same {flops:.1e} FLOPs in other sizes, by the law:", "", "| layers x width | parameters | tokens | loss |",
-             "| --- | --- | --- | --- |"]
+def size_table(law: Law, flops: float) -> list[str]:
+    """The law's predictions for other sizes with the same FLOPs."""
+    lines = [f"Other sizes with the same {flops:.1e} FLOPs, predicted by the law:", "",
+             "| layers x width | parameters | tokens | loss |", "| --- | --- | --- | --- |"]
     for n_layer, n_embd in (3, 96), (4, 128), (6, 192), (6, 256), (8, 320), (8, 448):
-        model = sized(dataclasses.replace(BUNDLED, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 32))
+        model = model_of(dataclasses.replace(
+            BUNDLED, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 32))
         N, D = model.num_parameters(), flops / model.flops_per_token(BUNDLED.block_size)
-        lines.append(f"| {n_layer} x {n_embd} | {N / 1e6:.1f}M | {D / 1e6:.0f}M | {law.loss(N, D):.2f} |")
+        lines.append(f"| {n_layer} x {n_embd} | {N / 1e6:.1f}M | {D / 1e6:.0f}M | "
+                     f"{law.loss(N, D):.2f} |")
     return lines
 
 
-def eight_a100s(hours: float = 2.0, mfu: float = 0.5) -> list[str]:
-    """Sizes of the papers for the FLOPs that eight A100s give in that time, by the published laws."""
+def a100_table(hours: float = 2.0, mfu: float = 0.5) -> list[str]:
+    """The published laws' predictions for GPT-2's sizes with the FLOPs of eight A100s."""
     flops = 8 * DEVICES["A100"].flops * mfu * 3600 * hours
-    lines = [f"Eight A100s for {hours:g} hours at {mfu:.0%} of their peak are {flops:.1e} FLOPs:", "",
-             "| size | parameters | tokens | Hoffmann et al. | the same data fitted anew |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        f"Eight A100s for {hours:g} hours at {mfu:.0%} of their peak do {flops:.1e} FLOPs:", "",
+        "| size | parameters | tokens | Hoffmann et al. | Besiroglu et al., same data |",
+        "| --- | --- | --- | --- | --- |"]
     for name in "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl":
         with torch.device("meta"):
             model = GPT(SIZES[name])
         N, D = model.num_parameters(), flops / model.flops_per_token(SIZES[name].block_size)
-        lines.append(f"| `{name}` | {N / 1e6:,.0f}M | {D / 1e9:.1f}B | {HOFFMANN.loss(N, D):.2f} | {BESIROGLU.loss(N, D):.2f} |")
+        lines.append(f"| `{name}` | {N / 1e6:,.0f}M | {D / 1e9:.1f}B | "
+                     f"{HOFFMANN.loss(N, D):.2f} | {BESIROGLU.loss(N, D):.2f} |")
     return lines
 
 
-def draw(runs: pd.DataFrame, law: Law, measured: pd.DataFrame, bundled: int) -> Figure:
+def draw(runs: pd.DataFrame, law: Law, measured: pd.DataFrame, bundled_parameters: int) -> Figure:
+    """The final losses and the law for each size, and the bundled model's curve."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes, tokens = figure.subplots(), np.geomspace(2**17.5, 2**25, 100)
-    for colour, (N, group) in enumerate(runs.groupby("parameters")):
-        axes.plot(group["tokens"], group["val_loss"], "o", color=f"C{colour}", label=f"{N / 1e6:.1f}M parameters")
-        axes.plot(tokens, law.loss(N, tokens), color=f"C{colour}", linewidth=1, alpha=0.6)
+    axes = figure.subplots()
+    tokens = np.geomspace(2**17.5, 2**25, 100)
+    for i, (N, group) in enumerate(runs.groupby("parameters")):
+        axes.plot(group["tokens"], group["val_loss"], "o", color=f"C{i}",
+                  label=f"{N / 1e6:.1f}M parameters")
+        axes.plot(tokens, law.loss(N, tokens), color=f"C{i}", linewidth=1, alpha=0.6)
     if len(measured):
-        axes.plot(measured["tokens"], measured["loss"], color="0.2", linewidth=1.5, label="the bundled model while it learned")
-        axes.plot(measured["tokens"].iloc[-1:], measured["loss"].iloc[-1:], "*", color="0.2", markersize=12,
-                  label="and at its end")
-    axes.set(xscale="log", xlabel="tokens seen", ylabel="validation loss, nats a token",
-             title=f"Points are models at their end; lines the law, the bundled model's of {bundled / 1e6:.1f}M the lowest",
+        axes.plot(measured["tokens"], measured["loss"], color="0.2", linewidth=1.5,
+                  label="the bundled model during training")
+        axes.plot(measured["tokens"].iloc[-1:], measured["loss"].iloc[-1:], "*", color="0.2",
+                  markersize=12, label="the bundled model at its end")
+    axes.set(xscale="log", xlabel="tokens seen", ylabel="validation loss, nats per token",
+             title="Points are final losses, lines the law; the lowest line is for the bundled "
+                   f"model's {bundled_parameters / 1e6:.1f}M",
              ylim=(law.E if law.E > 3 else 3.2, runs["val_loss"].max() + 0.3))
     axes.title.set_fontsize("medium")
     axes.legend(frameon=False, fontsize="small")

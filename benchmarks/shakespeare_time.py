@@ -1,13 +1,15 @@
-"""Validation loss against minutes on this machine: nanoGPT's documented laptop run, and the preset shakespeare-char-cpu.
+"""Minutes to a validation loss on this machine: nanoGPT's laptop run and our shakespeare-char-cpu.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.shakespeare_time nanoGPT tiny_shakespeare.txt
 
-nanoGPT runs as it is, with the options its README gives for a laptop (4 layers, 128 wide, 2000 iterations of 768 characters),
-on the same split: the first 90% of the characters for training. The clock starts with each program and includes its
-imports and its own evaluations, each of 20 batches. Off the clock nanoGPT's last model is scored on the whole split, and our
-run is repeated, which on a CPU gives the same weights, to score it there every 50 steps. With --longer N the preset also runs
-for N steps, to see how far it falls.
+nanoGPT runs unchanged, with the options its README gives for a laptop: 4 layers, 128 wide, 2000
+iterations of 768 characters. Both train on the first 90% of the characters. The clock starts with
+each program and includes its imports and its own evaluations, each over 20 batches.
+
+Afterwards, off the clock, nanoGPT's last model is scored on the whole validation split. Our run is
+repeated, which on a CPU gives the same weights, and scored on the whole split every 50 steps. With
+--longer N the preset also runs for N steps, to show how far its loss falls.
 """
 import pickle
 import re
@@ -22,101 +24,145 @@ import numpy as np
 import pandas as pd
 import tyro
 
+from benchmarks.ratio import print_ratio
 from common.errors import UserError, report_user_errors
 from report import metrics
 from shards import Shards, read_manifest
 from tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
-LAPTOP = ("--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
-          "--n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --always_save_checkpoint=True").split()
+ROOT = Path(__file__).parents[1]
+LAPTOP = [  # nanoGPT's README
+    "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64",
+    "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000",
+    "--lr_decay_iters=2000", "--dropout=0.0", "--always_save_checkpoint=True"]
 LOSSES = (2.5, 2.2, 2.0, 1.95, 1.9, 1.88, 1.85, 1.8, 1.75, 1.7, 1.65, 1.6)
+GOAL = 1.88  # the loss that nanoGPT's README reports for this run
 
 Curve = list[tuple[float, float]]  # seconds since the program's start, validation loss
 
 
-def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path], rounds: int = 1, longer: int = 0):
-    """Times both, one after the other, `rounds` times; the table has the medians."""
-    for needed in checkout / "train.py", text:
-        if not needed.exists():
-            raise UserError(f"There is no {needed}: see the head of this file.")
+def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path], rounds: int = 1,
+         longer: int = 0):
+    """Time both `rounds` times, one after the other; the table has the medians."""
+    for path in checkout / "train.py", text:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give a checkout of nanoGPT and a text file.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(text, folder)
-        theirs, timed = [], []
+        prepare_data(text, folder)
+
+        # on the clock
+        nanogpt_curves, timed = [], []
         for i in range(rounds):
             timed.append(train(folder, f"timed{i}"))
-            theirs.append(nanogpt(checkout.resolve(), folder))
-        long = [train(folder, "long", "--max-steps", str(longer))] if longer else []
-        # Off the clock
-        checkpoint = folder / "out-shakespeare-char" / "ckpt.pt"
-        shutil.copy(folder / "data" / "shakespeare_char" / "meta.pkl", checkpoint.parent)
-        print("nanoGPT's last model on the whole split:", subprocess.run(
-            [sys.executable, ROOT / "benchmarks" / "validation_loss.py", checkpoint, "data/tiny_shakespeare_char"], cwd=folder,
-            check=True, capture_output=True, text=True).stdout.strip())
-        ours = [scored(folder, seconds) for seconds in timed]
-        long = [scored(folder, seconds, "--max-steps", str(longer)) for seconds in long]
-    print("minutes | nanoGPT | shakespeare-char-cpu |" + f" with --max-steps {longer} |" * bool(longer))
+            nanogpt_curves.append(train_nanogpt(checkout.resolve(), folder))
+        timed_longer = [train(folder, "long", "--max-steps", str(longer))] if longer else []
+
+        # off the clock
+        print("nanoGPT's last model on the whole split:", score_nanogpt(folder))
+        curves = [scored(folder, seconds) for seconds in timed]
+        longer_curves = [scored(folder, seconds, "--max-steps", str(longer))
+                         for seconds in timed_longer]
+
+    print_table(nanogpt_curves, curves, longer_curves, longer)
+    whole_run = np.median([curve[-1][0] for curve in nanogpt_curves])
+    goal = np.median([seconds_to(GOAL, curve) for curve in curves])
+    print(f"nanoGPT's run takes {whole_run:.0f} s; ours reaches {GOAL} after {goal:.0f} s, "
+          f"{goal / whole_run:.2f} of that")
+    print_ratio(f"tiny Shakespeare to a loss of {GOAL}", [whole_run / goal],
+                "times nanoGPT's laptop run")
+
+
+def print_table(nanogpt_curves: list[Curve], curves: list[Curve], longer_curves: list[Curve],
+                longer: int):
+    """Minutes to each loss, a column for each program."""
+    columns = [nanogpt_curves, curves]
+    heading = "minutes | nanoGPT | shakespeare-char-cpu |"
+    if longer:
+        columns.append(longer_curves)
+        heading += f" with --max-steps {longer} |"
+    print(heading)
     for loss in LOSSES:
-        times = [np.median([reached(curve, loss) for curve in curves]) for curves in (theirs, ours, long) if curves]
-        print(f"{loss} | " + " | ".join(f"{seconds / 60:.2f}" if seconds < np.inf else "not reached" for seconds in times) + " |")
-    last = np.median([curve[-1][0] for curve in theirs])
-    at_188 = np.median([reached(curve, 1.88) for curve in ours])
-    print(f"nanoGPT's whole run takes {last:.0f} s; 1.88 is reached here after {at_188:.0f} s, {at_188 / last:.2f} of that")
-    print(f"= {last / at_188:.2f} tiny Shakespeare to a loss of 1.88 against nanoGPT's laptop run")
+        cells = []
+        for column in columns:
+            seconds = np.median([seconds_to(loss, curve) for curve in column])
+            cells.append(f"{seconds / 60:.2f}" if seconds < np.inf else "not reached")
+        print(f"{loss} | {' | '.join(cells)} |")
 
 
-def reached(curve: Curve, loss: float) -> float:
-    """Seconds until the first measured loss that low, infinite where there is none."""
-    return next((seconds for seconds, measured in curve if measured <= loss), np.inf)
+def seconds_to(loss: float, curve: Curve) -> float:
+    """Seconds to the first point at or below the loss, infinite if there is none."""
+    return next((seconds for seconds, value in curve if value <= loss), np.inf)
 
 
-def prepare(text: Path, folder: Path):
-    """The data of both: ours, and nanoGPT's as its own prepare.py writes them, of the same characters with the same ids."""
-    subprocess.run([sys.executable, ROOT / "prepare.py", "tiny_shakespeare", "--text", text.resolve()], cwd=folder, check=True,
-                   capture_output=True)
+# --------------------------------------------------------------------------------------------------
+# The runs
+
+def prepare_data(text: Path, folder: Path):
+    """Write our shards, and the same characters with the same ids as nanoGPT's prepare.py would."""
+    subprocess.run(
+        [sys.executable, ROOT / "prepare.py", "tiny_shakespeare", "--text", text.resolve()],
+        cwd=folder, check=True, capture_output=True)
+    shards = folder / "data" / "tiny_shakespeare_char"
     data = folder / "data" / "shakespeare_char"
     data.mkdir()
-    chars = load_tokenizer(read_manifest(folder / "data" / "tiny_shakespeare_char")["tokenizer"]).chars
     for split in "train", "val":
-        shards = Shards(folder / "data" / "tiny_shakespeare_char", split)
-        shards.read(0, len(shards)).astype(np.uint16).tofile(data / f"{split}.bin")
+        tokens = Shards(shards, split)
+        tokens.read(0, len(tokens)).astype(np.uint16).tofile(data / f"{split}.bin")
+    chars = load_tokenizer(read_manifest(shards)["tokenizer"]).chars
     (data / "meta.pkl").write_bytes(pickle.dumps({
-        "vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}))
+        "vocab_size": len(chars),
+        "itos": dict(enumerate(chars)),
+        "stoi": {char: i for i, char in enumerate(chars)}}))
 
 
-def nanogpt(checkout: Path, folder: Path) -> Curve:
-    """nanoGPT's run, by its own estimates."""
-    for name in ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py"):
+def train_nanogpt(checkout: Path, folder: Path) -> Curve:
+    """Run nanoGPT; the losses are its own estimates."""
+    for name in "train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py":
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(checkout / name, folder / name)
+    command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *LAPTOP]
     began, curve = time.time(), []
-    with subprocess.Popen([sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *LAPTOP], cwd=folder,
-                          stdout=subprocess.PIPE, text=True) as program:
-        for line in program.stdout:
-            if found := re.match(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
-                curve.append((time.time() - began, float(found[1])))
-    print("nanoGPT, seconds and its own estimates:", [(round(seconds), loss) for seconds, loss in curve], flush=True)
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if match := re.match(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
+                curve.append((time.time() - began, float(match[1])))
+    print("nanoGPT, seconds and its own estimates:",
+          [(round(seconds), loss) for seconds, loss in curve], flush=True)
     return curve
 
 
-def train(folder: Path, run: str, *options: str) -> pd.Series:
-    """The preset's run: seconds since the program's start by step, as its log has them."""
+def score_nanogpt(folder: Path) -> str:
+    """The loss of nanoGPT's last model on the whole validation split, as text."""
+    checkpoint = folder / "out-shakespeare-char" / "ckpt.pt"
+    shutil.copy(folder / "data" / "shakespeare_char" / "meta.pkl", checkpoint.parent)
+    # not in `folder`, whose model.py and train.py are nanoGPT's
+    command = [sys.executable, "-m", "benchmarks.validation_loss", checkpoint,
+               folder / "data" / "tiny_shakespeare_char"]
+    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def train(folder: Path, name: str, *options: str) -> pd.Series:
+    """Run the preset; the seconds from the program's start to each step, as its log has them."""
     began = time.time()
-    subprocess.run([sys.executable, ROOT / "train.py", "shakespeare-char-cpu", "--run", run, *options], cwd=folder, check=True,
-                   capture_output=True)
-    frame = metrics(folder / "log" / run)
-    print(f"{run}: {frame['time'].max() - began:.0f} s; its own estimates:",
-          [(int(row.step), round(row.val_loss, 3)) for row in frame.dropna(subset="val_loss").itertuples()], flush=True)
-    return frame.groupby("step")["time"].max() - began
+    command = [sys.executable, ROOT / "train.py", "shakespeare-char-cpu", "--name", name, *options]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    log = metrics(folder / "log" / name)
+    estimates = [(int(row.step), round(row.val_loss, 3))
+                 for row in log.dropna(subset="val_loss").itertuples()]
+    print(f"{name}: {log['time'].max() - began:.0f} s; its own estimates: {estimates}", flush=True)
+    return log.groupby("step")["time"].max() - began
 
 
 def scored(folder: Path, seconds: pd.Series, *options: str) -> Curve:
-    """The losses on the whole split every 50 steps of the same run, at the seconds of those steps."""
-    run = "-".join(["scored", *options]).replace("--", "")
-    if not (folder / "log" / run).exists():
-        train(folder, run, "--eval-every", "50", "--eval-tokens", str(10**9), "--micro-batch", "128", *options)
-    losses = metrics(folder / "log" / run).dropna(subset="val_loss").set_index("step")["val_loss"]
+    """The timed run's losses on the whole split, from a repetition scored every 50 steps."""
+    name = "-".join(["scored", *options]).replace("--", "")
+    if not (folder / "log" / name).exists():
+        train(folder, name, "--eval-every", "50", "--eval-tokens", str(10**9),
+              "--micro-batch", "128", *options)
+    log = metrics(folder / "log" / name).dropna(subset="val_loss")
+    losses = log.set_index("step")["val_loss"]
     return [(seconds[step], loss) for step, loss in losses.items() if step in seconds]
 
 

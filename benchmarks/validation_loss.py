@@ -1,4 +1,4 @@
-"""The validation loss of a model, over the whole validation split: sequences of its context, side by side.
+"""A model's loss over the whole validation split, in non-overlapping sequences of its context.
 
     python prepare.py tiny_shakespeare --tokenizer bundled:shakespeare --out data/check
     python -m benchmarks.validation_loss bundled:shakespeare data/check
@@ -16,25 +16,40 @@ from train import evaluate
 from training.config import TrainConfig
 
 
-def measure(model: str, data: Path, device: str = "auto") -> dict:
-    """The model's name, its mean loss, the bits it takes a byte of text (the tokens between documents cost bits and have no
-    bytes), and how many sequences and tokens those are of."""
+def measure(model_name: str, data: Path, device: str = "auto") -> dict:
+    """The mean loss (nats per token), bits per byte of text, and the number of sequences and tokens
+    scored.
+
+    The tokens between documents count towards the bits, but not towards the bytes.
+    """
+    # the loss
     with ddp.join_world(device) as world:
-        gpt, tokenizer, info = load_model(model, world.device)
-        validation = DataLoader(data, "val", 1, gpt.config.block_size)
-        config = TrainConfig(block_size=gpt.config.block_size, eval_tokens=len(validation.shards), micro_batch=16)
-        loss = evaluate(gpt, validation, tokenizer.vocab_size, config, world)
-    tokens = validation.sequences * gpt.config.block_size
-    text = validation.shards.read(1, tokens + 1)
-    size = len(tokenizer.decode_bytes(text[text != tokenizer.eot] if tokenizer.eot is not None else text))
-    return {"name": info["name"], "loss": loss, "bits_per_byte": loss * tokens / size / math.log(2),
-            "sequences": validation.sequences, "tokens": tokens}
+        model, tokenizer, info = load_model(model_name, world.device)
+        block_size = model.config.block_size
+        loader = DataLoader(data, "val", 1, block_size)
+        config = TrainConfig(block_size=block_size, eval_tokens=len(loader.shards), micro_batch=16)
+        loss = evaluate(model, loader, tokenizer.vocab_size, config, world)
+
+    # the size of the text in bytes
+    tokens = loader.sequences * block_size
+    ids = loader.shards.read(1, tokens + 1)  # each sequence predicts the token after it
+    if tokenizer.eot is not None:
+        ids = ids[ids != tokenizer.eot]
+    text_bytes = len(tokenizer.decode_bytes(ids))
+    return {
+        "name": info["name"],
+        "loss": loss,
+        "bits_per_byte": loss * tokens / text_bytes / math.log(2),
+        "sequences": loader.sequences,
+        "tokens": tokens,
+    }
 
 
 def main(model: tyro.conf.Positional[str], data: tyro.conf.Positional[Path], device: str = "auto"):
-    found = measure(model, data, device)
-    print(f"{found['name']}: {found['loss']:.4f} nats a token over {found['sequences']:,} sequences of "
-          f"{found['tokens'] // found['sequences']}, {found['bits_per_byte']:.4f} bits a byte")
+    result = measure(model, data, device)
+    print(f"{result['name']}: {result['loss']:.4f} nats per token over {result['sequences']:,} "
+          f"sequences of {result['tokens'] // result['sequences']}, "
+          f"{result['bits_per_byte']:.4f} bits per byte")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Small things that every part uses."""
+"""Small helpers that the rest of the repository shares."""

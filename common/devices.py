@@ -1,24 +1,23 @@
-"""What accelerators can do, by their data sheets: for the share of the peak that a run uses, its plan and its energy. And how
-many cores there are to use."""
+"""Holds data-sheet figures of accelerators, and counts the CPU cores that a process may use."""
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 CGROUP = Path("/sys/fs/cgroup")
+KG_CO2E_PER_KWH = 0.473  # world average in 2024: Ember, Global Electricity Review 2025
 
 
 class Device(NamedTuple):
-    flops: float  # a second, dense bfloat16 matrix products
-    bandwidth: float  # bytes a second, of its memory
+    flops: float  # peak FLOPs per second of dense bfloat16 matrix products
+    bandwidth: float  # memory bandwidth, bytes per second
     memory_bytes: float
-    watts: float  # the most it draws
-    link: float  # bytes a second to its neighbours: NVLink one way, or what PCIe 4.0 x16 gives
+    watts: float  # maximum power
+    link: float  # bytes per second to a neighbor, one way: NVLink, or PCIe 4.0 x16
 
 
-KG_CO2E_PER_KWH = 0.473  # of the world's electricity in 2024: Ember, Global Electricity Review 2025
-
-# NVIDIA's data sheets: A100 (2021), H100 and H200 (2024, SXM and PCIe), B200 (2024, of an HGX board), L4, L40S, A10G (AWS's G5),
-# GeForce RTX 3090 and 4090 (Ampere GA102 and Ada white papers, FP32 accumulate), V100 (float16: it has no bfloat16).
+# From NVIDIA's data sheets: A100 (2021), H100 and H200 (2024, SXM and PCIe), B200 (2024, on an HGX
+# board), L4, L40S, A10G (AWS G5), GeForce RTX 3090 and 4090 (Ampere GA102 and Ada white papers,
+# FP32 accumulate), and V100 (float16, as it has no bfloat16).
 DEVICES = {
     "A100-SXM4-80GB": Device(312e12, 2.039e12, 80e9, 400, 300e9),
     "A100 80GB PCIe": Device(312e12, 1.935e12, 80e9, 300, 25e9),
@@ -37,21 +36,34 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device | None:
-    """The data sheet of a device as `torch.cuda.get_device_name` or a person calls it; None for one not in the table."""
-    def words(text: str) -> str:
-        return f" {text.lower().replace('-', ' ')} "
-    return next((device for known, device in DEVICES.items() if words(known) in words(name)), None)
+    """The data sheet of a device, or None if the table does not have it.
+
+    `name` is what `torch.cuda.get_device_name` returns, or what a user types.
+    """
+    words = in_words(name)
+    for known, device in DEVICES.items():
+        if in_words(known) in words:
+            return device
+    return None
+
+
+def in_words(name: str) -> str:
+    """The name in lower case with a space around every word, so that "L4" does not match "L40S"."""
+    return f" {name.lower().replace('-', ' ')} "
 
 
 def allowed_cores() -> int:
-    """Cores that this process may use: those it may run on, and no more than the quota of its cgroup, which is not the host's
-    number of cores."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    for files in ["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]:  # of cgroup v2, of v1
+    """The CPU cores that this process may use: its affinity, limited by the quota of its cgroup."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = float(len(os.sched_getaffinity(0)))
+    else:
+        cores = float(os.cpu_count() or 1)
+    # apply the container's CPU quota, which os.cpu_count does not know (cgroup v2, then v1)
+    for names in ["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]:
         try:
-            quota, period = " ".join((CGROUP / file).read_text() for file in files).split()
-            if quota not in ("max", "-1"):
-                cores = min(cores, int(quota) / int(period))
+            quota, period = " ".join((CGROUP / name).read_text() for name in names).split()
         except OSError:
             continue
+        if quota not in ("max", "-1"):
+            cores = min(cores, int(quota) / int(period))
     return max(1, round(cores))

@@ -1,27 +1,39 @@
-"""What every command line here shares: a person's mistake ends in one sentence, a bug in a traceback."""
+"""Reports a user's mistake as one sentence; only bugs end in a traceback."""
 import contextlib
 import os
 import sys
 
+MAX_MESSAGE = 600  # characters
+
 
 class UserError(Exception):
-    """Something a person can cause and mend; its message is one sentence: what happened and what to do. `every_rank` has each of
-    torchrun's processes say it, where it is not the same for all."""
+    """An error that the user can fix.
+
+    The message is one sentence that says what happened and what to do. Under torchrun only rank 0
+    prints it; with `every_rank` each process prints its own, for errors that differ between ranks.
+    """
 
     def __init__(self, message: str, every_rank: bool = False):
         self.every_rank = every_rank
-        line = " ".join(message.split())  # it may quote what other programs or files say, at any length
-        super().__init__(line if len(line) <= 600 else f"{line[:400]} … {line[-150:]}")
+        # the message may quote other programs or files: keep it to one line of limited length
+        line = " ".join(message.split())
+        if len(line) > MAX_MESSAGE:
+            line = f"{line[:400]} … {line[-150:]}"
+        super().__init__(line)
 
 
 @contextlib.contextmanager
 def report_user_errors(every_rank: bool = False):
-    """Turns a `UserError`, or a file that the system refuses, into `error: …` on stderr and exit code 2; Ctrl-C into
-    130, a closed pipe into 141. Of torchrun's processes the first speaks for all, or each for itself with `every_rank`."""
+    """Prints errors that the user can fix as `error: …` on stderr and exits with code 2.
+
+    These are a `UserError` and an OSError that names a file. Ctrl-C exits with 130, a closed pipe
+    with 141. Under torchrun only rank 0 prints, or every rank if `every_rank` is set.
+    """
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # say, `python generate.py … | head -1`
+    except BrokenPipeError:  # for example `python generate.py … | head -1`
+        # Python flushes stdout once more at exit: that must not fail on the closed pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UserError, OSError) as error:

@@ -1,15 +1,21 @@
-"""Files that are whole or not there, and their checksums."""
+"""Writes files atomically, reads and writes JSON, and computes checksums."""
 import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of it
+# errors that mean a full disk, an exceeded quota or a file-size limit
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: Path, write):
-    """Calls `write(file)` on a temporary file, and names it `path` once it is on the disk."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]):
+    """Calls `write(file)` on a temporary file, then renames it to `path` once it is on disk.
+
+    Raises OSError with `path` as its filename if the disk is full, for example.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -17,8 +23,9 @@ def write_atomically(path: Path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # of a full disk, say, which names no file
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        # an error while writing does not name its file
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -28,7 +35,7 @@ def write_json(path: Path, content: dict):
 
 
 def read_json(path: Path) -> dict:
-    """The file's contents; {} where there is no file."""
+    """The contents of the file, or {} if it does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,5 +43,6 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
+    """The file's SHA-256 checksum, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

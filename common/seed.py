@@ -1,7 +1,11 @@
-"""Seeds for independent random streams."""
+"""Derives seeds, so that every random stream of a run is independent and reproducible."""
 import hashlib
 
 
-def seed_of(*parts) -> int:
-    """A 63-bit seed for the random stream that `parts` name, say (seed, step, rank): near parts, unrelated streams."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+def derive_seed(*parts) -> int:
+    """A 63-bit seed from `parts`, for example (seed, step, rank).
+
+    The parts are hashed, so similar parts give unrelated seeds.
+    """
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

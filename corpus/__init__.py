@@ -1,1 +1,1 @@
-"""What prepare.py is made of: sources, documents, encoding, shard writing."""
+"""The parts of prepare.py: sources, reading documents, encoding, writing shards."""

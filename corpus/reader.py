@@ -1,7 +1,8 @@
-"""Documents out of files: parquet, jsonl and text, compressed or not, here or on the Hugging Face Hub.
+"""Read documents from parquet, jsonl and text files: local or on the Hub, compressed or not.
 
-A document is what jsonl and parquet hold under `text`, or a whole text file. It comes as one passage, or as several where
-it is long: `read(files, cursor)` goes on at any of them, and what it yields depends on the files alone.
+A document is the `text` of a parquet row or of a jsonl line, or a whole text file. It is read as
+one passage, a long one as several. `read(files, cursor)` resumes after any passage, and what it
+yields depends on the files only.
 """
 import codecs
 import errno
@@ -15,167 +16,219 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Literal, NamedTuple
 
-# pyarrow, fsspec and datasets are imported where they are needed: the processes that tokenize import this module too.
+# pyarrow and fsspec are imported when needed: worker processes import this module without them
 from common.errors import UserError
 from corpus.sources import codec_of, kind_of
 
-BLOCK_BYTES = 2**20  # bytes that are read, characters that are tokenized at a time
-LONG = 4 * BLOCK_BYTES  # bytes of a document from which on it is cut into passages of a block
-VAL_SHARE = 0.1  # of a single text's characters, its last, where no other share is asked for
-SAMPLE_BYTES = 10**8  # of text, at most, that a tokenizer is trained on
-WAITS_S = (1, 2, 4, 8, 16, 32)  # before a source that failed is asked again
+BLOCK_BYTES = 2**20  # bytes to read, or characters to tokenize, at a time
+LONG_DOCUMENT_BYTES = 4 * BLOCK_BYTES  # a longer document is cut into passages of one block
+VAL_SHARE = 0.1  # by default, the last 10% of a single text's characters are for validation
+SAMPLE_BYTES = 10**8  # at most so much text trains a tokenizer
+MIN_TEXT_CHARS = 100  # each split needs a token and the one that follows
+RETRY_WAITS_S = (1, 2, 4, 8, 16, 32)  # after a temporary failure
+TEMPORARY_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 
-Cursor = tuple[int, int, int]  # what comes next: file, document in it, passage of that
+Cursor = tuple[int, int, int]  # what to read next: file, document in it, passage of that document
 
 
 class Passage(NamedTuple):
     """A document, or a part of a long one."""
     content: bytes
-    form: Literal["json", "text", "repaired"]  # a line of JSON, UTF-8, or UTF-8 that was not at first
-    starts: bool  # whether the document starts here
-    split: str | None  # "train" or "val" where the source decides it
+    form: Literal["json", "text", "repaired"]  # a JSON line, UTF-8, or UTF-8 after a repair
+    is_start: bool  # True for the first passage of a document
+    split: str | None  # "train" or "val", or None if the shard writer decides
     path: str
-    cursor: Cursor  # what comes after it
+    cursor: Cursor  # of the next passage
 
 
-def read(files: list[str], cursor: Cursor = (0, 0, 0), val_share: float = 0.0) -> Iterator[Passage]:
-    """The passages of the files, one file after the other, from `cursor` on.
+def read(files: list[str], cursor: Cursor = (0, 0, 0),
+         val_share: float = 0.0) -> Iterator[Passage]:
+    """Yield the passages of the files in order, starting at `cursor`.
 
-    With `val_share` the one file is a text of which this share, its last, is for validation. A source that fails on the way is asked
-    again after WAITS_S. Raises UserError for one that goes on failing, and for a file that is damaged.
+    With `val_share` there is one file, a single text whose last part is for validation. Temporary
+    failures are retried after RETRY_WAITS_S. Raises UserError if they persist or a file is damaged.
     """
     while cursor[0] < len(files):
-        path, waits = files[cursor[0]], iter(WAITS_S)
+        path = files[cursor[0]]
+        waits = iter(RETRY_WAITS_S)
         while True:
             try:
-                for passage in passages(path, cursor, val_share):
+                for passage in read_file(path, cursor, val_share):
                     yield passage
-                    cursor, waits = passage.cursor, iter(WAITS_S)
+                    cursor = passage.cursor
+                    waits = iter(RETRY_WAITS_S)
                 break
             except UserError:
                 raise
-            except Exception as error:  # every layer between here and the network has exceptions of its own
+            except Exception as error:  # fsspec, the Hub's client and pyarrow raise their own types
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
-                if not may_pass(path, error):
+                if not is_temporary(path, error):
                     raise UserError(f"{path} is damaged or cannot be read: {reason}.") from None
                 wait = next(waits, None)
                 if wait is None:
-                    raise UserError(f"{path} stopped after document {cursor[1]:,} and does not answer ({reason}): "
-                                    "the same command goes on from there.") from None
-                print(f"{path}: {reason}; asking again in {wait} s", file=sys.stderr)
+                    raise UserError(f"{path} stopped after document {cursor[1]:,} and does not "
+                                    f"answer ({reason}): run the same command again to resume."
+                                    ) from None
+                print(f"{path}: {reason}; retrying in {wait} s", file=sys.stderr)
                 time.sleep(wait)
         cursor = (cursor[0] + 1, 0, 0)
 
 
-def with_split(passages: Iterator[Passage], val_from: Cursor) -> Iterator[Passage]:
-    """The same passages, for validation where they belong to documents from the place `val_from` on."""
-    for passage in passages:
-        yield passage._replace(split="train" if passage.cursor <= val_from else "val")
+def is_on_hub(path: str) -> bool:
+    return path.startswith("hf://")
 
 
-def last_documents(files: list[str], share: float) -> Cursor:
-    """Where the last documents of the files begin that are this share of all, at least one and not all of them; counting them
-    reads all files once."""
-    counts = [sum(passage.starts for passage in read([path])) for path in files]
-    first = min(max(1, round(sum(counts) * (1 - share))), sum(counts) - 1)
+def is_temporary(path: str, error: Exception) -> bool:
+    """Whether reading the file again may succeed."""
+    return is_on_hub(path) or getattr(error, "errno", None) in TEMPORARY_ERRORS
+
+
+# --------------------------------------------------------------------------------------------------
+# Splits and samples
+
+def find_split(files: list[str], val_share: float) -> Cursor:
+    """Return where the last `val_share` of all documents begins.
+
+    Both splits get at least one document. Reads all files once to count the documents.
+    """
+    counts = []  # documents in each file
+    for path in files:
+        counts.append(sum(passage.is_start for passage in read([path])))
+    total = sum(counts)
+    first = min(max(1, round(total * (1 - val_share))), total - 1)
     for file, count in enumerate(counts):
         if first < count:
             return file, first, 0
         first -= count
-    raise UserError("There is no text to divide.")
+    raise UserError("The files hold no text to divide into training and validation.")
 
 
-def sample(files: list[str], val_share: float, val_from: Cursor | None) -> Iterator[str]:
-    """What a tokenizer is trained on: text that is not known to be for validation, the first SAMPLE_BYTES of it, of several files
-    evenly from each."""
+def assign_split(passages: Iterator[Passage], val_from: Cursor) -> Iterator[Passage]:
+    """Assign the passages of documents from `val_from` on to validation, the others to training."""
+    for passage in passages:
+        # the cursor points behind the passage
+        yield passage._replace(split="train" if passage.cursor <= val_from else "val")
+
+
+def sample_texts(files: list[str], val_share: float, val_from: Cursor | None) -> Iterator[str]:
+    """Yield text to train a tokenizer on: an equal share of SAMPLE_BYTES from each file.
+
+    Text that is known to be for validation is left out.
+    """
     for i in range(len(files)):
-        passages, size = read(files[:i + 1], (i, 0, 0), val_share), 0
-        for passage in with_split(passages, val_from) if val_from else passages:
+        passages = read(files[:i + 1], (i, 0, 0), val_share)  # of file i, with its true cursors
+        if val_from:
+            passages = assign_split(passages, val_from)
+        size = 0
+        for passage in passages:
             if size >= SAMPLE_BYTES / len(files):
                 break
             if passage.split != "val":
                 size += len(passage.content)
-                yield text_of(passage)[0]
+                yield passage_text(passage)[0]
 
 
-def on_hub(path: str) -> bool:
-    return path.startswith("hf://")
-
-
-def may_pass(path: str, error: Exception) -> bool:
-    """Whether the failure may be over when the file is asked again."""
-    return on_hub(path) or getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# How much is in them
+# --------------------------------------------------------------------------------------------------
+# Sizes
 
 def file_sizes(files: list[str]) -> list[int]:
-    """Bytes of each file."""
-    if not on_hub(files[0]):
+    """Return the bytes of each file."""
+    if not is_on_hub(files[0]):
         return [os.path.getsize(file) for file in files]
     import fsspec  # noqa: PLC0415
     filesystem, _ = fsspec.core.url_to_fs(files[0])
     return [filesystem.size(file) for file in files]
 
 
-def content_bytes(files: list[str], sizes: list[int]) -> int:
-    """About how many bytes `read` will yield, from a look into the first file of each kind."""
-    shares, total = {}, 0
+def estimate_content_bytes(files: list[str], sizes: list[int]) -> int:
+    """Estimate how many bytes `read` yields, from the first file of each kind."""
+    ratios = {}  # (kind, codec) -> bytes of content per byte of the file
+    total = 0
     for path, size in zip(files, sizes):
+        if not size:
+            continue
         kind = kind_of(path), codec_of(path)
-        if kind not in shares and size:
-            shares[kind] = share_of_content(path, size)
-        total += size and size * shares[kind]
+        if kind not in ratios:
+            ratios[kind] = content_ratio(path, size)
+        total += size * ratios[kind]
     return round(total)
 
 
-def share_of_content(path: str, size: int) -> float:
-    """Bytes of content in a byte of the file."""
+def content_ratio(path: str, size: int) -> float:
+    """Return the bytes of content per byte of the file."""
     try:
         if kind_of(path) == ".parquet":
             with open_parquet(path) as file:
-                groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
                 column = file.schema_arrow.names.index("text")
-                return sum(group.column(column).total_uncompressed_size for group in groups) / size
+                content = 0
+                for i in range(file.metadata.num_row_groups):
+                    content += file.metadata.row_group(i).column(column).total_uncompressed_size
+                return content / size
         if codec_of(path):
             raw, stream = open_stream(path)
             return len(stream.read(16 * BLOCK_BYTES)) / max(1, raw.tell())
     except (OSError, ValueError):
-        pass  # damaged, as reading will say
+        pass  # the file is damaged, which `read` will report
     return 1.0
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What is in them
+# --------------------------------------------------------------------------------------------------
+# Passages
 
-def passages(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
-    """The passages of one file, from `cursor` on."""
+def read_file(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
+    """Yield the passages of one file, starting at `cursor`."""
+    if val_share:
+        return read_single_text(path, cursor, val_share)
+    if kind_of(path) == ".txt":
+        return read_text_file(path, cursor)
+    return read_documents(path, cursor)
+
+
+def read_single_text(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
+    """Yield a text's two splits as two documents."""
     file, document, part = cursor
-    if kind_of(path) == ".txt" or val_share:
-        texts = halves(path, val_share) if val_share else [(None, text_blocks(path))]
-        for number, (split, blocks) in islice(enumerate(texts), document, None):
-            for i, block in islice(enumerate(blocks if split else without_blank(blocks)), part, None):
-                yield Passage(block.encode(), "text", i == 0, split, path, (file, number, i + 1))
-            part = 0
-        return
-    form = "text" if kind_of(path) == ".parquet" else "json"
-    contents = parquet_rows(path, document) if form == "text" else islice(open_stream(path)[1], document, None)
-    for number, content in enumerate(contents, document):
-        passage = Passage(content, form, True, None, path, (file, number + 1, 0))
-        if len(content) <= LONG:
-            yield passage
-        else:
-            text, whole = text_of(passage)
-            del content, passage  # hundreds of megabytes, perhaps
-            for i, block in islice(enumerate(without_blank(cut_text(text))), part, None):
-                yield Passage(block.encode(), "text" if whole else "repaired", i == 0, None, path,
-                              (file, number, i + 1))
+    splits = split_text(path, val_share)
+    for number, (split, blocks) in islice(enumerate(splits), document, None):
+        for i, block in islice(enumerate(blocks), part, None):
+            yield Passage(block.encode(), "text", i == 0, split, path, (file, number, i + 1))
         part = 0
 
 
-def without_blank(blocks: Iterator[str]) -> Iterator[str]:
-    """The blocks of a document; a single empty one where there is nothing to see in any."""
+def read_text_file(path: str, cursor: Cursor) -> Iterator[Passage]:
+    """Yield a text file as one document."""
+    file, document, part = cursor
+    if document == 0:
+        blocks = skip_leading_blank(text_blocks(path))
+        for i, block in islice(enumerate(blocks), part, None):
+            yield Passage(block.encode(), "text", i == 0, None, path, (file, 0, i + 1))
+
+
+def read_documents(path: str, cursor: Cursor) -> Iterator[Passage]:
+    """Yield the rows of a parquet file or the lines of a jsonl file as documents."""
+    file, document, part = cursor
+    if kind_of(path) == ".parquet":
+        form = "text"
+        contents = parquet_rows(path, document)
+    else:
+        form = "json"
+        contents = islice(open_stream(path)[1], document, None)
+    for number, content in enumerate(contents, document):
+        passage = Passage(content, form, True, None, path, (file, number + 1, 0))
+        if len(content) <= LONG_DOCUMENT_BYTES:
+            yield passage
+        else:
+            # cut a long document into blocks
+            text, intact = passage_text(passage)
+            del content, passage  # may be hundreds of megabytes
+            block_form = "text" if intact else "repaired"
+            blocks = skip_leading_blank(cut_text(text))
+            for i, block in islice(enumerate(blocks), part, None):
+                yield Passage(block.encode(), block_form, i == 0, None, path, (file, number, i + 1))
+        part = 0
+
+
+def skip_leading_blank(blocks: Iterator[str]) -> Iterator[str]:
+    """Yield the blocks of a document, or one empty block if all of them are blank."""
     blank = []
     for block in blocks:
         if block.strip():
@@ -187,131 +240,151 @@ def without_blank(blocks: Iterator[str]) -> Iterator[str]:
     yield ""
 
 
-def halves(path: str, val_share: float) -> Iterator[tuple[str, Iterator[str]]]:
-    """One text's two splits: the blocks of its last `val_share` for validation, then of the rest for training."""
+def split_text(path: str, val_share: float) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yield ("val", blocks of the last `val_share` of the text), then ("train", of the rest)."""
     length = sum(map(len, text_blocks(path)))
-    if length < 100:  # each split needs a token and the one that follows it
-        raise UserError(f"{path} holds {length} characters, too few to learn from; at least 100 are needed.")
+    if length < MIN_TEXT_CHARS:
+        raise UserError(f"{path} holds {length} characters, too few to train on: "
+                        f"at least {MIN_TEXT_CHARS} are needed.")
     cut = int(length * (1 - val_share))
-    yield "val", excerpt(path, cut, length)
-    yield "train", excerpt(path, 0, cut)
+    yield "val", read_range(path, cut, length)
+    yield "train", read_range(path, 0, cut)
 
 
-def excerpt(path: str, begin: int, end: int) -> Iterator[str]:
-    """Blocks of the file's characters begin to end-1."""
+def read_range(path: str, begin: int, end: int) -> Iterator[str]:
+    """Yield the file's characters begin to end-1 in blocks."""
     position = 0
     for block in text_blocks(path):
-        if part := block[max(0, begin - position):max(0, end - position)]:
+        part = block[max(0, begin - position):max(0, end - position)]
+        if part:
             yield part
         position += len(block)
 
 
+def passage_text(passage: Passage) -> tuple[str, bool]:
+    """Return the passage's text, and whether it is intact.
+
+    Bytes that are not UTF-8 and lone surrogates become U+FFFD; the text then is not intact.
+    """
+    intact = passage.form != "repaired"
+    try:
+        text = passage.content.decode()
+    except UnicodeDecodeError:
+        text = passage.content.decode(errors="replace")
+        intact = False
+    if passage.form != "json" or text.isspace():
+        return text, intact
+
+    # parse the JSON line
+    try:
+        document = json.loads(text)["text"]
+        if not isinstance(document, str | None):
+            raise TypeError
+        if document and "\\u" in text:  # only escapes can give a lone surrogate
+            document.encode()
+    except UnicodeEncodeError:
+        document = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        intact = False
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{passage.path}, line {passage.cursor[1]:,}, is not a JSON object with a "
+                        "string `text` (expected one object per line, in UTF-8): "
+                        f"{text[:60]!r}.") from None
+    return document or "", intact
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
 def open_file(path: str):
-    """The file, here or on the Hub."""
-    if not on_hub(path):
+    """Open a local file or one on the Hub."""
+    if not is_on_hub(path):
         return open(path, "rb")
     import fsspec  # noqa: PLC0415
     return fsspec.open(path).open()
 
 
 def open_parquet(path: str):
-    """The parquet file, whose column `text` is known to be there."""
+    """Open a parquet file. Raises UserError if it has no column `text`."""
     import pyarrow.parquet as pq  # noqa: PLC0415
     file = pq.ParquetFile(open_file(path), buffer_size=16 * BLOCK_BYTES)
-    if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column `text`, but: {', '.join(file.schema_arrow.names)}.")
+    columns = file.schema_arrow.names
+    if "text" not in columns:
+        raise UserError(f"{path} has no column `text`; its columns are: {', '.join(columns)}.")
     return file
 
 
 def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
-    """UTF-8 of the column `text`; whole row groups that are skipped are not read."""
+    """Yield the column `text` from row `skip` on, as UTF-8. Skipped row groups are not read."""
     import pyarrow as pa  # noqa: PLC0415
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            if rows > skip:
-                for table in file.iter_batches(32, row_groups=[group], columns=["text"], use_threads=False):
-                    column = table.column(0)
-                    if pa.types.is_dictionary(column.type):
-                        column = column.dictionary_decode()
-                    column = column.cast("large_binary")  # a row may hold bytes that are no UTF-8
-                    for value in column[min(skip, len(column)):]:  # one by one: a list would hold them all
-                        yield value.as_py() or b""
-                    skip = max(0, skip - len(column))
-            else:
+            if rows <= skip:
                 skip -= rows
+                continue
+            tables = file.iter_batches(32, row_groups=[group], columns=["text"], use_threads=False)
+            for table in tables:
+                column = table.column(0)
+                if pa.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                column = column.cast("large_binary")  # some rows may not be valid UTF-8
+                for value in column[min(skip, len(column)):]:  # a list would hold all of them
+                    yield value.as_py() or b""
+                skip = max(0, skip - len(column))
 
 
 def open_stream(path: str) -> tuple[io.IOBase, io.BufferedReader]:
-    """The file, and the stream of what it holds, decompressed."""
+    """Open a file. Returns it, and the stream of its decompressed content."""
     import pyarrow as pa  # noqa: PLC0415
     raw = open_file(path)
     codec = codec_of(path)
     if codec and not raw.read(1):
-        raise UserError(f"{path} is empty, which no compressed file is: its download broke off.")
+        raise UserError(f"{path} is empty, which a compressed file cannot be: download it again.")
     raw.seek(0)
-    return raw, io.BufferedReader(pa.CompressedInputStream(raw, codec) if codec else raw, BLOCK_BYTES)
+    content = pa.CompressedInputStream(raw, codec) if codec else raw
+    return raw, io.BufferedReader(content, BLOCK_BYTES)
 
 
 def text_blocks(path: str) -> Iterator[str]:
-    """A text file in blocks of about BLOCK_BYTES characters, cut where tokens end."""
+    """Yield a text file in blocks of about BLOCK_BYTES characters, cut between tokens."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    stream, rest, position = open_stream(path)[1], "", 0
+    _, stream = open_stream(path)
+    rest = ""
+    position = 0  # bytes read
     while data := stream.read(BLOCK_BYTES):
         try:
             rest += decoder.decode(data)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (about byte {position + error.start:,}): convert it first, for "
-                            "instance with iconv.") from None
+            raise UserError(f"{path} is not UTF-8 text (near byte {position + error.start:,}): "
+                            "convert it first, for example with iconv.") from None
         position += len(data)
-        cut = token_end(rest, len(rest))
+        cut = token_boundary(rest, len(rest))
         yield rest[:cut]
         rest = rest[cut:]
     if decoder.getstate()[0]:
-        raise UserError(f"{path} is cut off inside a character.")
+        raise UserError(f"{path} is cut off inside a character: download it again.")
     if rest:
         yield rest
 
 
 def cut_text(text: str) -> Iterator[str]:
-    """The text in parts of at most BLOCK_BYTES characters, cut where tokens end: tokenizing a part takes memory in proportion."""
+    """Yield the text in parts of at most BLOCK_BYTES characters, cut between tokens.
+
+    The memory for tokenizing is proportional to the length of a part.
+    """
     begin = 0
     while len(text) - begin > BLOCK_BYTES:
-        end = token_end(text, begin + BLOCK_BYTES, begin)
+        end = token_boundary(text, begin + BLOCK_BYTES, begin)
         yield text[begin:end]
         begin = end
     yield text[begin:]
 
 
-def token_end(text: str, end: int, begin: int = 0) -> int:
-    """The last place up to `end` where a blank or line feed follows something visible; `end` where there is none.
+def token_boundary(text: str, end: int, begin: int = 0) -> int:
+    """Return the last position up to `end` between a visible character and a space or line feed.
 
-    GPT-2's pattern always ends a token there, so the parts have the tokens that the whole has, but for a megabyte without
-    such a place.
+    GPT-2's pattern always ends a token there, so cutting there does not change the tokens. Without
+    such a position it returns `end`.
     """
-    found = re.compile(r"[\s\S]*\S(?=[ \n])").match(text, begin, end)
-    return found.end() if found else end
-
-
-def text_of(passage: Passage) -> tuple[str, bool]:
-    """The passage's text, and whether it is all there: bytes that are not UTF-8, and halves of surrogate pairs, become
-    U+FFFD."""
-    text, whole = passage.content, passage.form != "repaired"
-    try:
-        text = text.decode()
-    except UnicodeDecodeError:
-        text, whole = text.decode(errors="replace"), False
-    if passage.form != "json" or text.isspace():
-        return text, whole
-    try:
-        document = json.loads(text)["text"]
-        if not isinstance(document, str | None):
-            raise TypeError
-        if document and "\\u" in text:  # the only way for half of a surrogate pair to come in
-            document.encode()
-    except UnicodeEncodeError:
-        document, whole = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), False
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{passage.path}, line {passage.cursor[1]:,}, is not a JSON object with a string `text` (this program "
-                        f"reads one object a line, in UTF-8): {text[:60]!r}.") from None
-    return document or "", whole
+    match = re.compile(r"[\s\S]*\S(?=[ \n])").match(text, begin, end)
+    return match.end() if match else end

@@ -1,1 +1,1 @@
-"""What generate.py is made of: sampling, scheduling, the forward step in torch and in C++, likelihoods."""
+"""What generate.py is built from: sampling, scheduling, the forward step, and likelihoods."""

@@ -1,7 +1,8 @@
-"""One step of a model for many texts: their caches, attention for each text by itself, and the logits that are wanted.
+"""One forward step for many sequences at once, in PyTorch. native.py does the same in one C++ call.
 
-This is plain torch and runs everywhere; native.py does the same in one call. In either a row's logits do not depend on the
-rows beside it, bit for bit.
+A step takes the next tokens of several sequences, each with its own KV cache, and returns the
+logits of selected rows. In both versions a row's logits do not depend on the other rows of the
+step, bit for bit.
 """
 import concurrent.futures
 import functools
@@ -14,68 +15,95 @@ import torch.nn.functional as F
 from engine.packed import pack_model
 from model import GPT
 
-CHUNK = 64  # tokens; a prompt is processed in chunks that begin at multiples of this
+CHUNK = 64  # tokens; prompts are prefilled in chunks that start at multiples of this
 
+
+# --------------------------------------------------------------------------------------------------
+# KV cache
 
 class KVCache:
-    """Keys and values of one text's tokens, the first `length` of its places filled; it grows by whole chunks.
+    """Keys and values of one sequence's first `length` tokens. The cache grows by whole chunks.
 
-    The first `reusable` are, bit for bit, what any prompt that begins with these tokens would be given.
+    The entries of the first `reusable` tokens are bit for bit those that a prefill of the same
+    tokens gives, so any prompt that starts with these tokens can use a copy.
     """
 
     def __init__(self, kv, length: int = 0, reusable: int = 0):
-        self.kv, self.length, self.reusable = kv, length, reusable  # kv (n_layer, 2, n_head, places, head size)
+        self.kv = kv  # (n_layer, 2, n_head, capacity, head size)
+        self.length = length
+        self.reusable = reusable
 
-    def make_room(self, length: int):
-        """Room for `length` tokens: twice what there was, so that a text is copied a few times only."""
+    def reserve(self, length: int):
+        """Make room for `length` tokens. Doubles the capacity, so that copies stay rare."""
         if length > self.kv.size(3):
-            places = -(-max(length, 2 * self.length) // CHUNK) * CHUNK
-            grown = self.kv.new_zeros(*self.kv.shape[:3], places, self.kv.size(4))  # zeros: places not filled are masked
+            capacity = round_up(max(length, 2 * self.length))
+            # zeros, because attention reads whole chunks and masks the entries not filled yet
+            grown = self.kv.new_zeros(*self.kv.shape[:3], capacity, self.kv.size(4))
             grown[..., :self.length, :] = self.kv[..., :self.length, :]
             self.kv = grown
 
     def copy(self, length: int) -> "KVCache":
-        """The first `length` tokens in a cache of their own."""
-        places = -(-length // CHUNK) * CHUNK
-        return KVCache(self.kv[..., :places, :].clone(), length, min(length, self.reusable))
+        """A copy of the first `length` tokens."""
+        kv = self.kv[..., :round_up(length), :].clone()
+        return KVCache(kv, length, min(length, self.reusable))
 
+
+def round_up(length: int) -> int:
+    """The smallest multiple of CHUNK that holds `length` tokens."""
+    return -(-length // CHUNK) * CHUNK
+
+
+# --------------------------------------------------------------------------------------------------
+# The step
 
 class Segment(NamedTuple):
-    """Tokens that follow those in a text's cache: a part of a chunk of its prompt, or the one that was sampled last."""
+    """Tokens of one sequence to process: part of its prompt, or the token sampled last."""
     cache: KVCache
-    start: int
+    start: int  # position of the first of these tokens
     ids: list[int]
     sampled: bool = False
 
 
 class Forward:
-    """A model's steps, in the precision `dtype`; `how` says by what they are computed."""
+    """Steps of a model in the precision `dtype`. `backend` says what computes them."""
 
     def __init__(self, model: GPT, dtype: str):
-        config, weight = model.config, model.transformer.wte.weight
-        exact = dtype == "float32" or weight.device.type != "cpu"
-        self.no_cache = torch.zeros(config.n_layer, 2, config.n_head, 0, config.n_embd // config.n_head, device=weight.device,
-                                    dtype=getattr(torch, dtype) if exact else torch.float16)
-        self.embed, self.pack, self.backend = model.transformer, (model, dtype), "by torch"
+        config = model.config
+        device = model.transformer.wte.weight.device
+        half_cache = device.type == "cpu" and dtype != "float32"
+        self.empty_kv = torch.zeros(
+            config.n_layer, 2, config.n_head, 0, config.n_embd // config.n_head, device=device,
+            dtype=torch.float16 if half_cache else getattr(torch, dtype))
+        self.embeddings = model.transformer  # with wte and wpe
+        self.pack_args = (model, dtype)
+        self.backend = "by torch"
 
     @functools.cached_property
     def model(self) -> GPT:
-        # Packed in a thread that ends: OpenMP keeps workers for each thread that computed, and with more of them than cores
-        # it waits by sleeping, which costs the scheduler's thread a fifth.
+        """The model with its matrices packed, on first use."""
+        # Pack in a thread that ends. OpenMP keeps workers for every thread that has computed, and
+        # once there are more of them than cores they sleep between tasks: steps get 20% slower.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            return thread.submit(pack_model, *self.pack).result()
+            return thread.submit(pack_model, *self.pack_args).result()
 
     def new_cache(self) -> KVCache:
-        return KVCache(self.no_cache)
+        return KVCache(self.empty_kv)
 
     @torch.inference_mode()
-    def __call__(self, segments: list[Segment], wanted: Iterable[int]):
-        """float32 logits (rows wanted, vocab_size), on the CPU, of all segments' tokens one after another; fills their caches."""
-        for cache, start, ids, _ in segments:
-            cache.make_room(start + len(ids))
-        ids = [i for segment in segments for i in segment.ids]
-        positions = [start + i for _, start, ids, _ in segments for i in range(len(ids))]
-        logits = self.logits(segments, ids, positions, list(wanted))
+    def __call__(self, segments: list[Segment], output_rows: Iterable[int]):
+        """Process all tokens of the segments, R rows in order, and store them in the caches.
+
+        Returns the logits of the `output_rows`: float32 (len(output_rows), vocab_size), on the CPU.
+        """
+        # flatten the segments into rows
+        ids, positions = [], []
+        for segment in segments:
+            stop = segment.start + len(segment.ids)
+            segment.cache.reserve(stop)
+            ids += segment.ids
+            positions += range(segment.start, stop)
+        logits = self.logits(segments, ids, positions, list(output_rows))
+        # advance the caches
         for segment in segments:
             cache = segment.cache
             cache.length = segment.start + len(segment.ids)
@@ -83,36 +111,54 @@ class Forward:
                 cache.reusable = cache.length
         return logits
 
-    def logits(self, segments: list[Segment], ids: list[int], positions: list[int], wanted: list[int]):
-        idx, positions = (torch.tensor([row], device=self.no_cache.device) for row in (ids, positions))
-        hidden = self.model.hidden(idx, positions, attend=functools.partial(attend, segments))[0]  # (R, n_embd)
-        return self.model.logits(hidden[wanted]).float().cpu()
+    def logits(self, segments: list[Segment], ids: list[int], positions: list[int],
+               output_rows: list[int]):
+        device = self.empty_kv.device
+        idx = torch.tensor([ids], device=device)  # (1, R)
+        positions = torch.tensor([positions], device=device)  # (1, R)
+        attend = functools.partial(attend_to_caches, segments)
+        hidden = self.model.hidden(idx, positions, attend=attend)[0]  # (R, C)
+        return self.model.logits(hidden[output_rows]).float().cpu()
 
     def is_reusable(self, segment: Segment) -> bool:
-        """Attention of a sampled token was computed for one row instead of for a chunk, and added up in another order."""
+        """Whether the segment's cache entries are those that a prefill of the same tokens gives.
+
+        Attention for one sampled token adds up in another order than attention for a chunk.
+        """
         return not segment.sampled
 
 
-def attend(segments: list[Segment], layer: int, q, k, v):
-    """(1, nh, R, hs) of q, k and v alike: each row attends to its own text, in its cache, up to itself."""
-    y, row = torch.zeros_like(q), 0
-    for cache, start, ids, sampled in segments:
-        kv, rows, end = cache.kv[layer], slice(row, row + len(ids)), start + len(ids)  # kv (2, nh, places, hs)
-        kv[0, :, start:end], kv[1, :, start:end] = k[0, :, rows], v[0, :, rows]
+def attend_to_caches(segments: list[Segment], layer: int, q, k, v):
+    """Causal attention of each row to its own sequence; q, k, v and the result (1, nh, R, hs)."""
+    y = torch.zeros_like(q)
+    row = 0
+    for segment in segments:
+        start, stop = segment.start, segment.start + len(segment.ids)
+        rows = slice(row, row + len(segment.ids))
         row = rows.stop
-        if sampled:
-            y[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], *kv[:, None, :, :end].to(q.dtype))
+        # store the new keys and values
+        kv = segment.cache.kv[layer]  # (2, nh, capacity, hs)
+        kv[0, :, start:stop] = k[0, :, rows]
+        kv[1, :, start:stop] = v[0, :, rows]
+        if segment.sampled:
+            keys, values = kv[:, None, :, :stop].to(q.dtype)  # (1, nh, stop, hs) each
+            y[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], keys, values)
             continue
-        base = start // CHUNK * CHUNK  # a row's place in the product does not depend on where its chunk was cut
+        # compute the whole chunk, with zeros for the other queries, so that a row's result
+        # does not depend on where the scheduler cut its chunk
+        base = start // CHUNK * CHUNK
+        inside = slice(start - base, stop - base)
         chunk = q.new_zeros(1, q.size(1), CHUNK, q.size(3))
-        inside = slice(start - base, end - base)
         chunk[:, :, inside] = q[:, :, rows]
-        y[:, :, rows] = F.scaled_dot_product_attention(chunk, *kv[:, None, :, :base + CHUNK].to(q.dtype),
-                                                       attn_mask=causal(base, q.device, q.dtype))[:, :, inside]
+        keys, values = kv[:, None, :, :base + CHUNK].to(q.dtype)  # (1, nh, base + CHUNK, hs) each
+        mask = causal_mask(base, q.device, q.dtype)
+        chunk = F.scaled_dot_product_attention(chunk, keys, values, attn_mask=mask)
+        y[:, :, rows] = chunk[:, :, inside]
     return y
 
 
 @functools.lru_cache(maxsize=64)
-def causal(base: int, device, dtype):
-    """(CHUNK, base + CHUNK): what is added to the scores of the chunk that begins at `base`."""
-    return torch.full((CHUNK, base + CHUNK), -torch.inf, device=device, dtype=dtype).triu_(base + 1)
+def causal_mask(base: int, device, dtype):
+    """The mask (CHUNK, base + CHUNK), 0 or -inf, of the chunk that starts at position `base`."""
+    mask = torch.full((CHUNK, base + CHUNK), -torch.inf, device=device, dtype=dtype)
+    return mask.triu_(base + 1)

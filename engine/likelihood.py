@@ -1,11 +1,28 @@
-"""How likely a model finds what follows a context: many endings of one context at once, and whole texts.
+"""Log-likelihoods of continuations given a context, and the perplexity of texts.
 
-A context and its endings are a prefix, and a prefix is one sequence of one forward pass: the context once, and behind it the
-endings, each of which sees the context and itself alone. Logits are computed only where a token of an ending is predicted.
+One forward pass scores all continuations of a context. The context is the shared prefix of one
+packed sequence, and the continuations are branches behind it (tree attention). Here the context is
+c0 c1 c2, and the continuations are a0 a1 a2 and b0 b1:
+
+    ids        c0 c1 c2 a0 a1 b0        the last token of a continuation is predicted, but not read
+    positions   0  1  2  3  4  3        every continuation follows the context
+    branches    0  0  0  1  1  2
+
+The attention mask (row attends to column) hides the branches from each other:
+
+        c0 c1 c2 a0 a1 b0
+    c0   x                              c2 predicts a0 and b0
+    c1   x  x
+    c2   x  x  x
+    a0   x  x  x  x                     a0 predicts a1
+    a1   x  x  x  x  x                  a1 predicts a2
+    b0   x  x  x        x               b0 predicts b1
+
+Logits are computed only for the rows that predict a token of a continuation.
 """
+import itertools
 import math
 from collections.abc import Iterator
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -18,162 +35,236 @@ from engine.packed import pack_model
 from model import GPT
 from tokenizer import Tokenizer
 
-LOGITS = 2**24  # so many at a time
+MAX_LOGITS = 2**24  # logits in memory at a time
 
+
+# --------------------------------------------------------------------------------------------------
+# Contexts and continuations that fit the model
 
 class SharedPrefix(NamedTuple):
-    """A context, and endings that each go on from it, in token ids."""
+    """A context and several continuations of it, in token ids."""
     context: list[int]
-    endings: list[list[int]]
-    numbers: list[int]  # of which ending of its item each of them is, or is a part of
+    continuations: list[list[int]]
+    indices: list[int]  # each continuation's index in its item; windows of one share its index
 
 
-def fit_to_context(context: list[int], endings: list[list[int]], tokenizer: Tokenizer, block_size: int) -> list[SharedPrefix]:
-    """The prefixes of an item: one, where all of it fits the model. Else each ending has its own, whose context is cut off on the
-    left as lm-evaluation-harness does; and an ending longer than the model's context is scored in windows that overlap by half.
+def fit_to_context(context: list[int], continuations: list[list[int]], tokenizer: Tokenizer,
+                   block_size: int) -> list[SharedPrefix]:
+    """Split an item, a context with its continuations, into parts that fit the model's context.
 
-    `<|endoftext|>` stands for an empty context; where the tokenizer has none, an ending's first token does, and is not scored.
+    If the item fits, it is one part. Otherwise each continuation gets a part of its own, with the
+    context truncated from the left, as in lm-evaluation-harness. A continuation that is longer than
+    the model's context is scored in windows that overlap by half.
+
+    `<|endoftext|>` stands in for an empty context. If the tokenizer has none, the continuation's
+    first token does, and is not scored.
     """
     if not context and tokenizer.eot is not None:
         context = [tokenizer.eot]
-    if context and len(context) + max(map(len, endings)) - 1 <= block_size:
-        return [SharedPrefix(context, endings, list(range(len(endings))))]
-    prefixes = []
-    for number, ending in enumerate(endings):
-        whole, start = context + ending, len(context) or 1
-        if len(ending) <= block_size:
-            whole, start = whole[-block_size - 1:], max(1, min(len(whole), block_size + 1) - len(ending))
-        prefixes += [prefix._replace(numbers=[number]) for prefix in windows(whole, start, block_size, max(1, block_size // 2))]
-    return prefixes
+    if context and len(context) + max(map(len, continuations)) - 1 <= block_size:
+        return [SharedPrefix(context, continuations, list(range(len(continuations))))]
+    parts = []
+    for index, continuation in enumerate(continuations):
+        ids = context + continuation
+        start = len(context) or 1
+        if len(continuation) <= block_size:
+            # truncate the context from the left
+            ids = ids[-block_size - 1:]
+            start = max(1, len(ids) - len(continuation))
+        for window in rolling_windows(ids, start, block_size, stride=max(1, block_size // 2)):
+            parts.append(window._replace(indices=[index]))
+    return parts
 
 
-def windows(ids: list[int], start: int, block_size: int, stride: int) -> Iterator[SharedPrefix]:
-    """ids[start:], which the model scores `stride` tokens at a time, each given as many as it reads; first all that it can."""
+def rolling_windows(ids: list[int], start: int, block_size: int,
+                    stride: int) -> Iterator[SharedPrefix]:
+    """Windows that score ids[start:] once, each with as much context as the model can read.
+
+    The first window scores all tokens that fit, each of the others scores the next `stride` tokens.
+    """
     while start < len(ids):
         stop = min(max(start + stride, block_size + 1), len(ids))
-        yield SharedPrefix(ids[max(0, stop - 1 - block_size):start], [ids[start:stop]], [0])
+        context = ids[max(0, stop - 1 - block_size):start]
+        yield SharedPrefix(context, [ids[start:stop]], [0])
         start = stop
 
 
-@torch.no_grad()
-def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]], batch_tokens: int | None,
-                    world: ddp.World = ddp.SINGLE_PROCESS) -> Iterator[tuple[int, list]]:
-    """The sum of log-probabilities (nats, over the first vocab_size ids) of the tokens of each ending of each item.
+# --------------------------------------------------------------------------------------------------
+# Log-likelihoods
 
-    Yields (the item's number, the sums of its endings by their numbers), the longest items first. Raises UserError for a model
-    whose predictions are not numbers. Of a sharded model every rank of the world takes part, each with items of its own.
+@torch.no_grad()
+def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]],
+                    batch_tokens: int | None, world: ddp.World = ddp.SINGLE_PROCESS,
+                    ) -> Iterator[tuple[int, list[float]]]:
+    """Yield (the item's index, the log-likelihood of each of its continuations), longest first.
+
+    A log-likelihood is the sum of the tokens' log-probabilities, in nats, over the first
+    `vocab_size` ids. Raises UserError if the model predicts NaN. If the model is sharded, all ranks
+    of the world must call this together, each with its own items.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    fast = pack_model(model.eval())
+    was_training = [(module, module.training) for module in model.modules()]
+    packed = pack_model(model.eval())
     device = model.transformer.wte.weight.device
-    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 65_536)  # a CPU's cache, a GPU's cores
-    sizes = [len(prefixes) * max((length(prefix) for prefix in prefixes), default=0) + 1 for prefixes in items]
-    order = sorted(range(len(items)), key=lambda i: sizes[i])
-    at_a_time, sharded = max(1, LOGITS // vocab_size), ddp.is_sharded(model)
+    if not batch_tokens:
+        batch_tokens = 1024 if device.type == "cpu" else 65_536  # fits a CPU's cache; fills a GPU
+    # sort the items by the tokens of their padded sequences
+    sizes = []
+    for parts in items:
+        longest = max((packed_length(part) for part in parts), default=0)
+        sizes.append(len(parts) * longest + 1)
+    remaining = sorted(range(len(items)), key=lambda i: sizes[i])
+    sharded = ddp.is_sharded(model)
     try:
-        while ddp.any_rank(world, order) if sharded else order:
-            if not order:  # the others cannot run theirs without this rank
-                fast.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        while ddp.any_rank(world, remaining) if sharded else remaining:
+            if not remaining:
+                # run the model along with the ranks that still have items
+                packed.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))
                 continue
-            count = max(1, batch_tokens // sizes[order[-1]])
-            batch, order = order[-count:], order[:-count]
-            prefixes = [prefix for i in batch for prefix in items[i]]
-            ids, positions, mask, places, targets, lengths = (
-                tensor.to(device) for tensor in pack([lay_out(prefix) for prefix in prefixes]))
-            hidden = fast.hidden(ids, positions=positions, mask=mask).flatten(0, 1)  # (B * T, C)
-            found = torch.cat([log_probabilities(fast.logits(hidden[some])[:, :vocab_size].float(), followed)
-                               for some, followed in zip(places.split(at_a_time), targets.split(at_a_time))])
-            if not found.isfinite().all():
-                raise UserError("The model's predictions are not numbers: its weights are damaged, or its training diverged.")
-            sums = iter([part.sum().item() for part in found.cpu().double().split(lengths.tolist())])  # prefix by prefix
+            # score a batch of the longest items
+            count = max(1, batch_tokens // sizes[remaining[-1]])
+            batch, remaining = remaining[-count:], remaining[:-count]
+            sums = iter(score_batch(packed, vocab_size, [part for i in batch for part in items[i]]))
+            # add up the windows of each continuation
             for i in batch:
-                totals = [0.0] * (1 + max((number for prefix in items[i] for number in prefix.numbers), default=-1))
-                for number in (number for prefix in items[i] for number in prefix.numbers):
-                    totals[number] += next(sums)
+                indices = [index for part in items[i] for index in part.indices]
+                totals = [0.0] * (max(indices, default=-1) + 1)
+                for index in indices:
+                    totals[index] += next(sums)
                 yield i, totals
     finally:
-        for module, was_training in modes:
-            module.training = was_training
+        for module, training in was_training:
+            module.training = training
+
+
+def score_batch(model: GPT, vocab_size: int, parts: list[SharedPrefix]) -> list[float]:
+    """The log-likelihood of each continuation of the parts, in order, in one forward pass."""
+    device = model.transformer.wte.weight.device
+    ids, positions, mask, logit_rows, targets, lengths = (
+        tensor.to(device) for tensor in collate([pack(part) for part in parts]))
+    hidden = model.hidden(ids, positions=positions, mask=mask).flatten(0, 1)  # (B * T, C)
+    # compute the logits in chunks of rows
+    chunk = max(1, MAX_LOGITS // vocab_size)
+    logprobs = []
+    for rows, row_targets in zip(logit_rows.split(chunk), targets.split(chunk)):
+        logits = model.logits(hidden[rows])[:, :vocab_size].float()  # (rows, V)
+        logprobs.append(log_probabilities(logits, row_targets))
+    logprobs = torch.cat(logprobs)  # (S,)
+    if not logprobs.isfinite().all():
+        raise UserError("The model predicts NaN: its weights are damaged or its training diverged.")
+    return [tokens.sum().item() for tokens in logprobs.cpu().double().split(lengths.tolist())]
 
 
 def log_probabilities(logits, targets):
-    """(N,) of targets (N,) under logits (N, V), which it overwrites: `torch.logsumexp` is several times slower on a CPU."""
-    followed = logits.gather(1, targets[:, None])[:, 0]
-    largest = logits.amax(-1, keepdim=True)
-    return followed - logits.sub_(largest).exp_().sum(-1).log_().add_(largest[:, 0])
+    """log_softmax(logits)[targets]: logits (N, V), which are overwritten, and targets (N,) -> (N,).
+
+    Written out because `torch.logsumexp` is several times slower on a CPU.
+    """
+    target_logits = logits.gather(1, targets[:, None])[:, 0]  # (N,)
+    largest = logits.amax(-1, keepdim=True)  # (N, 1)
+    return target_logits - logits.sub_(largest).exp_().sum(-1).log_().add_(largest[:, 0])
 
 
-def length(prefix: SharedPrefix) -> int:
-    """Tokens of the prefix's sequence: nobody asks what follows an ending's last token."""
-    return len(prefix.context) + sum(max(0, len(ending) - 1) for ending in prefix.endings)
+# --------------------------------------------------------------------------------------------------
+# Packing, as drawn at the top
 
-
-class Layout(NamedTuple):
-    """A prefix as a sequence of T tokens, and where in it the S tokens of its endings are predicted."""
+class PackedSequence(NamedTuple):
+    """A context and its continuations as one sequence of T tokens that predicts S tokens."""
     ids: list[int]  # (T,)
     positions: list[int]  # (T,)
-    branches: list[int]  # (T,) 0 in the context, else the number of the ending from 1
-    places: list[int]  # (S,)
-    targets: list[int]  # (S,) the tokens that follow there
-    lengths: list[int]  # of the endings
+    branches: list[int]  # (T,) 0 for the context, 1, 2, … for the continuations
+    logit_rows: list[int]  # (S,) rows of the sequence that predict the targets
+    targets: list[int]  # (S,) all tokens of all continuations
+    lengths: list[int]  # of the continuations; they sum to S
 
 
-def lay_out(prefix: SharedPrefix) -> Layout:
-    context = prefix.context
-    layout = Layout(list(context), list(range(len(context))), [0] * len(context), [], [], [])
-    for branch, ending in enumerate(prefix.endings, 1):
-        inputs = ending[:-1]
-        if ending:
-            layout.places.extend([len(context) - 1, *range(len(layout.ids), len(layout.ids) + len(inputs))])
-        layout.ids.extend(inputs)
-        layout.positions.extend(range(len(context), len(context) + len(inputs)))
-        layout.branches.extend([branch] * len(inputs))
-        layout.targets.extend(ending)
-        layout.lengths.append(len(ending))
-    return layout
+def packed_length(part: SharedPrefix) -> int:
+    """Number of tokens in the packed sequence; the last of each continuation is only predicted."""
+    inputs = [max(0, len(continuation) - 1) for continuation in part.continuations]
+    return len(part.context) + sum(inputs)
 
 
-def pack(layouts: list[Layout]) -> tuple[torch.Tensor, ...]:
-    """ids, positions (B, T) and mask (B, 1, T, T) of a batch; places in it (B * T) and targets (S,); lengths of the endings."""
-    T = max((len(layout.ids) for layout in layouts), default=0)
-    padded = np.zeros((3, len(layouts), T), dtype=np.int64)
-    for b, layout in enumerate(layouts):
-        padded[:, b, :len(layout.ids)] = layout[:3]
-    ids, positions, branches = torch.from_numpy(padded)
-    mask = (branches[:, None] == 0) | (branches[:, :, None] == branches[:, None])  # (B, T, T): a token sees context and branch
-    places = [b * T + place for b, layout in enumerate(layouts) for place in layout.places]
-    targets, lengths = ([value for layout in layouts for value in getattr(layout, name)] for name in ("targets", "lengths"))
-    return ids, positions, mask.tril()[:, None], *(torch.tensor(x, dtype=torch.long) for x in (places, targets, lengths))
+def pack(part: SharedPrefix) -> PackedSequence:
+    T = len(part.context)
+    sequence = PackedSequence(list(part.context), list(range(T)), [0] * T, [], [], [])
+    for branch, continuation in enumerate(part.continuations, 1):
+        inputs = continuation[:-1]
+        if continuation:
+            # the context's last token predicts the first token, each input the one after it
+            begin = len(sequence.ids)
+            sequence.logit_rows.extend([T - 1, *range(begin, begin + len(inputs))])
+        sequence.ids.extend(inputs)
+        sequence.positions.extend(range(T, T + len(inputs)))
+        sequence.branches.extend([branch] * len(inputs))
+        sequence.targets.extend(continuation)
+        sequence.lengths.append(len(continuation))
+    return sequence
 
 
-def perplexity(model: GPT, tokenizer: Tokenizer, text: str, stride: int | None = None, batch_tokens: int | None = None,
-               show_progress: bool = False) -> dict[str, float]:
+def collate(sequences: list[PackedSequence]) -> tuple[torch.Tensor, ...]:
+    """Pad B sequences to the longest and concatenate their targets.
+
+    Returns ids and positions (B, T), the mask (B, 1, T, T), logit_rows (S,) as indices into the
+    flattened (B * T), targets (S,), and the lengths of all continuations.
+    """
+    T = max((len(sequence.ids) for sequence in sequences), default=0)
+    padded = np.zeros((3, len(sequences), T), dtype=np.int64)
+    for b, (ids, positions, branches, *_) in enumerate(sequences):
+        padded[:, b, :len(ids)] = ids, positions, branches
+    ids, positions, branches = torch.from_numpy(padded)  # (B, T) each
+    # a token attends to the context and to its own branch, up to itself
+    to_context = branches[:, None, :] == 0  # (B, 1, T)
+    to_own_branch = branches[:, :, None] == branches[:, None, :]  # (B, T, T)
+    mask = (to_context | to_own_branch).tril()[:, None]  # (B, 1, T, T)
+    logit_rows, targets, lengths = [], [], []
+    for b, sequence in enumerate(sequences):
+        logit_rows += [b * T + row for row in sequence.logit_rows]
+        targets += sequence.targets
+        lengths += sequence.lengths
+    flat = (torch.tensor(values, dtype=torch.long) for values in (logit_rows, targets, lengths))
+    return ids, positions, mask, *flat
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts
+
+def perplexity(model: GPT, tokenizer: Tokenizer, text: str, stride: int | None = None,
+               batch_tokens: int | None = None, show_progress: bool = False) -> dict[str, float]:
     """{"nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes", "stride"} of a text.
 
-    Each window of the model's context scores its last `stride` tokens (half the context when not given), given those before; the
-    first window all it has. The text begins after `<|endoftext|>`; where the tokenizer has none, its first token is not scored.
+    The text is read in windows of the model's context. The first window scores all its tokens, each
+    of the others scores its last `stride` tokens (default: half the context). The text follows
+    `<|endoftext|>`; if the tokenizer has none, the first token is not scored.
     """
-    model = getattr(model, "module", model)  # in DistributedDataParallel
+    model = getattr(model, "module", model)  # unwrap DistributedDataParallel
     block_size = model.config.block_size
     stride = max(1, block_size // 2) if stride is None else stride
     if not 1 <= stride <= block_size:
-        raise UserError(f"The stride is at least 1 and at most the model's context of {block_size} tokens, not {stride}.")
-    ids = [tokenizer.eot] * (tokenizer.eot is not None) + encode(tokenizer, text)
+        raise UserError(f"The stride must be at least 1 and at most {block_size}, the model's "
+                        f"context in tokens, not {stride}.")
+    ids = encode(tokenizer, text)
+    text_bytes = len(text.encode(errors="replace"))
+    if tokenizer.eot is not None:
+        ids = [tokenizer.eot, *ids]
+    else:
+        text_bytes -= len(tokenizer.decode_bytes(ids[:1]))  # the first token is not scored
     if len(ids) < 2:
-        raise UserError("The text has no token to score.")
-    scored_bytes = len(text.encode(errors="replace")) - (len(tokenizer.decode_bytes(ids[:1])) if tokenizer.eot is None else 0)
-    nats, tokens, all_windows = 0.0, 0, windows(ids, 1, block_size, stride)
-    with tqdm(total=len(ids) - 1, desc="text", unit="token", unit_scale=True, disable=not show_progress) as bar:
-        while some := [[window] for window in islice(all_windows, 1000)]:
-            for i, (logprob,) in log_likelihoods(model, tokenizer.vocab_size, some, batch_tokens):
+        raise UserError("The text is too short: it contains no token to score.")
+    # score 1,000 windows at a time
+    nats, tokens = 0.0, 0
+    windows = rolling_windows(ids, 1, block_size, stride)
+    with tqdm(total=len(ids) - 1, desc="text", unit="token", unit_scale=True,
+              disable=not show_progress) as bar:
+        while items := [[window] for window in itertools.islice(windows, 1000)]:
+            for i, (logprob,) in log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens):
                 nats -= logprob
-                tokens += len(some[i][0].endings[0])
+                tokens += len(items[i][0].continuations[0])
                 bar.update(tokens - bar.n)
-                bar.set_postfix_str(f"{nats / tokens:.4f} nats a token", refresh=False)
-    return {"nats_per_token": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens,
-            "bits_per_byte": nats / math.log(2) / scored_bytes, "bytes": scored_bytes, "stride": stride}
+                bar.set_postfix_str(f"{nats / tokens:.4f} nats per token", refresh=False)
+    loss = nats / tokens
+    return {"nats_per_token": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens,
+            "bits_per_byte": nats / math.log(2) / text_bytes, "bytes": text_bytes, "stride": stride}
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The text's ids, without a word on what the tokenizer cannot spell."""
+    """The text's token ids. Characters that the tokenizer lacks are replaced without a notice."""
     return tokenizer.encode(tokenizer.replace_unknown(text)[0])

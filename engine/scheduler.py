@@ -1,14 +1,15 @@
-"""Many texts, one model: a thread steps all of them together, each with its own place, settings, random stream and end.
+"""Generates many sequences at once: one thread runs the model for all of them together.
 
-A step is one pass over the weights. Each text that is being written brings the row of its last token, new prompts bring theirs
-a chunk at a time, so that nobody's text waits for more than a chunk of somebody else's; between steps texts come and go. What a
-text becomes depends on its own prompt, settings and seed alone: rows of a step do not depend on each other (forward.py), and
-each text has a random stream of its own.
+Each step is one pass over the weights. A sequence that is decoding contributes one row, its last
+token; prompts are prefilled a chunk at a time, so that a long prompt delays the other sequences by
+one chunk at most. Sequences join and leave between steps (continuous batching).
+
+A sequence depends only on its own prompt, settings and seed: the rows of a step do not depend on
+each other (see forward.py), and each sequence has its own random stream.
 """
 import atexit
 import bisect
 import collections
-import itertools
 import queue
 import secrets
 import threading
@@ -20,155 +21,222 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from common.seed import seed_of
+from common.seed import derive_seed
 from engine.forward import CHUNK, Forward, KVCache, Segment
 from engine.sampling import Sampling, penalize, sample, top_ids
 
-IDLE_PROMPT_TOKENS = 8 * CHUNK  # tokens of prompts in a step when nobody is writing
-LINGER_S = 2  # how long the thread stays when there is nothing to do
+IDLE_PREFILL_TOKENS = 8 * CHUNK  # prompt tokens in a step in which no sequence is decoding
+IDLE_S = 2  # the thread ends after this many seconds without work
 
 
 class Busy(UserError):
-    """There are more texts to write than there is room or time for."""
+    """The queue is full, or a request waited in it for too long."""
 
 
 class Token(NamedTuple):
-    """A sampled token; its log-probability (nats) under the model, and the likeliest (id, log-probability)s, where asked for."""
+    """A sampled token. With `logprobs`, also its log-probability and the likeliest alternatives."""
     id: int
-    logprob: float | None = None
-    top: tuple = ()
+    logprob: float | None = None  # nats, under the model's unmodified distribution
+    top: tuple = ()  # (id, logprob) pairs, likeliest first
 
 
-class PrefixStore:
-    """Caches of texts that are written, the latest last, of at most `max_bytes` in all: what begins alike starts from there."""
+# --------------------------------------------------------------------------------------------------
+# Prefix cache
+
+class PrefixCache:
+    """Keeps the KV caches of recent texts, so that prompts with a shared prefix can reuse them.
+
+    The caches take at most `max_bytes` in total; the least recently used one is dropped first.
+    """
 
     def __init__(self, max_bytes: int):
-        self.max_bytes, self.entries = max_bytes, []  # (ids, KVCache)
+        self.max_bytes = max_bytes
+        self.entries: list[tuple[list[int], KVCache]] = []  # least recently used first
 
     def add(self, ids: list[int], cache: KVCache):
-        if not cache.reusable or any(entry[:cache.reusable] == ids[:cache.reusable] for entry, _ in self.entries):
+        ids = ids[:cache.reusable]
+        if not ids or any(kept_ids[:len(ids)] == ids for kept_ids, _ in self.entries):
             return
-        ids, cache = ids[:cache.reusable], cache.copy(cache.reusable)
-        self.entries = [entry for entry in self.entries if ids[:len(entry[0])] != entry[0]] + [(ids, cache)]
+        # replace the entries that are a prefix of the new one
+        self.entries = [entry for entry in self.entries if ids[:len(entry[0])] != entry[0]]
+        self.entries.append((ids, cache.copy(len(ids))))
         while self.entries and sum(cache.kv.nbytes for _, cache in self.entries) > self.max_bytes:
             self.entries.pop(0)
 
     def find(self, ids: list[int]) -> KVCache | None:
-        """A cache of the longest beginning of ids that there is, short of all of them: the last one's logits are needed."""
+        """A copy of the cache for the longest known prefix of `ids`.
+
+        It never covers all of `ids`, because the last token must run to produce logits.
+        """
         best, length = None, 0
-        for i, (entry, _) in enumerate(self.entries):
-            shared = common_prefix(entry, ids[:-1])
+        for i, (kept_ids, _) in enumerate(self.entries):
+            shared = common_prefix(kept_ids, ids[:-1])
             if shared > length:
                 best, length = i, shared
         if best is None:
             return None
-        self.entries.append(self.entries.pop(best))
-        return self.entries[-1][1].copy(length)
+        entry = self.entries.pop(best)
+        self.entries.append(entry)
+        return entry[1].copy(length)
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many ids two lists have in common at their beginning."""
-    return bisect.bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
+    """The number of leading ids that two lists share."""
+    # Binary search: comparing slices is much faster than comparing ids in a Python loop.
+    lengths = range(1, min(len(a), len(b)) + 1)
+    return bisect.bisect_left(lengths, True, key=lambda n: a[:n] != b[:n])
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Texts and their scheduler
+# --------------------------------------------------------------------------------------------------
+# Sequences and requests
 
-class Text:
-    """One continuation while it is written: its window of tokens, cache, settings, random stream and reader."""
+class Sequence:
+    """One sample of a request while it is generated."""
 
     def __init__(self, request: "Request", index: int):
-        self.request, self.index, self.window = request, index, list(request.ids)
-        self.seen = set(request.ids)
-        self.random = np.random.default_rng(seed_of(request.seed, index))
-        self.cache, self.prompting, self.made = None, True, 0  # prompting: the window is not in the cache yet
+        self.request, self.index = request, index
+        self.window = list(request.ids)  # the tokens that the model sees
+        self.seen = set(request.ids)  # for the repetition penalty
+        self.random = np.random.default_rng(derive_seed(request.seed, index))
+        self.cache: KVCache | None = None
+        self.prefilling = True  # the window is not in the cache yet
+        self.generated = 0  # tokens
 
-    def choose(self, logits) -> Token:
-        """The next token by logits (V,)."""
-        options, plain, most = self.request.sampling, logits, logits.max()
-        if not np.isfinite(most):
-            raise UserError("The model's predictions are not numbers: its weights are damaged, or its training diverged.")
-        if options.repetition_penalty != 1:
-            logits = penalize(logits, self.seen, options.repetition_penalty)
-        token = Token(sample(logits, self.random.random(), options.temperature, options.top_k, options.top_p))
-        if options.logprobs is not None:
-            total = most + np.log(np.exp(plain - most).sum(dtype=np.float64))
-            top = top_ids(plain, min(options.logprobs, len(plain)))
-            token = Token(token.id, float(plain[token.id] - total), tuple((int(i), float(plain[i] - total)) for i in top))
-        self.seen.add(token.id)
-        self.made += 1
-        return token
+    def next_token(self, logits) -> Token:
+        """Samples the next token from logits (V,)."""
+        settings = self.request.sampling
+        largest = logits.max()
+        if not np.isfinite(largest):
+            raise UserError("The model's predictions are not numbers: "
+                            "its weights are damaged, or its training diverged.")
+        penalized = logits
+        if settings.repetition_penalty != 1:
+            penalized = penalize(logits, self.seen, settings.repetition_penalty)
+        token_id = sample(penalized, self.random.random(),
+                          settings.temperature, settings.top_k, settings.top_p)
+        self.seen.add(token_id)
+        self.generated += 1
+        if settings.logprobs is None:
+            return Token(token_id)
+
+        # log-probabilities without penalty and temperature
+        log_total = largest + np.log(np.exp(logits - largest).sum(dtype=np.float64))
+        ids = top_ids(logits, min(settings.logprobs, len(logits)))
+        top = tuple((int(i), float(logits[i] - log_total)) for i in ids)
+        return Token(token_id, float(logits[token_id] - log_total), top)
 
 
 class Request:
-    """n texts from one prompt, and the reader's side of them: iterating gives (index, Token), or (index, why it ended: "stop" at
-    `<|endoftext|>`, "length", "deadline"), as they come, until all have ended."""
+    """`n` samples of one prompt, as their reader sees them.
+
+    Iterating waits for events and yields them as they arrive, until all samples have ended. An
+    event is (sample index, Token), or (sample index, finish reason) at the end of a sample: "stop"
+    at `<|endoftext|>`, "length", or "deadline".
+    """
 
     def __init__(self, scheduler: "Scheduler", ids: list[int], n: int, sampling: Sampling):
-        self.scheduler, self.ids, self.n, self.sampling = scheduler, ids[-scheduler.block_size:], n, sampling
+        self.scheduler, self.n, self.sampling = scheduler, n, sampling
+        self.ids = ids[-scheduler.block_size:]
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-        self.events, self.left = queue.SimpleQueue(), set(range(n))  # left: those that still have a reader
-        self.wake = None  # a function that is called when there is an event
         self.deadline = time.monotonic() + scheduler.deadline_s
+        self.active = set(range(n))  # indices of samples that are neither ended nor cancelled
+        self.events = queue.SimpleQueue()
+        self.wake = None  # called after each new event, in the scheduler's thread
+        self.first_event_at = self.last_event_at = None  # time.perf_counter()
 
     def __iter__(self) -> Iterator[tuple[int, Token | str]]:
         try:
-            while self.left:
+            while self.active:
                 event = self.events.get()
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event[1], str):
-                    self.left.discard(event[0])
+                    self.active.discard(event[0])
                 yield event
         finally:
             self.cancel()
 
+    def take_events(self) -> list[tuple[int, Token | str]]:
+        """All events that have arrived, without waiting. Raises the error if the request failed."""
+        events = []
+        while not self.events.empty():
+            event = self.events.get()
+            if not isinstance(event, Exception):
+                events.append(event)
+            elif events:
+                self.events.put(event)  # deliver the events before the error first
+                break
+            else:
+                raise event
+        return events
+
     def put(self, event: tuple[int, Token | str] | Exception):
+        self.last_event_at = time.perf_counter()
+        self.first_event_at = self.first_event_at or self.last_event_at
         self.events.put(event)
-        if self.wake:
-            self.wake()
+        wake = self.wake  # the reader may reset it at any time
+        if wake:
+            wake()
 
     def cancel(self, index: int | None = None):
-        """Nobody reads text `index`, or any, on: it leaves before the next step."""
-        self.left -= self.left if index is None else {index}
+        """Stops sample `index`, or all samples, before the next step."""
+        if index is None:
+            self.active.clear()
+        else:
+            self.active.discard(index)
 
-    def place(self) -> int:
-        """Its place in the queue, from 1; 0 where it is being written or done."""
+    def queue_position(self) -> int:
+        """The position in the queue, from 1; 0 once the request has left the queue."""
         with self.scheduler.lock:
-            return self.scheduler.waiting.index(self) + 1 if self in self.scheduler.waiting else 0
+            waiting = self.scheduler.waiting
+            return waiting.index(self) + 1 if self in waiting else 0
 
+
+# --------------------------------------------------------------------------------------------------
+# The scheduler
 
 class Scheduler:
-    """Steps all running texts of a model together, in a thread that lives while there are any.
+    """Generates the sequences of all requests to one model, in a thread that ends when idle.
 
-    At most `max_running` texts run and `max_waiting` requests wait, in the order in which they came; past that, or when its
-    `deadline_s` passes before its turn, a request gets `Busy`, and a running text ends.
+    At most `max_running` sequences run at once; up to `max_waiting` more requests wait in order of
+    arrival. A request gets `Busy` if the queue is full, or if it still waits after `deadline_s`
+    seconds; a sequence that is still running by then ends with the reason "deadline".
     """
 
-    def __init__(self, forward: Forward, vocab_size: int, eot: int | None, block_size: int, max_running: int = 32,
-                 max_waiting: int = 64, deadline_s: float = 600, prefix_bytes: int = 2**28):
-        self.forward, self.vocab_size, self.eot, self.block_size = forward, vocab_size, eot, block_size
-        self.max_running, self.max_waiting, self.deadline_s = max_running, max_waiting, deadline_s
-        self.prefixes = PrefixStore(prefix_bytes)
-        self.waiting, self.running, self.turn = collections.deque(), [], 0
-        self.lock, self.thread, self.closed = threading.Condition(), None, False
+    def __init__(self, forward: Forward, vocab_size: int, eot: int | None, block_size: int,
+                 max_running: int = 32, max_waiting: int = 64, deadline_s: float = 600,
+                 prefix_bytes: int = 2**28):
+        self.forward, self.block_size = forward, block_size
+        self.vocab_size, self.eot = vocab_size, eot
+        self.max_running, self.max_waiting = max_running, max_waiting
+        self.deadline_s = deadline_s
+        self.prefixes = PrefixCache(prefix_bytes)
+        self.turn = 0  # which prompt is prefilled first in a step
+        # `lock` guards the next four; only the thread changes `running`
+        self.lock = threading.Condition()
+        self.waiting: collections.deque[Request] = collections.deque()
+        self.running: list[Sequence] = []
+        self.thread: threading.Thread | None = None
+        self.closed = False
 
     def submit(self, ids: list[int], n: int = 1, sampling: Sampling | None = None) -> Request:
-        """Asks for n texts that go on from ids. Raises UserError for what cannot be, and Busy."""
+        """Requests n continuations of a prompt. Raises UserError for bad arguments, and Busy."""
         if not ids:
-            raise UserError("There is no token to continue: give at least one.")
+            raise UserError("The prompt has no tokens: give at least one.")
         if not 1 <= n <= self.max_running:
-            raise UserError(f"The number of samples is at least 1 and at most {self.max_running}, not {n}.")
+            raise UserError(f"The number of samples must be from 1 to {self.max_running}, not {n}.")
         request = Request(self, ids, n, sampling or Sampling())
         if request.sampling.max_new_tokens == 0:
             for i in range(n):
                 request.put((i, "length"))
             return request
         with self.lock:
-            place = len(self.waiting) + 1 - (self.max_running - len(self.running))  # of those that will not be let in at once
-            if place > self.max_waiting:
-                raise Busy(f"Busy: {len(self.running)} texts are being written, and this would be number {place} in the queue, "
-                           f"which takes {self.max_waiting}; try again in a while.")
+            # requests that can start at once do not count as queued
+            position = len(self.waiting) + 1 - (self.max_running - len(self.running))
+            if position > self.max_waiting:
+                raise Busy(f"Busy: {len(self.running)} texts are being generated, and this request "
+                           f"would be number {position} in the queue, which holds "
+                           f"{self.max_waiting}; try again later.")
             self.waiting.append(request)
             if self.thread is None:
                 self.thread = threading.Thread(target=self.run, daemon=True, name="scheduler")
@@ -177,8 +245,13 @@ class Scheduler:
             self.lock.notify()
         return request
 
+    def load(self) -> tuple[int, int]:
+        """(the number of running sequences, the number of waiting requests)."""
+        with self.lock:
+            return len(self.running), len(self.waiting)
+
     def close(self):
-        """Ends the thread, and with it whatever it was writing; Python cannot end while it computes."""
+        """Ends the thread and what it generates; Python cannot exit while the thread computes."""
         with self.lock:
             self.closed, thread = True, self.thread
             self.lock.notify()
@@ -186,101 +259,141 @@ class Scheduler:
             thread.join()
 
     def run(self):
-        """Steps until nobody has wanted anything for a while."""
+        """The thread: runs steps until there has been no work for IDLE_S seconds."""
         while not self.closed:
             try:
                 self.admit_and_remove()
                 if self.running:
                     self.step()
                     continue
-            except Exception as error:  # whatever it is, the readers are told, and the next request finds a scheduler
-                for request in {text.request for text in self.running}:
+            except Exception as error:  # report it to all readers, and keep serving new requests
+                for request in {sequence.request for sequence in self.running}:
                     request.put(error)
-                self.running = []
+                with self.lock:
+                    self.running.clear()
             with self.lock:
-                if not self.lock.wait_for(lambda: self.waiting or self.closed, timeout=LINGER_S):
+                if not self.lock.wait_for(lambda: self.waiting or self.closed, timeout=IDLE_S):
                     self.thread = None
                     atexit.unregister(self.close)
                     return
 
     def admit_and_remove(self):
-        """Lets the texts go that nobody reads or whose time is over, and as many requests in as there is room for."""
+        """Removes cancelled and overdue sequences, then admits requests while there is room."""
         now = time.monotonic()
-        for text in list(self.running):
-            if text.index not in text.request.left:
-                self.end(text, None)
-            elif now > text.request.deadline:
-                self.end(text, "deadline")
+        # remove running sequences
+        for sequence in list(self.running):
+            if sequence.index not in sequence.request.active:
+                self.end(sequence, None)
+            elif now > sequence.request.deadline:
+                self.end(sequence, "deadline")
         with self.lock:
-            for place, request in enumerate(list(self.waiting), 1):
-                if not request.left:
+            # remove waiting requests
+            for position, request in enumerate(list(self.waiting), 1):
+                if not request.active:
                     self.waiting.remove(request)
                 elif now > request.deadline:
                     self.waiting.remove(request)
-                    request.put(Busy(f"Busy: after {self.deadline_s:g} s this was still number {place} in the queue; try "
-                                            "again in a while."))
-            while self.waiting and len(self.running) + self.reserved() + self.waiting[0].n <= self.max_running:
-                self.running.append(Text(self.waiting.popleft(), 0))
+                    request.put(Busy(f"Busy: after {self.deadline_s:g} s this request was still "
+                                     f"number {position} in the queue; try again later."))
+            # admit requests in order; each starts with one sequence and forks the others later
+            while self.waiting:
+                needed = len(self.running) + self.reserved() + self.waiting[0].n
+                if needed > self.max_running:
+                    break
+                self.running.append(Sequence(self.waiting.popleft(), 0))
 
     def reserved(self) -> int:
-        """Places of texts that begin when their request's prompt is in the cache."""
-        return sum(text.request.n - 1 for text in self.running if text.index == 0 and not text.made)
+        """The number of sequences that will be forked once their prompt is prefilled."""
+        return sum(sequence.request.n - 1 for sequence in self.running
+                   if sequence.index == 0 and not sequence.generated)
 
     @torch.inference_mode()
     def step(self):
-        """One token for each text that is being written, and a part of the prompts of those that are to be."""
-        segments, ready = [], []
-        prompting = [text for text in self.running if text.prompting]
-        for text in self.running:
-            if not text.prompting:
-                segments.append(Segment(text.cache, text.cache.length, text.window[-1:], sampled=True))
-                ready.append((text, len(segments)))
-        budget, self.turn = CHUNK if segments else IDLE_PROMPT_TOKENS, self.turn + 1
-        for i in range(len(prompting)):  # each step begins with the next one
-            text = prompting[(self.turn + i) % len(prompting)]
-            if text.cache is None:
-                text.cache = self.prefixes.find(text.window) or self.forward.new_cache()
-            start = text.cache.length
-            while budget > 0 and start < len(text.window):
-                ids = text.window[start:min((start // CHUNK + 1) * CHUNK, start + budget)]
-                segments.append(Segment(text.cache, start, ids))
-                start, budget = start + len(ids), budget - len(ids)
-            if start == len(text.window):
-                ready.append((text, len(segments)))
-        ends = list(itertools.accumulate(len(segment.ids) for segment in segments))
-        logits = self.forward(segments, [ends[count - 1] - 1 for _, count in ready])[:, :self.vocab_size]  # no padding ids
-        chosen = [(each, each.choose(row)) for (text, _), row in zip(ready, logits.numpy()) for each in self.begin(text)]
-        for text, token in chosen:  # readers wake up now, and have the next step's time
-            self.write(text, token)
+        """Runs the model once, and gives each sequence that is ready its next token."""
+        segments, ready = self.plan_step()
+        rows = [row for _, row in ready]
+        logits = self.forward(segments, rows)[:, :self.vocab_size]  # (rows, V), no padding ids
+        sampled = []
+        for (first, _), row_logits in zip(ready, logits.numpy()):
+            for sequence in self.fork(first):
+                sampled.append((sequence, sequence.next_token(row_logits)))
+        # deliver all tokens at the end: readers can process them during the next step
+        for sequence, token in sampled:
+            self.append_token(sequence, token)
 
-    def begin(self, text: Text) -> list[Text]:
-        """The texts that go on from here: this one, and where its prompt has just been processed, its request's others too."""
-        texts = [text]
-        if text.prompting and not text.made:
-            self.prefixes.add(text.window, text.cache)
-            texts += [Text(text.request, i) for i in range(1, text.request.n)]
-            for other in texts[1:]:
-                other.cache = text.cache.copy(text.cache.length)
-            self.running += texts[1:]
-        for each in texts:
-            each.prompting = False
-        return texts
+    def plan_step(self) -> tuple[list[Segment], list[tuple[Sequence, int]]]:
+        """The segments of the next step, and the sequences that get a token from it.
 
-    def write(self, text: Text, token: Token):
-        """Adds a token to a text, and ends it where it ends."""
+        With each sequence comes its row in the step: the row of its last token.
+        """
+        segments, ready, rows = [], [], 0
+
+        # decode: the last token of each sequence
+        for sequence in self.running:
+            if not sequence.prefilling:
+                segments.append(Segment(sequence.cache, sequence.cache.length,
+                                        sequence.window[-1:], sampled=True))
+                rows += 1
+                ready.append((sequence, rows - 1))
+
+        # prefill: split the budget between the prompts, starting with another one in each step
+        prefilling = [sequence for sequence in self.running if sequence.prefilling]
+        budget = CHUNK if segments else IDLE_PREFILL_TOKENS
+        self.turn += 1
+        for i in range(len(prefilling)):
+            sequence = prefilling[(self.turn + i) % len(prefilling)]
+            if sequence.cache is None:
+                cache = self.prefixes.find(sequence.window)
+                sequence.cache = cache or self.forward.new_cache()
+            start = sequence.cache.length
+            while budget > 0 and start < len(sequence.window):
+                chunk_end = (start // CHUNK + 1) * CHUNK
+                ids = sequence.window[start:min(chunk_end, start + budget)]
+                segments.append(Segment(sequence.cache, start, ids))
+                start += len(ids)
+                rows += len(ids)
+                budget -= len(ids)
+            if start == len(sequence.window):
+                ready.append((sequence, rows - 1))
+        return segments, ready
+
+    def fork(self, sequence: Sequence) -> list[Sequence]:
+        """The sequences that sample from this one's logits.
+
+        After the prompt's prefill these are all samples of the request, each with a copy of the
+        cache; otherwise only the sequence itself.
+        """
+        siblings = []
+        if sequence.prefilling and not sequence.generated:
+            self.prefixes.add(sequence.window, sequence.cache)
+            for i in range(1, sequence.request.n):
+                sibling = Sequence(sequence.request, i)
+                sibling.cache = sequence.cache.copy(sequence.cache.length)
+                sibling.prefilling = False
+                siblings.append(sibling)
+            with self.lock:
+                self.running += siblings
+        sequence.prefilling = False
+        return [sequence, *siblings]
+
+    def append_token(self, sequence: Sequence, token: Token):
+        """Adds a token to a sequence and delivers it; ends the sequence if it is complete."""
         if token.id == self.eot:
-            return self.end(text, "stop")
-        text.request.put((text.index, token))
-        if text.made == text.request.sampling.max_new_tokens:
-            return self.end(text, "length")
-        text.window.append(token.id)
-        if len(text.window) > self.block_size:  # the last half of the context, processed again
-            text.window = text.window[-max(1, self.block_size // 2):]
-            text.cache, text.prompting = None, True
+            return self.end(sequence, "stop")
+        request = sequence.request
+        request.put((sequence.index, token))
+        if sequence.generated == request.sampling.max_new_tokens:
+            return self.end(sequence, "length")
+        sequence.window.append(token.id)
+        if len(sequence.window) > self.block_size:  # keep the last half and prefill it again
+            sequence.window = sequence.window[-max(1, self.block_size // 2):]
+            sequence.cache, sequence.prefilling = None, True
 
-    def end(self, text: Text, reason: str | None):
-        self.running.remove(text)
-        if text.cache is not None:
-            self.prefixes.add(text.window, text.cache)
+    def end(self, sequence: Sequence, reason: str | None):
+        """Removes a sequence and keeps its cache for reuse; the reader gets the reason, if any."""
+        with self.lock:
+            self.running.remove(sequence)
+        if sequence.cache is not None:
+            self.prefixes.add(sequence.window, sequence.cache)
         if reason:
-            text.request.put((text.index, reason))
+            sequence.request.put((sequence.index, reason))

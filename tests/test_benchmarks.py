@@ -1,57 +1,66 @@
-"""What the benchmarks compute, where that is more than to time."""
+"""The calculations inside the benchmarks."""
 import math
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmarks import run
+from benchmarks.ratio import parse_ratio, print_ratio
+from benchmarks.recipes import tokens_to
+from benchmarks.scaling import Law, fit
 
 
-@pytest.fixture
-def program(monkeypatch):
-    def names_of(file: str) -> dict:
-        monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-        return runpy.run_path(str(BENCHMARKS / file))
-    return names_of
-
-
-def test_a_law_is_found_again_in_losses_that_follow_it(program):
-    scaling = program("scaling.py")
-    law = scaling["Law"](2.5, 300.0, 900.0, 0.33, 0.41)
-    N, D = (grid.ravel() for grid in np.meshgrid(np.geomspace(4e5, 4e6, 4), np.geomspace(2e5, 2e6, 4)))
-    found = scaling["fit"](N, D, law.loss(N, D))
-    assert found == pytest.approx(law, rel=1e-3)
-    noisy = scaling["fit"](N, D, law.loss(N, D) + np.random.default_rng(0).normal(0, 0.01, len(N)))
+def test_the_fit_recovers_the_law_that_generated_the_losses():
+    law = Law(2.5, 300.0, 900.0, 0.33, 0.41)
+    grids = np.meshgrid(np.geomspace(4e5, 4e6, 4), np.geomspace(2e5, 2e6, 4))
+    N, D = (grid.ravel() for grid in grids)
+    assert fit(N, D, law.loss(N, D)) == pytest.approx(law, rel=1e-3)
+    noise = np.random.default_rng(0).normal(0, 0.01, len(N))
+    noisy = fit(N, D, law.loss(N, D) + noise)
     assert noisy.loss(3.5e6, 2e7) == pytest.approx(law.loss(3.5e6, 2e7), abs=0.15)
 
 
-def test_the_tokens_to_a_loss_lie_between_the_points_of_a_curve(program):
-    tokens_to = program("recipes.py")["tokens_to"]
+def test_the_tokens_to_a_loss_are_interpolated_between_the_points_of_a_curve():
     curve = pd.DataFrame({"tokens": [0, 100, 200], "val_loss": [8.0, 6.0, 5.0]})
-    assert tokens_to(curve, 6.0) == 100 and tokens_to(curve, 5.5) == 150 and tokens_to(curve, 4.9) == math.inf
+    assert tokens_to(curve, 6.0) == 100
+    assert tokens_to(curve, 5.5) == 150
+    assert tokens_to(curve, 4.9) == math.inf
 
 
-def test_a_ratio_that_fell_and_a_program_that_failed_are_named(program, tmp_path, capsys):
-    run = program("run.py")
-    main, readme, programs = run["main"], tmp_path / "README.md", tmp_path / "benchmarks"
-    main.__globals__.update(ROOT=tmp_path, PROGRAMS={"one": [], "two": [], "three": ["{corpus}"]})
+def test_a_printed_ratio_is_parsed_back(capsys):
+    print_ratio("int8, 8 streams", [9.6, 9.85, 10.1], "times transformers in float32", "target 8")
+    line = capsys.readouterr().out
+    assert line == (
+        "= int8, 8 streams: 9.85 times transformers in float32; 9.60 to 10.10, target 8\n")
+    assert parse_ratio(line) == ("int8, 8 streams: times transformers in float32", 9.85)
+    assert parse_ratio("round 1: 9.85 MB/s") is None
+
+
+def test_a_lower_ratio_and_a_failed_program_are_reported(tmp_path, monkeypatch, capsys):
+    programs, readme = tmp_path / "benchmarks", tmp_path / "benchmarks" / "README.md"
     programs.mkdir()
+    (programs / "__init__.py").touch()
     readme.write_text("before\n<!-- ratios -->\n<!-- /ratios -->\nafter\n")
+    monkeypatch.chdir(tmp_path)  # `python -m benchmarks.one` starts the programs of this folder
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "PROGRAMS", {"one": [], "two": [], "three": ["{corpus}"]})
 
-    def measure(one: str, two: str) -> int:
-        for name, source in ("one", one), ("two", two):
-            (programs / f"{name}.py").write_text(source)
-        return main(run["Config"]())
+    def run_with(one: str, two: str) -> int:
+        (programs / "one.py").write_text(one)
+        (programs / "two.py").write_text(two)
+        return run.main(run.Config())
 
-    assert measure("print('= 2.00 ours against theirs; 1 to 3')", "print('= 4.00 of two')") == 0
-    assert "three: skipped, as it needs --corpus" in capsys.readouterr().out
-    assert measure("print('= 1.70 ours against theirs')", "raise SystemExit(1)") == 1
-    said = capsys.readouterr().out
-    assert "one: ours against theirs is 1.70, and was 2.00" in said and "two failed" in said
+    assert run_with("print('= ours: 2.00 times theirs; 1 to 3')", "print('= two: 4.00 of it')") == 0
+    assert "three: skipped, needs --corpus" in capsys.readouterr().out
+
+    assert run_with("print('= ours: 1.70 times theirs')", "raise SystemExit(1)") == 1
+    output = capsys.readouterr().out
+    assert "one: ours: 1.70 times theirs (was 2.00)" in output
+    assert "two failed" in output
+
     table = readme.read_text()
-    assert "| ours against theirs | 1.70 | `benchmarks/one.py` |" in table and "| of two | 4.00 |" in table
-    assert table.startswith("before\n") and table.endswith("after\n")
+    assert "| ours: **1.70** times theirs | `one` |" in table
+    assert "| two: **4.00** of it |" in table
+    assert table.startswith("before\n")
+    assert table.endswith("after\n")

@@ -1,5 +1,6 @@
-"""What README and docs say can be typed, parses, and runs unless it says what it needs; what they point to is there."""
+"""The commands, examples and links of the README and the docs work."""
 import dataclasses
+import importlib.util
 import io
 import json
 import re
@@ -14,75 +15,117 @@ from conftest import PROSE
 from test_hellaswag import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("benchmarks/**/*.md")),
-         *sorted(ROOT.glob("assets/bundled/*/README.md"))]
-BY_HAND = {"publish.py": {"export", "upload"}, "shards.py": {"verify", "info"}}  # their first argument
-SERVERS = {"app.py", "serve.py"}  # which tests of their own start
-SMALLER = {"train.py": ["--max-steps", "2", "--eval-tokens", "512", "--batch-tokens", "512", "--micro-batch", "1"],
-           "generate.py": ["--max-new-tokens", "5"], "prepare.py": ["--out"]}
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("benchmarks/**/*.md")),
+    *sorted(ROOT.glob("assets/bundled/*/README.md")),
+]
+SUBCOMMANDS = {"publish.py": {"export", "upload"}, "shards.py": {"verify", "info"}}
+SERVERS = {"app.py", "serve.py"}  # other tests start these
+
+# options that make a command of the docs quick enough for a test
+QUICK_OPTIONS = {
+    "train.py": ["--max-steps", "2", "--eval-tokens", "512", "--batch-tokens", "512",
+                 "--micro-batch", "1"],
+    "generate.py": ["--max-new-tokens", "5"],
+    "prepare.py": ["--out"],
+}
 
 
 class Parsed(BaseException):
-    """A command line was taken."""
+    """Raised in place of running a program once its command line has been parsed."""
 
 
-def commands() -> list[tuple[str, list[str], str]]:
-    """(page, words, comment) of each call of a program of ours in a block of shell."""
-    found = []
+def shell_commands(page: Path) -> list[tuple[str, str]]:
+    """(command, comment) for each command in the page's blocks of shell."""
+    commands = []
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            code, _, comment = line.partition(" #")
+            commands += [(command, comment) for command in re.split(r"&&|\|", code)]
+    return commands
+
+
+def program_calls() -> list[tuple[str, list[str], str]]:
+    """(page, words, comment) for each call of one of our programs in the docs."""
+    calls = []
     for page in PAGES:
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                typed, _, comment = line.partition(" #")
-                for command in re.split(r"&&|\|", typed):
-                    words = shlex.split(command)
-                    program = next((i for i, word in enumerate(words) if re.fullmatch(r"[\w/]+\.py", word)), None)
-                    if program == 1 or (program and words[0] == "torchrun"):
-                        found.append((page.name, words, comment))
-    return found
+        for command, comment in shell_commands(page):
+            words = shlex.split(command)
+            programs = [i for i, word in enumerate(words) if re.fullmatch(r"[\w/]+\.py", word)]
+            if programs[:1] == [1] or (programs and words[0] == "torchrun"):
+                calls.append((page.name, words, comment))
+    return calls
 
 
-def program_of(words: list[str]) -> list[str]:
-    return words[next(i for i, word in enumerate(words) if word.endswith(".py")):]
+def benchmark_calls() -> list[tuple[str, str]]:
+    """(page, module) for each `python -m benchmarks.NAME` in the docs."""
+    return sorted({
+        (page.name, module) for page in PAGES
+        for module in re.findall(r"python -m (benchmarks\.\w+)", page.read_text(encoding="utf-8"))
+    })
 
 
-def named(value) -> str:
+def program_words(words: list[str]) -> list[str]:
+    """The program and its options, without the launcher."""
+    first = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[first:]
+
+
+def command_id(value) -> str:
     return " ".join(value)[:80] if isinstance(value, list) else ""
 
 
-@pytest.mark.parametrize("page, words, comment", commands(), ids=named)
+@pytest.mark.parametrize("page, words, comment", program_calls(), ids=command_id)
 def test_a_command_of_the_docs_parses(page, words, comment, monkeypatch):
-    real, words = tyro.cli, program_of(words)
+    real_cli = tyro.cli
+    program, *options = program_words(words)
+    path = ROOT / program
 
-    def parse_only(config, *args, **options):
+    def parse_only(config, *args, **kwargs):
         if dataclasses.is_dataclass(config):
-            real(config, *args, **options)
+            real_cli(config, *args, **kwargs)
         raise Parsed
 
     monkeypatch.setattr(tyro, "cli", parse_only)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *words[1:]])
-    monkeypatch.setattr(sys, "path", [str((ROOT / words[0]).parent), *sys.path])
-    assert (ROOT / words[0]).exists()
-    if words[0] in BY_HAND:
-        assert words[1] in BY_HAND[words[0]]
-    elif "tyro.cli" in (ROOT / words[0]).read_text():
+    monkeypatch.setattr(sys, "argv", [str(path), *options])
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    assert path.exists()
+    if program in SUBCOMMANDS:
+        assert options[0] in SUBCOMMANDS[program]
+    elif "tyro.cli" in path.read_text():
         with pytest.raises(Parsed):
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+            runpy.run_path(str(path), run_name="__main__")
+
+
+@pytest.mark.parametrize("page, module", benchmark_calls())
+def test_a_benchmark_of_the_docs_exists(page, module):
+    assert importlib.util.find_spec(module)
 
 
 def test_the_commands_of_the_docs_run_one_after_the_other(tmp_path, monkeypatch, command):
-    """Those that say nothing of what they need, in a folder with the files that they name, on less text and for fewer steps."""
-    write_files(tmp_path)
+    """Runs every command without a "needs …" comment, on less text and for fewer steps."""
+    write_example_files(tmp_path)
     command("prepare.py", "tiny_shakespeare", "--text", "my_text.txt")
-    for number, (page, words, comment) in enumerate(commands()):
-        program, *options = program_of(words)
+    for number, (page, words, comment) in enumerate(program_calls()):
+        program, *options = program_words(words)
         if "needs " in comment or program in SERVERS | {"benchmarks/run.py"}:
             continue
-        smaller = [] if "--dry-run" in options or "--out" in options else SMALLER.get(program, [])
-        arguments = [*options, *smaller, *([f"out{number}"] if smaller[-1:] == ["--out"] else [])]
+
+        # shorten the run, and give each command its own output folder
+        if not {"--dry-run", "--out"} & set(options):
+            options += QUICK_OPTIONS.get(program, [])
+        if options[-1:] == ["--out"]:
+            options.append(f"out{number}")
+
         if words[0] == "torchrun":
-            command(program, *arguments, launcher=["-m", "torch.distributed.run", *words[1:words.index(program)]])
+            launcher_options = words[1:words.index(program)]
+            command(program, *options,
+                    launcher=["-m", "torch.distributed.run", *launcher_options])
             continue
-        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        monkeypatch.setattr(sys, "argv", [program, *options])
         monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n"))
         try:
             runpy.run_path(str(ROOT / program), run_name="__main__")
@@ -90,21 +133,31 @@ def test_the_commands_of_the_docs_run_one_after_the_other(tmp_path, monkeypatch,
             assert not end.code, (page, words)
 
 
-def write_files(folder: Path):
+def write_example_files(folder: Path):
+    """Writes the files and folders that the commands of the docs name."""
     for name in "my_text.txt", "beginning.txt", "novel.txt":
         (folder / name).write_text(PROSE * 3, encoding="utf-8")
+    documents = "\n".join(json.dumps({"text": PROSE}) for _ in range(16))
     for name in "my_corpus", "fineweb-edu":
         (folder / name).mkdir()
-        (folder / name / "0.jsonl").write_text("\n".join(json.dumps({"text": PROSE}) for _ in range(16)))
+        (folder / name / "0.jsonl").write_text(documents)
     (folder / "hellaswag_val.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
 
 
-def test_the_readmes_python_runs(monkeypatch):
-    (code, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_readmes_python_runs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     exec(code, {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_points_to_is_there(page):
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+def test_a_page_links_to_existing_files(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    for link in links:
+        assert (page.parent / link).exists(), link
+
+
+def test_the_readme_is_short():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    body = readme.split("\n---\n", 1)[1]
+    assert len(body.split()) <= 1500

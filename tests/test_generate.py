@@ -181,7 +181,7 @@ SHAPES = [{}, {"n_head": 8}, {"n_head": 1}, {"n_head": 1, "n_embd": 72, "vocab_s
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_the_native_step_is_torchs(dtype, shape):
     model = tiny_gpt(**{"block_size": 160, "n_head": 4, "n_embd": 64, **shape})
-    ours, plain = native.forward(model, dtype), Forward(model, dtype)
+    ours, plain = native.make_forward(model, dtype), Forward(model, dtype)
     assert ours.backend == "by native.cpp", "a machine that runs these tests has AVX2 and g++"
     ids, caches, logits = (torch.arange(140) * 7 % 27).tolist(), (ours.new_cache(), plain.new_cache()), ([], [])
     for start, stop, sampled in (0, 64, False), (64, 100, False), (100, 101, True), (101, 128, False), (128, 129, True):
@@ -200,29 +200,29 @@ def test_no_sum_of_int8_products_overflows(sign):
     with torch.no_grad():
         for block in model.transformer.h:
             block.mlp.c_fc.weight.fill_(sign)  # rounded to 127 each, four products would need 17 bits
-    ours, plain = native.forward(model, "int8"), Forward(model, "int8")
+    ours, plain = native.make_forward(model, "int8"), Forward(model, "int8")
     ids = list(range(16))
     a, b = (step([Segment(step.new_cache(), 0, ids)], range(16)) for step in (ours, plain))
     assert ours.backend == "by native.cpp" and (a - b).abs().mean() < 2e-2
 
 
 def test_torch_steps_where_the_native_step_cannot_be(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "compiled", native.compiled.__wrapped__)  # what was compiled before is forgotten
+    monkeypatch.setattr(native, "load_library", native.load_library.__wrapped__)  # what was compiled before is forgotten
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert native.forward(tiny_gpt(n_head=4), "int8").how.endswith("a head's size is not a multiple of 8")
+    assert native.make_forward(tiny_gpt(n_head=4), "int8").backend.endswith("the head size is not a multiple of 8")
     prompts = {"prompt": [3, 1, 4], "max_new_tokens": 12, "temperature": 0}
     expected = ids_of(wide_engine(), **prompts)
     assert len(list(tmp_path.glob("cache/*/native-*.so"))) == 1, "compiled once, into the cache folder"
     monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
     native.SOURCE.write_text("no C++")
-    assert native.forward(tiny_gpt(), "int8").how.endswith("g++ cannot compile it")
+    assert native.make_forward(tiny_gpt(), "int8").backend.endswith("g++ cannot compile it")
     monkeypatch.setenv("PATH", str(tmp_path))
     engine = wide_engine()
-    assert ids_of(engine, **prompts) == expected and engine.forward.backend.endswith("there is no g++ to compile it")
+    assert ids_of(engine, **prompts) == expected and engine.forward.backend.endswith("g++ is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(native.SOURCE))
     assert ids_of(wide_engine(), **prompts) == expected
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert native.forward(tiny_gpt(), "int8").how.endswith("this CPU has no AVX2")
+    assert native.make_forward(tiny_gpt(), "int8").backend.endswith("this CPU has no AVX2")
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -317,7 +317,7 @@ def test_past_the_bounds_it_is_busy_with_the_place_in_the_queue():
         engine.submit([9])
     while not engine.scheduler.running:
         time.sleep(0.01)
-    assert [request.place() for request in requests] == [0, 1, 2]
+    assert [request.queue_position() for request in requests] == [0, 1, 2]
     assert list(requests[0])[-1] == (0, "deadline")
     with pytest.raises(Busy, match="after 3 s this was still number"):
         list(requests[2])
@@ -329,14 +329,14 @@ def test_all_who_write_get_on_alike():
     requests = [engine.submit([i], max_new_tokens=10**9) for i in range(8)]
     while min(request.events.qsize() for request in requests) < 50:
         time.sleep(0.01)
-    made = [text.made for text in engine.scheduler.running]
+    made = [text.generated for text in engine.scheduler.running]
     for request in requests:
         request.cancel()
     assert max(made) - min(made) <= 8, "they came in one after another, and step together"
 
 
 def test_an_engine_in_many_threads_and_its_thread_ends(char_engine, monkeypatch):
-    monkeypatch.setattr(scheduler, "LINGER_S", 0.05)
+    monkeypatch.setattr(scheduler, "IDLE_S", 0.05)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(lambda i: char_engine.generate("the ", seed=i % 2, max_new_tokens=20)[0], range(16)))
     assert texts == texts[:2] * 8
@@ -483,7 +483,7 @@ def test_every_precision_writes(dtype):
 
 def test_auto_is_a_rule_of_the_models_size(monkeypatch):
     assert Engine(tiny_gpt(), CharTokenizer("abc")).dtype == "float32"
-    monkeypatch.setattr(generate, "LARGE", 1000)
+    monkeypatch.setattr(generate, "LARGE_MODEL", 1000)
     assert Engine(tiny_gpt(), CharTokenizer("abc")).dtype == "int8"
 
 
@@ -518,7 +518,7 @@ def test_a_file_or_the_standard_input_is_a_prompt_and_json_says_all(command, tmp
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--temperature", -1], "temperature is 0 or above"), (["--max-new-tokens", -5], "cannot be negative"),
+    (["--temperature", -1], "temperature must be 0 or more"), (["--max-new-tokens", -5], "max_new_tokens must be 0 or more"),
     (["-m", "bundled:none"], "no bundled model"), (["-m", "no/such/model"], "no file, folder or run"),
     (["--device", "abacus"], "no device")])
 def test_bad_input_gets_one_sentence(arguments, sentence):

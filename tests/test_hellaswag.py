@@ -198,7 +198,7 @@ def test_scoring_under_autocast_and_an_early_end_leave_the_model_as_it_was(gpt, 
     gpt.transformer.h[0].eval()
     with torch.no_grad():
         gpt.transformer.ln_f.bias[0] = float("nan")
-    with pytest.raises(UserError, match="not numbers"):
+    with pytest.raises(UserError, match="predicts NaN"):
         evaluate(gpt, gpt2, EXAMPLES)
     assert gpt.training and not gpt.transformer.h[0].training and gpt.transformer.h[1].training
 

@@ -11,7 +11,7 @@ from model import GPT, SIZES, GPTConfig
 from tokenizer import CharTokenizer
 from training import loss as training_loss
 from weights.huggingface import load_folder, save_huggingface, to_huggingface
-from weights.state import our_names, transposed
+from weights.state import normalize_names, transpose_conv1d
 
 SHAPES = [GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8),
           GPTConfig(block_size=32, vocab_size=101, n_layer=3, n_head=4, n_embd=48),
@@ -37,7 +37,7 @@ def test_logits_and_gradients_are_those_of_transformers(config, direction):
     ours, theirs = GPT(config).eval(), their_model(config)
     if direction == "theirs to ours":
         randomize(theirs)
-        ours.load_state_dict(transposed(our_names(theirs.state_dict())))
+        ours.load_state_dict(transpose_conv1d(normalize_names(theirs.state_dict())))
     else:
         randomize(ours)
         missing, unexpected = theirs.load_state_dict(to_huggingface(ours.state_dict(), config.vocab_size), strict=False)
@@ -52,7 +52,7 @@ def test_logits_and_gradients_are_those_of_transformers(config, direction):
     torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=0)
     loss.backward()
     their_loss.backward()
-    their_grads = transposed(our_names({name: p.grad for name, p in theirs.named_parameters()}))
+    their_grads = transpose_conv1d(normalize_names({name: p.grad for name, p in theirs.named_parameters()}))
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, their_grads[name], atol=1e-5, rtol=1e-3, msg=name)
 

@@ -118,7 +118,7 @@ def test_a_kill_changes_nothing_where_the_last_documents_are_validation(tmp_path
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
     config = PrepareConfig(str(source), "bpe:300", out=tmp_path / "whole", val_share=0.3, shard_tokens=20_000)
     prepare.main(config)
-    monkeypatch.setattr(prepare, "COMMIT_S", 0)
+    monkeypatch.setattr(prepare, "COMMIT_INTERVAL_S", 0)
     monkeypatch.setattr(reader, "BLOCK_BYTES", 2000)
     calls, append = [0], shard_writer.ShardWriter.append
 
@@ -143,13 +143,13 @@ def test_a_bpe_is_trained_on_what_is_not_validation(tmp_path, monkeypatch):
     assert len(bpe.encode(" words")) == 1 and len(bpe.encode("zyzzyva")) == 7
     files = sources.local_source("x", write_corpus(tmp_path / "numbered", [f"{i} " * 300 for i in range(10, 50)], ".jsonl")).files
     monkeypatch.setattr(reader, "SAMPLE_BYTES", 6000)
-    assert [int(text[:2]) for text in reader.sample(files, 0.0, None)] == [10, 11, 12, 23, 24, 25, 36, 37, 38]
+    assert [int(text[:2]) for text in reader.sample_texts(files, 0.0, None)] == [10, 11, 12, 23, 24, 25, 36, 37, 38]
     (tmp_path / "text.txt").write_text("a common word " * 90 + "zyzzyva " * 17)
     prepare.main(PrepareConfig(str(tmp_path / "text.txt"), "bpe:8192", out=tmp_path / "text"))
     assert len(shards.read_tokenizer(tmp_path / "text").encode(" zyzzyva")) == 8
 
 
-@pytest.mark.parametrize("name, sentence", [("bpe:", "names no size"), ("bpe:8k", "names no size"), ("bpe:256", "at least 257")])
+@pytest.mark.parametrize("name, sentence", [("bpe:", "has no valid size"), ("bpe:8k", "has no valid size"), ("bpe:256", "at least 257")])
 def test_a_bpe_without_a_size_is_one_sentence(prose, tmp_path, name, sentence):
     with pytest.raises(UserError, match=sentence):
         prepare.main(PrepareConfig(str(prose), name, out=tmp_path / "out"))
@@ -168,7 +168,7 @@ def test_any_number_of_workers_writes_the_same_bytes(command, tmp_path, monkeypa
     source = write_corpus(tmp_path / "in", documents, ".jsonl")
     for workers in 1, 2, 3:
         command("prepare.py", source, "--out", f"out{workers}", "--workers", workers, "--shard-tokens", 500_000)
-    monkeypatch.setattr(prepare, "SMALL", 10**9)  # in this process
+    monkeypatch.setattr(prepare, "MIN_POOL_BYTES", 10**9)  # in this process
     prepare.main(PrepareConfig(str(source), out=tmp_path / "out0", shard_tokens=500_000))
     assert stream(tmp_path / "out0") == expected_stream(documents)
     for workers in 1, 2, 3:
@@ -177,7 +177,7 @@ def test_any_number_of_workers_writes_the_same_bytes(command, tmp_path, monkeypa
 
 def test_a_long_text_is_cut_where_tokens_end(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(reader, "LONG", 4000)
+    monkeypatch.setattr(reader, "LONG_DOCUMENT_BYTES", 4000)
     rng = random.Random(1)
     long = "".join(rng.choice(["word", " ", "  ", "\n", "\n\n ", "1234", "'ll", "...", "你好", "\t"]) for _ in range(30_000))
     documents = [long, "short", long[::-1]]
@@ -200,9 +200,9 @@ def trains_on(folder) -> bool:
 
 def test_a_kill_at_any_moment_changes_nothing(tmp_path, monkeypatch):
     """Every call that touches the disk is, in turn, the last one before the process dies."""
-    monkeypatch.setattr(prepare, "COMMIT_S", 0)
+    monkeypatch.setattr(prepare, "COMMIT_INTERVAL_S", 0)
     monkeypatch.setattr(reader, "BLOCK_BYTES", 4000)
-    monkeypatch.setattr(reader, "LONG", 8000)
+    monkeypatch.setattr(reader, "LONG_DOCUMENT_BYTES", 8000)
     for name, tokenizer, size in ("many", "gpt2", 12_000), ("few", "gpt2", 10**6), ("char", "char", 10**6):
         source = write_corpus(tmp_path / name, [*DOCUMENTS[:50], PROSE * 2, *DOCUMENTS[50:100]], ".jsonl")
         config = PrepareConfig(str(source), tokenizer, shard_tokens=size)
@@ -300,12 +300,12 @@ def test_a_slurm_array_one_task_after_the_other(command, tmp_path):
     def task(number, count=3, **options):
         return command("prepare.py", source, "--out", "out", "--shard-tokens", 10_000, **options, environment={
             "SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": str(count)})
-    assert "is when all 3 are" in task(2).stdout
+    assert "ready when all 3 parts are" in task(2).stdout
     with pytest.raises(UserError, match="not finished"):
         Shards(tmp_path / "out", "train")
     refused = task(1, count=1, check=False)  # the array was started again with another number of tasks
-    assert refused.returncode == 2 and "with parts 3 where this has 1" in refused.stderr
-    assert "is when all 3 are" in task(3).stdout
+    assert refused.returncode == 2 and "parts: 3, not 1" in refused.stderr
+    assert "ready when all 3 parts are" in task(3).stdout
     assert "300 documents" in task(1).stdout
     assert "300 documents" in task(3).stdout  # again: it is there
     assert stream(tmp_path / "out") == expected_stream(DOCUMENTS)
@@ -338,11 +338,11 @@ def test_fineweb_is_the_same_from_the_hub_from_a_copy_and_from_jsonl(command, hu
 def test_where_a_copy_of_fineweb_keeps_a_subset(tmp_path):
     for place in "hub/sample/10BT", "hub/data/CC-MAIN-2024-10", "plain":
         (tmp_path / place).mkdir(parents=True)
-    assert fineweb.subset_folder(tmp_path / "hub", "sample-10BT") == tmp_path / "hub" / "sample" / "10BT"
-    assert fineweb.subset_folder(tmp_path / "hub", "CC-MAIN-2024-10") == tmp_path / "hub" / "data" / "CC-MAIN-2024-10"
-    assert fineweb.subset_folder(tmp_path / "plain", "sample-10BT") == tmp_path / "plain"
+    assert fineweb.find_subset(tmp_path / "hub", "sample-10BT") == tmp_path / "hub" / "sample" / "10BT"
+    assert fineweb.find_subset(tmp_path / "hub", "CC-MAIN-2024-10") == tmp_path / "hub" / "data" / "CC-MAIN-2024-10"
+    assert fineweb.find_subset(tmp_path / "plain", "sample-10BT") == tmp_path / "plain"
     with pytest.raises(UserError, match="holds no sample-100BT"):
-        fineweb.subset_folder(tmp_path / "hub", "sample-100BT")
+        fineweb.find_subset(tmp_path / "hub", "sample-100BT")
 
 
 def test_published_tokens_are_taken_without_tokenizing(tmp_path, monkeypatch):
@@ -406,34 +406,34 @@ def test_damaged_files_are_named(tmp_path, files, sentence):
 
 def test_a_parquet_file_without_text_says_what_it_has(tmp_path):
     pq.write_table(pa.table({"content": ["a"], "url": ["b"]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="no column `text`, but: content, url"):
+    with pytest.raises(UserError, match="no column `text`; its columns are: content, url"):
         prepare.main(PrepareConfig("x.parquet"))
 
 
 def test_a_source_that_stops_is_asked_again_and_loses_nothing(tmp_path, monkeypatch, capsys):
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
-    monkeypatch.setattr(reader, "WAITS_S", (0, 0, 0))
-    monkeypatch.setattr(prepare, "COMMIT_S", 0)
+    monkeypatch.setattr(reader, "RETRY_WAITS_S", (0, 0, 0))
+    monkeypatch.setattr(prepare, "COMMIT_INTERVAL_S", 0)
     monkeypatch.setattr(reader, "BLOCK_BYTES", 4000)
-    steady, failing = reader.passages, True
+    steady, failing = reader.read_file, True
 
     def flaky(path, cursor, val_share):
         for n, passage in enumerate(steady(path, cursor, val_share)):
             if n == 20 or (failing and "002" in path):  # breaks now and then in each file, and for good in the last
                 raise OSError(errno.EIO, "the wire broke")
             yield passage
-    monkeypatch.setattr(reader, "passages", flaky)
+    monkeypatch.setattr(reader, "read_file", flaky)
     config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)
-    with pytest.raises(UserError, match=r"002_00000.jsonl stopped after document 0 .* goes on from there"):
+    with pytest.raises(UserError, match=r"002_00000.jsonl stopped after document 0 .* run the same command again to resume"):
         prepare.main(config)
-    assert "000_00000.jsonl: [Errno 5] the wire broke; asking again in 0 s" in capsys.readouterr().err
+    assert "000_00000.jsonl: [Errno 5] the wire broke; retrying in 0 s" in capsys.readouterr().err
     failing = False
     prepare.main(config)
     assert stream(tmp_path / "out") == expected_stream(DOCUMENTS)
 
 
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "COMMIT_S", 0)
+    monkeypatch.setattr(prepare, "COMMIT_INTERVAL_S", 0)
     monkeypatch.setattr(reader, "BLOCK_BYTES", 4000)
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
     config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)
@@ -448,7 +448,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, monk
             raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(shard_writer.ShardWriter, "write", full)
-        with pytest.raises(UserError, match=r"disk of .* is full: make room and give the same command again"):
+        with pytest.raises(UserError, match=r"disk of .* is full: free some space and run the same command again"):
             prepare.main(config)
     assert shard_writer.read_json(tmp_path / "out" / "progress.json")["tokens"] > 0
     prepare.main(config)
@@ -462,22 +462,22 @@ def test_another_preparation_is_never_mixed_in(command, tmp_path):
     before = contents(tmp_path / "out")
     prepare.main(config)  # the same again: it is there
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="files of another origin"):
+    with pytest.raises(UserError, match="files that do not belong to this preparation"):
         prepare.main(config)
     (tmp_path / "out" / "thesis.txt").unlink()
-    for other, sentence in (({"shard_tokens": 20_000}, "shard tokens 10000 where this has 20000"),
-                            ({"tokenizer": "char"}, "with tokenizer"),
-                            ({"source": str(source / "000_00000.jsonl")}, "with name in where this has 000_00000")):
+    for other, sentence in (({"shard_tokens": 20_000}, "shard tokens: 10000, not 20000"),
+                            ({"tokenizer": "char"}, "tokenizer: "),
+                            ({"source": str(source / "000_00000.jsonl")}, "name: in, not 000_00000")):
         with pytest.raises(UserError, match=sentence):
             prepare.main(dataclasses.replace(config, **other))
     with open(source / "000_00000.jsonl", "a") as file:
         file.write('{"text": "a document more"}\n')
-    with pytest.raises(UserError, match="another preparation, with source"):
+    with pytest.raises(UserError, match="another preparation .source: "):
         prepare.main(config)
     assert contents(tmp_path / "out") == before
     (tmp_path / "theirs").mkdir()
     np.save(tmp_path / "theirs" / "in_train_000001.npy", np.arange(9, dtype=np.uint16))
-    with pytest.raises(UserError, match="files of another origin"):
+    with pytest.raises(UserError, match="files that do not belong to this preparation"):
         prepare.main(dataclasses.replace(config, out=tmp_path / "theirs"))
 
 
@@ -485,7 +485,7 @@ def test_a_refusal_changes_nothing_in_a_folder_that_was_begun(tmp_path, monkeypa
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
     config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "COMMIT_S", 0)
+        patch.setattr(prepare, "COMMIT_INTERVAL_S", 0)
         patch.setattr(reader, "BLOCK_BYTES", 4000)
         patch.setattr(shard_writer.ShardWriter, "finish", lambda writer: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
@@ -567,12 +567,12 @@ def test_verify_finds_a_manifest_that_was_edited(tmp_path):
     path = tmp_path / "out" / "manifest.json"
     manifest = json.loads(path.read_text())
     first, *rest = manifest["shards"]
-    for change, sentence in (({"tokens": 7}, "names 7 tokens"), ({"documents": 7}, "names 7 documents"),
-                             ({"shards": rest}, "holds no val shards"), ({"shards": [first, *rest[1:]]}, "names|add up"),
+    for change, sentence in (({"tokens": 7}, "says 7 tokens"), ({"documents": 7}, "says 7 documents"),
+                             ({"shards": rest}, "holds no val shards"), ({"shards": [first, *rest[1:]]}, "add up"),
                              ({"shards": [first, first, *rest]}, "not a manifest"),
                              ({"shards": [{**first, "split": "test"}, *rest]}, "not a manifest"),
                              ({"shards": [{**first, "file": "../x.npy"}, *rest]}, "not a manifest"),
-                             ({"shards": [{**first, "documents": 1}, *rest]}, "does not hold the 1 documents"),
+                             ({"shards": [{**first, "documents": 1}, *rest]}, "documents but the manifest says 1"),
                              ({"source": "x"}, "not a manifest")):
         path.write_text(json.dumps(manifest | change))
         with pytest.raises(UserError, match=sentence):
@@ -584,7 +584,7 @@ def test_verify_finds_a_manifest_that_was_edited(tmp_path):
         shards.verify(tmp_path / "out")
     (tmp_path / "out" / rest[0]["file"]).unlink()
     (tmp_path / "out" / "in_train_000099.npy").unlink()
-    with pytest.raises(UserError, match="is missing, though it was complete"):
+    with pytest.raises(UserError, match="is missing, although it was complete"):
         prepare.main(PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000))
 
 
@@ -707,4 +707,4 @@ def test_the_command_lines_prepare_and_verify(command, prose, tmp_path):
     done = command("shards.py", "verify", out, check=False)
     assert done.returncode == 2 and f"{shard.name} is damaged" in done.stderr
     done = command("prepare.py", "nothing.txt", check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: There is no file nothing.txt")
+    assert done.returncode == 2 and done.stderr.startswith("error: There is no file or folder nothing.txt")

@@ -33,7 +33,7 @@ from training import plan, runlog
 from training.optim import Muon, build_optimizers, learning_rate, orthogonalize, set_learning_rate
 from weights.huggingface import save_huggingface
 
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")  # else torchrun takes --run for its own
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @pytest.fixture
@@ -66,14 +66,14 @@ def test_hellaswag_is_scored_with_each_validation(data, tmp_path):
                          "label": i % 4}) for i, verb in enumerate(PROSE.split()[:11])]
     (tmp_path / "h.jsonl").write_text("\n".join(lines))
     arguments = ["shakespeare-char", *TINY, "--dropout", 0, "--hellaswag", "h.jsonl"]
-    train_here(*arguments, "--run", "one")
+    train_here(*arguments, "--name", "one")
     one = metrics(tmp_path / "log" / "one", "step", "hellaswag")
     assert len(one) == len(metrics(tmp_path / "log" / "one", "step", "val_loss"))
     model, tokenizer, _ = checkpoint.load_model("log/one")
     examples = hellaswag.read_examples(tmp_path / "h.jsonl")
     assert one[-1][1] == hellaswag.evaluate(model, tokenizer, examples, "nanogpt")["nanogpt"]["acc_norm"]
     with pytest.raises(UserError, match=r"Line 1 of .*config.json"):
-        train_here("shakespeare-char", *TINY, "--hellaswag", "log/one/config.json", "--run", "three")
+        train_here("shakespeare-char", *TINY, "--hellaswag", "log/one/config.json", "--name", "three")
 
 
 def test_a_run_on_fineweb_edu_is_compared_with_the_published_ones_and_writes_several_samples(prose, tmp_path, capsys):
@@ -87,13 +87,13 @@ def test_a_run_on_fineweb_edu_is_compared_with_the_published_ones_and_writes_sev
 def test_a_run_goes_without_hellaswag_where_it_cannot_be_downloaded(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/h.jsonl")
     train_here("shakespeare-char", *TINY, "--hellaswag", "auto")
-    assert "goes without HellaSwag" in capsys.readouterr().err
+    assert "training without HellaSwag" in capsys.readouterr().err
     assert not metrics(tmp_path / "log" / "shakespeare-char", "step", "hellaswag")
 
 
 def test_micro_batches_only_divide_a_batch(data, tmp_path):
     for run, micro_batch in ("one", 8), ("two", 3):  # 3 + 3 + 2 sequences
-        train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", run, "--micro-batch", micro_batch)
+        train_here("shakespeare-char", *TINY, "--dropout", 0, "--name", run, "--micro-batch", micro_batch)
     assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=2e-5)
 
 
@@ -102,24 +102,24 @@ def test_the_largest_micro_batch_that_fits_is_found_once_and_kept(data, tmp_path
     monkeypatch.setattr(ddp, "memory_bytes", lambda device: asked.append(device) or 150_000)
     arguments = ["shakespeare-char", *TINY, "--dropout", 0, "--micro-batch", "auto"]
     with monkeypatch.context() as patch, pytest.raises(MemoryError):  # an attempt with too many, of which nothing was saved
-        patch.setattr(train, "update", lambda *_: (_ for _ in ()).throw(MemoryError))
-        train_here("shakespeare-char", *TINY, "--run", "auto", "--micro-batch", 8)
-    train_here(*arguments, "--run", "auto")
+        patch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(MemoryError))
+        train_here("shakespeare-char", *TINY, "--name", "auto", "--micro-batch", 8)
+    train_here(*arguments, "--name", "auto")
     run = tmp_path / "log" / "auto"
     found = report.read_config(run)["micro_batch"]
     assert found in (2, 4) and len(asked) == {4: 2, 2: 3}[found]
-    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "one")
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--name", "one")
     assert_same_run(run, tmp_path / "log" / "one", tolerance=2e-5)
     for path in run.glob("*_00006*"):
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    train_here(*arguments, "--run", "auto")  # on a machine that has become another, say
+    train_here(*arguments, "--name", "auto")  # on a machine that has become another, say
     assert len(asked) == {4: 2, 2: 3}[found] and checkpoint.newest(run) == 6
 
 
 def test_the_ways_of_the_machine_change_no_step(data, tmp_path):
     runs = {"plain": [], "exact": ["--deterministic", "--dtype", "tf32"], "again": ["--recompute", "on"]}
     for run, arguments in runs.items():
-        train_here("shakespeare-char", *TINY, "--run", run, *arguments)
+        train_here("shakespeare-char", *TINY, "--name", run, *arguments)
         assert torch.are_deterministic_algorithms_enabled() == (run == "exact")
         assert (torch.get_float32_matmul_precision() == "high") == (run == "exact")
         torch.use_deterministic_algorithms(False)
@@ -157,10 +157,10 @@ def test_a_tracker_that_is_not_installed_gets_one_sentence(data):
 
 def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(data, tmp_path):
     arguments = ["shakespeare-char", *TINY, "--max-steps", "400", "--dropout", "0.2", "--save-every", "20"]
-    train_here(*arguments, "--run", "whole")
+    train_here(*arguments, "--name", "whole")
     run = tmp_path / "log" / "killed"
     for reached in 20, 80:
-        process = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, "--run", "killed"], cwd=tmp_path,
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, "--name", "killed"], cwd=tmp_path,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
         while process.poll() is None and max(checkpoint.saved_steps(run), default=0) < reached:
             time.sleep(0.01)
@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(data, tmp_
         assert process.wait() == -signal.SIGKILL, "it was to be killed on its way"
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "tra')  # torn while being written
-    train_here(*arguments, "--run", "killed")
+    train_here(*arguments, "--name", "killed")
     assert_same_run(run, tmp_path / "log" / "whole", tolerance=0, last_step=400)
 
 
@@ -176,9 +176,9 @@ def test_a_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(data, tmp_
 def test_a_signal_saves_the_step_and_the_run_goes_on_as_if_there_had_been_none(data, tmp_path, number, launcher):
     arguments = [str(a) for a in ("shakespeare-char", *TINY, "--max-steps", 200, "--dropout", 0.2 * (not launcher),
                                   "--save-every", 1000)]
-    train_here(*arguments, "--run", "whole")
+    train_here(*arguments, "--name", "whole")
     run = tmp_path / "log" / "stopped"
-    process = subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", *arguments, "--run", "stopped"], cwd=tmp_path,
+    process = subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", *arguments, "--name", "stopped"], cwd=tmp_path,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.01)
@@ -190,7 +190,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_as_if_there_had_been_none(d
     (step,) = checkpoint.saved_steps(run)
     assert 0 < step < 200 and checkpoint.newest(run) == step
     assert torch.load(run / f"model_{step:05d}.pt")["val_loss"] is None
-    train_here(*arguments, "--run", "stopped")
+    train_here(*arguments, "--name", "stopped")
     assert_same_run(run, tmp_path / "log" / "whole", tolerance=2e-3 if launcher else 0, last_step=200)
 
 
@@ -205,7 +205,7 @@ def test_the_share_of_a_known_devices_peak_is_logged(data, tmp_path, monkeypatch
 def test_a_run_that_another_process_trains_is_left_alone(data, tmp_path, command):
     with runlog.locked(tmp_path / "log" / "shakespeare-char"):
         done = command("train.py", "shakespeare-char", *TINY, check=False)
-    assert done.returncode == 2 and "Another process trains" in done.stderr
+    assert done.returncode == 2 and "Another process is training" in done.stderr
     assert not (tmp_path / "log" / "shakespeare-char").exists()
 
 
@@ -223,7 +223,7 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_five_in_a_row_end
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     arguments = ["shakespeare-char", *TINY, "--optimizer", optimizer, "--save-every", 1]
     bad = {2}
-    train_here(*arguments, "--max-steps", 2, "--run", "two")
+    train_here(*arguments, "--max-steps", 2, "--name", "two")
     for name, weight in weights(tmp_path / "log" / "two", 1).items():
         assert torch.equal(weight, weights(tmp_path / "log" / "two", 2)[name]), name
     states = sorted((tmp_path / "log" / "two").glob("state_*/optimizer.safetensors"))
@@ -233,7 +233,7 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_five_in_a_row_end
     calls.clear()
     bad = {2, 4, 5, 6, 7, 8}
     with pytest.raises(UserError, match=r"diverged: by step 8.*checkpoint is of step 7"):
-        train_here(*arguments, "--max-steps", 20, "--run", "many")
+        train_here(*arguments, "--max-steps", 20, "--name", "many")
 
 
 @pytest.mark.parametrize("limit", [20_000, 30_000])
@@ -244,7 +244,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, command,
                "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')")
     run = tmp_path / "log" / "shakespeare-char"
     done = command("train.py", "shakespeare-char", *TINY, launcher=limited, check=False)
-    assert done.returncode == 2 and done.stderr.count("the run goes on") == 2  # of the steps 2 and 4
+    assert done.returncode == 2 and done.stderr.count("training continues") == 2  # of the steps 2 and 4
     assert "step 6 could not be written" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
     train_here("shakespeare-char", *TINY)  # there is room again
@@ -263,16 +263,16 @@ def test_a_checkpoint_cut_at_any_place_is_finished_or_made_again(data, tmp_path,
             given.append(target)
         real(source, target)
 
-    train_here("shakespeare-char", *TINY, "--run", "whole")
+    train_here("shakespeare-char", *TINY, "--name", "whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", dying)
-        train_here("shakespeare-char", *TINY, "--run", "cut")
-    train_here("shakespeare-char", *TINY, "--run", "cut")
+        train_here("shakespeare-char", *TINY, "--name", "cut")
+    train_here("shakespeare-char", *TINY, "--name", "cut")
     assert_same_run(run, tmp_path / "log" / "whole", tolerance=0)
 
 
 def test_a_step_that_a_signal_saved_is_measured_and_not_written_again(data, tmp_path):
-    train_here("shakespeare-char", *TINY, "--run", "r")
+    train_here("shakespeare-char", *TINY, "--name", "r")
     run = tmp_path / "log" / "r"
     saved = torch.load(run / "model_00006.pt") | {"val_loss": None}
     (run / "best.json").unlink()
@@ -282,19 +282,19 @@ def test_a_step_that_a_signal_saved_is_measured_and_not_written_again(data, tmp_
     (run / "state_00006" / "state.json").write_text(json.dumps(state))
     before = (run / "model_00006.pt").stat().st_mtime_ns
     for _ in range(2):
-        train_here("shakespeare-char", *TINY, "--run", "r")
+        train_here("shakespeare-char", *TINY, "--name", "r")
     assert (run / "model_00006.pt").stat().st_mtime_ns == before and checkpoint.read_best(run)[0] == 6
     steps = report.loss(run).query("curve == 'validation'")["step"].tolist()
     assert steps == [0, 2, 4, 6]
 
 
 def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
-    train_here("shakespeare-char", *TINY, "--run", "whole")
+    train_here("shakespeare-char", *TINY, "--name", "whole")
     run = tmp_path / "log" / "damaged"
     shutil.copytree(tmp_path / "log" / "whole", run)
     model = run / "model_00006.pt"
     model.write_bytes(model.read_bytes()[:-1] + b"!")
-    train_here("shakespeare-char", *TINY, "--run", "damaged")
+    train_here("shakespeare-char", *TINY, "--name", "damaged")
     assert "checkpoint of step 6" in capsys.readouterr().err
     assert metrics(run, "event", "step")[-1] == ("resume", 4)
     assert_same_run(tmp_path / "log" / "whole", run, tolerance=0)
@@ -303,11 +303,11 @@ def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
     for state in run.glob("state_*"):
         (state / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="none of its checkpoints is whole"):
-        train_here("shakespeare-char", *TINY, "--run", "damaged")
+        train_here("shakespeare-char", *TINY, "--name", "damaged")
     for state in run.glob("state_*"):
         shutil.rmtree(state)
-    with pytest.raises(UserError, match="holds a run already"):
-        train_here("shakespeare-char", *TINY, "--run", "damaged")
+    with pytest.raises(UserError, match="already holds a run"):
+        train_here("shakespeare-char", *TINY, "--name", "damaged")
     assert (run / "metrics.jsonl").exists() and (run / "model_00006.pt").exists()
 
 
@@ -315,11 +315,30 @@ def test_a_run_goes_on_only_as_it_was_started(data, capsys):
     train_here("shakespeare-char", *TINY)
     for change, sentence in (["--learning-rate", "0.5"], "learning_rate"), (["--n-layer", "2"], "n_layer"), \
             (["--dtype", "bfloat16"], "dtype"), \
-            (["--resume", "none"], "holds a run already"):
+            (["--resume", "none"], "already holds a run"):
         with pytest.raises(UserError, match=sentence):
             train_here("shakespeare-char", *TINY, *change)
     train_here("shakespeare-char", *TINY)
     assert "complete at step 6" in capsys.readouterr().out
+
+
+def test_a_run_of_an_earlier_version_opens_and_resumes(tmp_path):
+    """fixtures/old_run was written in November 2026, before the code was laid out in folders."""
+    fixture = ROOT / "tests" / "fixtures" / "old_run"
+    run = tmp_path / "log" / "old"
+    shutil.copytree(fixture / "shards", tmp_path / "data")
+    shutil.copytree(fixture / "run", run)
+    expected = weights(run)
+    assert checkpoint.load_model(run)[2]["step"] in (3, 6)
+    shutil.rmtree(run / "state_00006")
+    (run / "model_00006.pt").unlink()
+    train_here("shakespeare-char-cpu", "--data", "data", "--run", "old", "--n-layer", 1, "--n-head", 1,
+               "--n-embd", 8, "--block-size", 8, "--batch-tokens", 64, "--micro-batch", 8, "--max-steps", 6,
+               "--warmup-steps", 2, "--save-every", 3, "--eval-every", 3, "--sample-every", 6,
+               "--log-every", 1, "--device", "cpu")
+    assert ("resume", 3) in metrics(run, "event", "step")
+    for name, weight in weights(run).items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0, msg=name)
 
 
 def test_finetuning_starts_at_the_models_own_loss(data, tmp_path):
@@ -337,15 +356,15 @@ def test_finetuning_starts_at_the_models_own_loss(data, tmp_path):
 def test_compiled_training_keeps_the_parameters_names_and_the_losses(data, tmp_path, monkeypatch):
     compiled, plain = [], GPT.compile
     monkeypatch.setattr(GPT, "compile", lambda model: compiled.append(model) or plain(model))
-    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "plain")
-    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "compiled", "--compile", "on")
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--name", "plain")
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--name", "compiled", "--compile", "on")
     assert_same_run(tmp_path / "log" / "plain", tmp_path / "log" / "compiled", tolerance=1e-4)
     assert len(compiled) == 1 and compiled[0]._compiled_call_impl is not None
 
 
 def test_bfloat16_autocast_trains_about_alike(data, tmp_path):
-    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "one")
-    train_here("shakespeare-char", *TINY, "--dropout", 0, "--run", "two", "--dtype", "bfloat16")
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--name", "one")
+    train_here("shakespeare-char", *TINY, "--dropout", 0, "--name", "two", "--dtype", "bfloat16")
     assert_same_run(tmp_path / "log" / "one", tmp_path / "log" / "two", tolerance=0.02)
     assert losses(tmp_path / "log" / "one") != losses(tmp_path / "log" / "two")
     assert all(weight.dtype == torch.float32 for weight in weights(tmp_path / "log" / "two").values())
@@ -362,14 +381,14 @@ def test_the_plan_of_gpt2_124m_needs_neither_gpu_nor_data(tmp_path, capsys):
     train_here("gpt2-124m", "--dry-run", "--gpu", "a100", "--nproc", 8, "--price", 1.8)
     said = capsys.readouterr().out
     assert "124,475,904 parameters, on 8 x a100" in said and "9,999,745,024 tokens" in said and "no data in" in said
-    products, summing = (float(ms) for ms in re.search(r"(\d+) ms a step .* and (\d+) ms to sum", said).groups())
+    products, summing = (float(ms) for ms in re.search(r"(\d+) ms per step .* and (\d+) ms to sum", said).groups())
     assert 300 <= products + summing <= 390  # llm.c's and allenporter's steps on 8 x A100, as they publish them
-    hours, price = (float(x) for x in re.search(r"([\d.]+) hours; it costs ([\d.]+), at 1.8", said).groups())
+    hours, price = (float(x) for x in re.search(r"([\d.]+) hours; cost ([\d.]+) at 1.8", said).groups())
     assert hours == pytest.approx(19_073 * (products + summing) / 3.6e6, abs=0.06)
     assert price == pytest.approx(hours * 8 * 1.8, rel=0.05)
     kwh = float(re.search(r"([\d.]+) kWh", said)[1])
     assert kwh == pytest.approx(8 * 0.4 * hours, rel=0.05) and "kg CO2e" in said
-    with pytest.raises(UserError, match="do not divide among 7"):
+    with pytest.raises(UserError, match="do not divide evenly among 7"):
         train_here("gpt2-124m", "--dry-run", "--gpu", "a100", "--nproc", 7)
     with pytest.raises(UserError, match="data sheet of 'abacus'"):
         train_here("gpt2-124m", "--dry-run", "--gpu", "abacus")
@@ -405,27 +424,27 @@ def test_the_planned_memory_is_that_of_a_real_step(B, sizes, bfloat16, recompute
 
 def test_the_plan_says_from_which_step_on_data_repeat(data, capsys):
     train_here("shakespeare-char", *TINY, "--max-steps", 10_000, "--dry-run")
-    assert re.search(r"from step \d+ on seen before", capsys.readouterr().out)
+    assert re.search(r"repeating from step \d+", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["no-such-preset"], "There is no preset 'no-such-preset'"),
+    (["no-such-preset"], "Unknown preset 'no-such-preset'"),
     ([], "fineweb.py"),
     (["shakespeare-char"], "python prepare.py tiny_shakespeare --tokenizer char"),
     (["pushkin-char"], "python prepare.py tiny_pushkin --tokenizer char --text FILE"),
     (["edu-bundled"], "prepare.py FILE_OR_FOLDER --tokenizer bpe:4096 --out data/edu_corpus_bpe-4096"),
-    (["shakespeare-char", *TINY, "--batch-tokens", "100"], "does not divide"),
-    (["shakespeare-char", *TINY, "--vocab-size", "5"], "does not hold"),
+    (["shakespeare-char", *TINY, "--batch-tokens", "100"], "is not a multiple"),
+    (["shakespeare-char", *TINY, "--vocab-size", "5"], "is too small"),
     (["shakespeare-char", *TINY, "--n-head", "3"], "heads"),
     (["shakespeare-char", *TINY, "--device", "abacus"], "no device 'abacus'"),
-    (["shakespeare-char", *TINY, "--eval-every", "0"], "--eval-every is at least 1"),
-    (["shakespeare-char", *TINY, "--batch-tokens", "0"], "--batch-tokens is at least 1"),
-    (["shakespeare-char", *TINY, "--max-steps", "-1"], "--max-steps is at least 0"),
-    (["shakespeare-char", *TINY, "--learning-rate", "nan"], "--learning-rate cannot be nan"),
-    (["shakespeare-char", *TINY, "--run", "../elsewhere"], "--run names a folder"),
-    (["shakespeare-char", *TINY, "--wait-s", "0"], "--wait-s is above 0"),
+    (["shakespeare-char", *TINY, "--eval-every", "0"], "--eval-every must be at least 1"),
+    (["shakespeare-char", *TINY, "--batch-tokens", "0"], "--batch-tokens must be at least 1"),
+    (["shakespeare-char", *TINY, "--max-steps", "-1"], "--max-steps must be finite and at least 0"),
+    (["shakespeare-char", *TINY, "--learning-rate", "nan"], "--learning-rate must be finite"),
+    (["shakespeare-char", *TINY, "--name", "../elsewhere"], "--name names a folder"),
+    (["shakespeare-char", *TINY, "--wait-s", "0"], "--wait-s must be above 0"),
     (["finetune", *TINY, "--init-from", "bundled:shakespeare", "--data", "data/prose_char"], "another tokenizer"),
-    (["finetune", *TINY, "--init-from", "data"], "no model folder"),
+    (["finetune", *TINY, "--init-from", "data"], "not a model folder"),
 ])
 def test_bad_input_gets_one_sentence(data, arguments, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -435,7 +454,7 @@ def test_bad_input_gets_one_sentence(data, arguments, sentence):
 def test_the_sentence_goes_to_stderr_with_exit_code_2(command):
     done = command("train.py", "no-such-preset", check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: There is no preset 'no-such-preset'; there are: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: Unknown preset 'no-such-preset'. The presets are: ") and done.stderr.count("\n") == 1
 
 
 def test_a_file_that_the_system_refuses_gets_a_sentence_too(command, data, tmp_path):
@@ -490,24 +509,24 @@ def test_wsd_stays_and_then_falls_in_a_straight_line():
 
 def test_a_run_of_wsd_may_be_made_longer_or_ended_sooner_until_its_rate_falls(data, tmp_path, monkeypatch):
     wsd = ["shakespeare-char", *TINY, "--schedule", "wsd", "--optimizer", "muon"]
-    train_here(*wsd, "--max-steps", 10, "--run", "whole")
+    train_here(*wsd, "--max-steps", 10, "--name", "whole")
 
-    def update(t, x, y, step, whole=train.update):
-        if step == 5 and t.config.max_steps == 1000:
+    def interrupted_step(run, x, y, step, train_step=train.train_step):
+        if step == 5 and run.config.max_steps == 1000:
             raise KeyboardInterrupt
-        return whole(t, x, y, step)
-    monkeypatch.setattr(train, "update", update)
+        return train_step(run, x, y, step)
+    monkeypatch.setattr(train, "train_step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
-        train_here(*wsd, "--max-steps", 1000, "--run", "sooner")
-    train_here(*wsd, "--max-steps", 10, "--run", "sooner")
+        train_here(*wsd, "--max-steps", 1000, "--name", "sooner")
+    train_here(*wsd, "--max-steps", 10, "--name", "sooner")
     assert_same_run(tmp_path / "log" / "sooner", tmp_path / "log" / "whole", tolerance=0, last_step=10)
-    with pytest.raises(UserError, match="was started with max_steps 10, and this is"):
-        train_here(*wsd, "--max-steps", 1000, "--run", "sooner")
+    with pytest.raises(UserError, match="was started with max_steps 10, and this command has"):
+        train_here(*wsd, "--max-steps", 1000, "--name", "sooner")
 
 
 def test_a_recipe_changes_a_presets_defaults_and_an_option_changes_the_recipes(data, tmp_path):
     for run, options in ("fast", ()), ("slower", ("--learning-rate", 1e-4, "--optimizer", "adamw")):
-        train_here("shakespeare-char", *TINY, "--recipe=fast", "--run", run, *options)
+        train_here("shakespeare-char", *TINY, "--recipe=fast", "--name", run, *options)
     fast, slower = (json.loads((tmp_path / "log" / run / "config.json").read_text()) for run in ("fast", "slower"))
     assert (fast["optimizer"], fast["embedding_rate"]) == ("muon", 4)
     assert fast["learning_rate"] > 1e-3 and fast["max_steps"] == 6  # the option's
@@ -525,13 +544,13 @@ def test_the_embeddings_have_a_rate_of_their_own(name):
 
 
 def test_a_run_that_began_before_an_option_was_there_goes_on(data, monkeypatch):
-    command = "shakespeare-char", *TINY, "--run", "older"
+    command = "shakespeare-char", *TINY, "--name", "older"
     train_here(*command)
     whole = checkpoint.saved_config
     monkeypatch.setattr(checkpoint, "saved_config", lambda *of: {
         name: value for name, value in whole(*of).items() if name != "embedding_rate"})
     train_here(*command)
-    with pytest.raises(UserError, match=r"was started with embedding_rate 1\.0, and this is 2\.0"):
+    with pytest.raises(UserError, match=r"was started with embedding_rate 1\.0, and this command has 2\.0"):
         train_here(*command, "--embedding-rate", 2)
 
 
@@ -629,7 +648,7 @@ def test_nothing_is_unpickled_freely(tmp_path):
         def __reduce__(self):
             return (tmp_path / "it_ran").touch, ()
     torch.save({"format": 1, "model": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.load_model(tmp_path / "evil.pt")
     assert not (tmp_path / "it_ran").exists()
 
@@ -647,10 +666,10 @@ def test_what_is_no_model_gets_one_sentence(run, tmp_path):
     (tmp_path / "config_only" / "config.json").write_text("{}")
     (tmp_path / "text.md").write_text("hello")
     torch.save({**saved, "config": ["n_layer"]}, tmp_path / "list.pt")
-    for name, sentence in (("cut.pt", "cut off"), ("text.pt", "cut off or no checkpoint"), ("empty.pt", "no checkpoint"),
-                           ("other.pt", "no checkpoint of this program"), ("misfit.pt", "do not fit"), ("list.pt", "do not fit"),
+    for name, sentence in (("cut.pt", "is damaged"), ("text.pt", "is damaged, or is not a checkpoint"), ("empty.pt", "not a checkpoint"),
+                           ("other.pt", "not a checkpoint of this program"), ("misfit.pt", "do not fit"), ("list.pt", "do not fit"),
                            ("folder", "has no config.json"), ("config_only", "has no model.safetensors"),
-                           ("text.md", "is no model"),
+                           ("text.md", "is not a model"),
                            ("nowhere.pt", "no file, folder or run"), ("bundled:nothing", "no bundled model")):
         with pytest.raises(UserError, match=sentence):
             checkpoint.load_model(name)

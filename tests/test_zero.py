@@ -32,7 +32,7 @@ def engines(monkeypatch):
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
     monkeypatch.setattr(zero, "events", in_a_fork(zero.events))
     assert type(zero.engine(info["path"], model, tokenizer, "auto")) is Engine, "a small model writes on the CPU"
-    monkeypatch.setattr(zero, "LARGE", 1)
+    monkeypatch.setattr(zero, "LARGE_MODEL", 1)
     return zero.engine(info["path"], model, tokenizer, "auto"), Engine(model, tokenizer)
 
 

@@ -1,1 +1,1 @@
-"""What train.py is made of: configuration, set-up, optimizers, run log, plan, sharding."""
+"""The parts of train.py: configuration, set-up, loss, optimizers, run log, plan and sharding."""

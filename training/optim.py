@@ -1,4 +1,4 @@
-"""What turns gradients into updates: parameter groups, AdamW or Muon, the learning rate of each step."""
+"""Optimizers and learning-rate schedules: AdamW, Muon; warm-up, then constant, cosine or WSD."""
 import math
 
 import torch
@@ -6,28 +6,52 @@ import torch
 
 def build_optimizers(model, name: str, weight_decay: float, betas: tuple[float, float],
                      embedding_rate: float = 1.0) -> list[torch.optim.Optimizer]:
-    """One or two optimizers over all of the model's parameters; their learning rate is set at each step, that of the embeddings
-    `embedding_rate` times as high.
+    """The optimizers for all of the model's parameters: [AdamW], or [AdamW, Muon].
 
-    adamw: as GPT-3 was trained (arXiv 2005.14165, appendix B); the matrices decay, the embeddings among them.
-    muon: the hidden matrices' updates orthogonalised (Jordan et al. 2024), scaled so that AdamW's learning rate fits
-    them too (Liu et al. 2025, arXiv 2502.16982); AdamW for embeddings, gains and biases.
+    "adamw": AdamW for every parameter, as GPT-3 was trained (arXiv 2005.14165, appendix B).
+    "muon": Muon for the weight matrices of the blocks, AdamW for embeddings, gains and biases.
+
+    Matrices and embeddings have weight decay; gains and biases have none. The learning rate of the
+    embeddings is `embedding_rate` times that of the other parameters.
     """
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": embeddings, "weight_decay": weight_decay, "rate": embedding_rate},
-              {"params": hidden if name == "adamw" else [], "weight_decay": weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=1e-8, fused=True)
-    return [adamw, Muon(hidden, weight_decay=weight_decay)] if name == "muon" else [adamw]
+    vectors = [p for p in model.parameters() if p.dim() < 2]  # gains and biases
 
+    adamw_groups = [
+        {"params": embeddings, "weight_decay": weight_decay, "lr_scale": embedding_rate},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if name == "adamw":
+        adamw_groups.append({"params": hidden, "weight_decay": weight_decay})
+    adamw = torch.optim.AdamW(adamw_groups, betas=betas, eps=1e-8, fused=True)
+    if name == "adamw":
+        return [adamw]
+    return [adamw, Muon(hidden, weight_decay=weight_decay)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Muon
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised: the update moves every direction of a matrix by about the same amount.
+    """Muon, "MomentUm Orthogonalized by Newton-Schulz", for weight matrices.
 
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", step for step, but the products are in bfloat16 only on
-    CUDA: on a CPU without bfloat16 units that one takes 20 times as long. torch 2.8 has none.
+    For a matrix W (m, n) with gradient G, momentum buffer M and momentum mu, a step is
+
+        M <- mu M + (1 - mu) G              momentum
+        D  = mu M + (1 - mu) G              Nesterov momentum
+        O  = orthogonalize(D)               all singular values near 1
+        W <- W - lr * weight_decay * W
+        W <- W - lr * 0.2 sqrt(max(m, n)) * O
+
+    A few directions dominate a gradient matrix. Orthogonalized, the update has about the same size
+    in every direction (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). The factor
+    0.2 sqrt(max(m, n)) gives it the size of an AdamW update, so both optimizers can share a
+    learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+
+    This is torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which torch 2.8 lacks. One thing
+    differs: it computes in bfloat16 only on CUDA. torch's always does, and takes 20 times as long
+    on a CPU without bfloat16 instructions.
     """
 
     def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
@@ -35,80 +59,131 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        found_inf = getattr(self, "found_inf", None)  # 1 where the update is to be skipped, as torch's AdamW has it too
+        # found_inf is 1 if the gradient is not finite; torch's fused AdamW reads it too. The step
+        # is then multiplied by 0 on the device and changes nothing; the CPU need not wait for it.
+        found_inf = getattr(self, "found_inf", None)
+        active = 1 if found_inf is None else 1 - found_inf
+
         for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
                 if found_inf is not None:
-                    p.grad.masked_fill_(found_inf > 0, 0)
-                take = 1 if found_inf is None else 1 - found_inf
+                    p.grad.masked_fill_(found_inf > 0, 0)  # as 0 * NaN is NaN
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                average = state["momentum_buffer"].lerp_(p.grad, torch.as_tensor((1 - group["momentum"]) * take, device=p.device))
-                direction = orthogonalize(p.grad.lerp(average, group["momentum"])) * take
-                p.mul_(1 - group["lr"] * group["weight_decay"] * take)
-                p.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+                # Nesterov momentum; a.lerp(b, w) is (1 - w) a + w b
+                weight = torch.as_tensor((1 - momentum) * active, device=p.device)
+                buffer = state["momentum_buffer"].lerp_(p.grad, weight)
+                direction = p.grad.lerp(buffer, momentum)
+
+                # weight decay, then the orthogonalized update
+                update = orthogonalize(direction) * active
+                p.mul_(1 - lr * group["weight_decay"] * active)
+                p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix (m, n) with all its singular values brought near 1, by five Newton-Schulz steps (Jordan et al. 2024)."""
+    """Brings all singular values of a matrix (m, n) near 1: about U V^T of its SVD U S V^T.
+
+    Five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X. Each applies the polynomial
+    a s + b s^3 + c s^5 to every singular value s. The coefficients are Jordan et al.'s, chosen to
+    raise small singular values fast; the results lie between about 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = matrix.size(0) > matrix.size(1)
     x = matrix.bfloat16() if matrix.is_cuda else matrix
-    wide = x.T if x.size(0) > x.size(1) else x
-    wide = wide / wide.norm().clamp(min=1e-7)
+    x = x.T if is_tall else x  # (k, l) with k <= l, which makes X X^T small
+    x = x / x.norm().clamp(min=1e-7)  # singular values are at most 1 now
+
     if x.is_cuda or x.size(0) == x.size(1):
         for _ in range(5):
-            gram = wide @ wide.T  # (min(m, n), min(m, n))
-            wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
-    else:  # each step multiplies by a polynomial of gram, and these commute: the small matrices first takes 0.6 of the time
-        gram, identity = wide @ wide.T, torch.eye(len(wide), dtype=x.dtype)
-        steps = identity
+            gram = x @ x.T  # (k, k)
+            polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+            x = torch.addmm(x, polynomial, x, beta=a)  # a X + (b G + c G^2) X
+    else:
+        # The same steps in 0.6 of the time. A step multiplies X by P = a I + b G + c G^2, a (k, k)
+        # matrix that commutes with G. So the next G is P G P, and X can be multiplied last, once.
+        gram = x @ x.T  # (k, k)
+        identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+        product = identity
         for _ in range(5):
-            step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315).add_(identity, alpha=3.4445)
-            steps, gram = step @ steps, step @ gram @ step
-        wide = steps @ wide
-    return (wide.T if x.size(0) > x.size(1) else wide).to(matrix.dtype)
+            polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c).add_(identity, alpha=a)
+            product = polynomial @ product
+            gram = polynomial @ gram @ polynomial
+        x = product @ x
+    return (x.T if is_tall else x).to(matrix.dtype)
 
 
-def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, max_steps: int, min_ratio: float) -> float:
-    """The rate of update `step` (0 is the first): a linear warm-up, then "constant", "cosine" down to min_ratio * peak, or "wsd",
-    constant but for a straight line down to it over the last fifth (Hägele et al. 2024, arXiv 2405.18392)."""
+# --------------------------------------------------------------------------------------------------
+# Learning rate
+
+def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, max_steps: int,
+                  min_ratio: float) -> float:
+    """The learning rate of update `step`, where 0 is the first.
+
+    It rises linearly to `peak` over the warm-up. After that,
+    "constant" stays at the peak,
+    "cosine" falls along half a cosine to min_ratio * peak,
+    "wsd" (warm-up, stable, decay) stays at the peak and falls linearly to min_ratio * peak over the
+    last fifth of the steps (Hägele et al. 2024, arXiv 2405.18392).
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
     if schedule == "wsd":
-        falling = max(1e-9, max_steps - falls_from(warmup_steps, max_steps))
-        return peak * (min_ratio + (1 - min_ratio) * min(1.0, (max_steps - step) / falling))
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        decay_steps = max(1e-9, max_steps - decay_start(warmup_steps, max_steps))
+        remaining = min(1.0, (max_steps - step) / decay_steps)  # 1 until the decay, then to 0
+        return peak * (min_ratio + (1 - min_ratio) * remaining)
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 to 1
+    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def falls_from(warmup_steps: int, max_steps: int) -> float:
-    """The step up to which wsd's rate does not depend on max_steps."""
+def decay_start(warmup_steps: int, max_steps: int) -> float:
+    """The step at which the decay of "wsd" begins. Rates before it do not depend on max_steps."""
     return max(warmup_steps, 0.8 * max_steps)
 
 
-def set_learning_rate(optimizers, rate: float):
+def set_learning_rate(optimizers, lr: float):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("rate", 1.0)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
+
+# --------------------------------------------------------------------------------------------------
+# State in a checkpoint
 
 def named_state(model, optimizers) -> dict[str, torch.Tensor]:
-    """The optimizers' tensors by name, `<parameter>/<what>`, as a safetensors file can hold them."""
+    """The optimizers' state as `<parameter name>/<key>` -> tensor, ready for a safetensors file.
+
+    For example, "transformer.wte.weight/exp_avg" is AdamW's first moment of the token embedding.
+    """
     names = {p: name for name, p in model.named_parameters()}
-    return {f"{names[p]}/{key}": value for optimizer in optimizers
-            for p, state in optimizer.state.items() for key, value in state.items()}
+    tensors = {}
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            for key, tensor in state.items():
+                tensors[f"{names[p]}/{key}"] = tensor
+    return tensors
 
 
 def load_named_state(model, optimizers, tensors: dict[str, torch.Tensor]):
-    """Gives the optimizers back what `named_state` took."""
+    """Loads what `named_state` returned into the optimizers."""
+    # group the tensors by parameter name
+    states: dict[str, dict] = {}
+    for name, tensor in tensors.items():
+        parameter_name, key = name.rsplit("/", 1)
+        states.setdefault(parameter_name, {})[key] = tensor
+
+    # torch numbers the parameters of an optimizer in the order of its groups
     names = {p: name for name, p in model.named_parameters()}
-    by_parameter: dict[str, dict] = {}
-    for name, value in tensors.items():
-        parameter, key = name.rsplit("/", 1)
-        by_parameter.setdefault(parameter, {})[key] = value
     for optimizer in optimizers:
+        param_groups = optimizer.state_dict()["param_groups"]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {i: by_parameter[names[p]] for i, p in enumerate(parameters) if names[p] in by_parameter}
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        numbered = {}
+        for number, p in enumerate(parameters):
+            if names[p] in states:
+                numbered[number] = states[names[p]]
+        optimizer.load_state_dict({"state": numbered, "param_groups": param_groups})

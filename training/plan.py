@@ -1,6 +1,8 @@
-"""A run before it starts: what it learns, what memory it takes, how long it lasts, what it costs.
+"""The plan of a run, printed before it starts: data, memory, time, cost and energy.
 
-    python train.py gpt2-124m --dry-run --gpu a100 --nproc 8 --price 1.80        # needs no GPU, and no data
+    python train.py gpt2-124m --dry-run --gpu a100 --nproc 8 --price 1.80   # needs no GPU, no data
+
+All figures are estimates from the sizes of the model and the data sheets in common/devices.py.
 """
 import dataclasses
 import math
@@ -9,108 +11,183 @@ from common.devices import DEVICES, KG_CO2E_PER_KWH, Device, find_device
 from common.errors import UserError
 from dataloader import DataLoader
 from model import GPT
-from training.config import TrainConfig, recomputes
+from training.config import TrainConfig
 from training.loss import LOGIT_ROWS
 
 
-def describe(config: TrainConfig, model: GPT, train_loader: DataLoader | None, val_loader: DataLoader | None,
-             device_name: str, processes: int) -> str:
-    """The plan in a few lines; the loaders are None where there are no data yet."""
-    device, processes = find_device(config.gpu or device_name), config.nproc or processes
+def describe(config: TrainConfig, model: GPT, train_loader: DataLoader | None,
+             val_loader: DataLoader | None, device_name: str, processes: int) -> str:
+    """The plan as a few lines of text. The loaders are None if the data do not exist yet.
+
+    --gpu and --nproc override the device's name and the number of processes.
+    """
+    device_name = config.gpu or device_name
+    processes = config.nproc or processes
+    device = find_device(device_name)  # None for a CPU or an unknown GPU
     if config.gpu and not device:
-        raise UserError(f"The data sheet of {config.gpu!r} is not known here; known are: {', '.join(DEVICES)}.")
-    if config.batch_tokens // config.block_size % processes:
-        raise UserError(f"The {config.batch_tokens // config.block_size:,} sequences of a batch do not divide among {processes} "
-                        "processes.")
-    name = config.gpu or device_name
-    lines = [f"{config.run}: {model.num_parameters():,} parameters, on {processes} x {name}",
-             learned(config, train_loader, val_loader), memory(config, model, processes, device)]
-    lines.append(f"{config.optimizer} at {config.learning_rate:g}" + f", the embeddings at {config.embedding_rate:g} times that"
-                 * (config.embedding_rate != 1) + f", {config.schedule}")
-    return "\n".join([*lines, *(duration(config, model, processes, device) if device else [])])
+        raise UserError(f"No data sheet of {config.gpu!r} found: choose --gpu from "
+                        f"{', '.join(DEVICES)}.")
+    sequences = config.batch_tokens // config.block_size
+    if sequences % processes:
+        raise UserError(f"The {sequences:,} sequences of a batch do not divide evenly among "
+                        f"{processes} processes: change --batch-tokens or their number.")
+
+    rates = f"{config.optimizer}, {config.schedule} learning rate of {config.learning_rate:g}"
+    if config.embedding_rate != 1:
+        rates += f" ({config.embedding_rate:g} times that for the embeddings)"
+    lines = [
+        f"{config.name}: {model.num_parameters():,} parameters, on {processes} x {device_name}",
+        describe_data(config, train_loader, val_loader),
+        describe_memory(config, model, processes, device),
+        rates,
+    ]
+    if device:
+        lines += describe_time(config, model, processes, device)
+    return "\n".join(lines)
 
 
-def learned(config: TrainConfig, train_loader: DataLoader | None, val_loader: DataLoader | None) -> str:
+def describe_data(config: TrainConfig, train_loader: DataLoader | None,
+                  val_loader: DataLoader | None) -> str:
     tokens = config.max_steps * config.batch_tokens
     text = f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {tokens:,} tokens"
     if train_loader is None:
-        return f"{text}; there are no data in {config.data} yet"
+        return f"{text}; there is no data in {config.data} yet"
     epoch = train_loader.sequences * config.block_size
-    again = f", from step {epoch // config.batch_tokens + 1:,} on seen before" if tokens > epoch else ""
-    return (f"{text}: {tokens / epoch:.1f} epochs of {len(train_loader.shards):,} ({train_loader.tail} left out as a tail"
-            f"{again}); {len(val_loader.shards):,} for validation")
+    text += (f": {tokens / epoch:.1f} epochs of {len(train_loader.shards):,} tokens "
+             f"(the last {train_loader.tail} unused)")
+    if tokens > epoch:
+        text += f", repeating from step {epoch // config.batch_tokens + 1:,}"
+    return f"{text}; {len(val_loader.shards):,} validation tokens"
 
 
-def memory(config: TrainConfig, model: GPT, processes: int, device: Device | None) -> str:
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+def describe_memory(config: TrainConfig, model: GPT, processes: int, device: Device | None) -> str:
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device is not None)
-    share = config.batch_tokens // config.block_size // processes
-    sequences = share if config.micro_batch == "auto" else min(config.micro_batch, max(1, share))
-    held = bytes_held(dataclasses.replace(config, micro_batch=sequences), model, processes, bfloat16)
-    whole = sum(held.values())
-    there = f" of {memory_size(device.memory_bytes)}" if device else ""
-    warning = ""
-    if device and whole > 0.95 * device.memory_bytes:
-        warning = ", which is too little: " + ("auto takes fewer" if config.micro_batch == "auto" else "lower --micro-batch")
-    parts = ", ".join(f"{name} {memory_size(size)}" for name, size in held.items())
-    return f"memory of each: {parts} with {sequences} sequences at a time; {memory_size(whole)}{there}{warning}"
+    is_auto = config.micro_batch == "auto"
+    share = config.batch_tokens // config.block_size // processes  # of a batch, in sequences
+    sequences = share if is_auto else min(config.micro_batch, max(1, share))
+    config = dataclasses.replace(config, micro_batch=sequences)
+    held = bytes_held(config, model, processes, bfloat16)
+    total = sum(held.values())
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in held.items())
+    text = (f"memory per process: {parts} with a micro-batch of {sequences} sequences; "
+            f"{format_bytes(total)}")
+    if device:
+        text += f" of {format_bytes(device.memory_bytes)}"
+        if total > 0.95 * device.memory_bytes:
+            advice = "auto will lower the micro-batch" if is_auto else "lower --micro-batch"
+            text += f", which does not fit: {advice}"
+    return text
 
 
-def bytes_held(config: TrainConfig, model: GPT, processes: int, bfloat16: bool) -> dict[str, float]:
-    """What a process holds of each kind, at the most, with config.micro_batch sequences at a time."""
-    tokens, share = config.micro_batch * config.block_size, processes if config.shard else 1
-    activations = activation_bytes(model, tokens, bfloat16, recomputes(config), "cuda" if bfloat16 else "cpu")
-    if config.shard:  # the embeddings, and two blocks, are gathered; so are a block's gradients
+def bytes_held(config: TrainConfig, model: GPT, processes: int,
+               bfloat16: bool) -> dict[str, float]:
+    """Peak memory of one process by kind, with config.micro_batch sequences at a time."""
+    tokens = config.micro_batch * config.block_size
+    activations = activation_bytes(model, tokens, bfloat16, config.recompute_activations,
+                                   "cuda" if bfloat16 else "cpu")
+    parts = 1
+    if config.shard:
+        parts = processes
+        # besides its parts, a process holds the gathered embeddings and two gathered blocks, and
+        # the gradients of one block
         block = sum(p.numel() for p in model.transformer.h[0].parameters())
-        activations += (2 if bfloat16 else 4) * (2 * model.transformer.wte.weight.numel() + 3 * block)
-    weights = 4 * model.num_parameters() / share
-    return {"weights": weights, "gradients": weights, "optimizer": optimizer_bytes(config, model) / share,
-            "activations about": activations}
+        gathered = 2 * model.transformer.wte.weight.numel() + 3 * block
+        activations += (2 if bfloat16 else 4) * gathered
+    weights = 4 * model.num_parameters() / parts
+    return {"weights": weights,
+            "gradients": weights,
+            "optimizer": optimizer_bytes(config, model) / parts,
+            "activations (estimate)": activations}
 
 
 def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
-    """AdamW keeps two float32 moments of a parameter, Muon one of a hidden matrix."""
-    hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
-    return 8 * model.num_parameters() - (4 * hidden if config.optimizer == "muon" else 0)
+    """AdamW keeps two float32 moments per parameter; Muon keeps one per hidden matrix entry."""
+    size = 8 * model.num_parameters()
+    if config.optimizer == "muon":
+        size -= 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    return size
 
 
-def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool = False, device: str = "cpu") -> int:
-    """The most that a step holds for its backward pass, beyond weights, gradients and optimizer. As counted: autograd keeps
-    16 · C numbers a token of a block (under bfloat16 two of C in float32, and 14); of the logits three times V in float32, or of
-    a few rows twice V, and the embedding's gradient. Recomputed, a block's input is kept, and one block is there at a time."""
-    c, rows = model.config, LOGIT_ROWS[device]
-    blocks = tokens * (c.n_embd * (36 if bfloat16 else 64) + (2 * c.n_embd if c.dropout else 0))
-    logits = 12 * tokens * c.vocab_size
-    if tokens > rows:
-        logits = ((10 if bfloat16 else 8) * rows * c.vocab_size + tokens * c.n_embd * (2 if bfloat16 else 4)
-                  + 4 * c.vocab_size * c.n_embd)
-    most = max(blocks, logits) if recomputed else c.n_layer * blocks + logits
-    kept = tokens * c.n_embd * ((6 if bfloat16 else 8) + (4 * c.n_layer if recomputed else 0))
-    in_bfloat16 = 2 * model.num_parameters() // (c.n_layer if recomputed else 1) if bfloat16 else 0  # copies of the weights
-    return most + kept + in_bfloat16
+def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool = False,
+                     device: str = "cpu") -> int:
+    """Peak memory of a step for `tokens` tokens, besides weights, gradients and optimizer state.
+
+    The formula counts what autograd keeps, with C = n_embd and V = vocab_size. A test compares it
+    with the measured peak.
+    """
+    C, V, n_layer = model.config.n_embd, model.config.vocab_size, model.config.n_layer
+    rows = LOGIT_ROWS[device]
+
+    # A block keeps 16 C numbers per token in float32, or with bfloat16 2 C in float32 and 14 C in
+    # bfloat16. Dropout keeps two masks of C bytes.
+    block = tokens * C * (36 if bfloat16 else 64)
+    if model.config.dropout:
+        block += tokens * 2 * C
+
+    # The loss keeps 3 V float32 numbers per token. In chunks it keeps 2 V for some rows (and a copy
+    # in bfloat16), and the gradients of the hidden states and of the head.
+    if tokens <= rows:
+        logits = tokens * 12 * V
+    else:
+        logits = rows * V * (10 if bfloat16 else 8)
+        logits += tokens * C * (2 if bfloat16 else 4)
+        logits += 4 * V * C
+
+    # The input and the output of the last LayerNorm.
+    kept = tokens * C * (6 if bfloat16 else 8)
+
+    # Autocast's copies of the weights.
+    copies = 2 * model.num_parameters() if bfloat16 else 0
+
+    if not recomputed:
+        return n_layer * block + logits + kept + copies
+    # Recomputed, only the input of each block is kept, and one block or the loss is at work at a
+    # time.
+    return max(block, logits) + kept + tokens * C * 4 * n_layer + copies // n_layer
 
 
-def duration(config: TrainConfig, model: GPT, processes: int, device: Device) -> list[str]:
-    """Time, price, energy: the products at the stated share of the peak, and then the gradients' sum, not overlapped."""
+# --------------------------------------------------------------------------------------------------
+# Time, cost, energy
+
+def describe_time(config: TrainConfig, model: GPT, processes: int, device: Device) -> list[str]:
+    """Two lines: time with cost, and energy. They leave out evaluation."""
     if config.dtype == "float32":
-        return ["time: not stated, as the data sheets here are of bfloat16"]
+        return ["time: unknown, as the data sheets state the speed in bfloat16 only"]
+
+    # matrix products, at the assumed fraction of the peak
     flops = model.flops_per_token(config.block_size) * config.batch_tokens
-    products_s = flops / (processes * device.flops * config.mfu)
-    # A ring all-reduce of float32; sharded, for each micro-batch, two gatherings in bfloat16 and one scattering in float32.
-    sequences = config.batch_tokens // config.block_size // processes
-    passes = math.ceil(sequences / config.micro_batch) if config.shard and config.micro_batch != "auto" else 1
-    sum_s = 8 * passes * (processes - 1) / processes * model.num_parameters() / device.link
-    step_s = products_s + sum_s
+    compute_s = flops / (processes * device.flops * config.mfu)
+
+    # Communication, as if it did not overlap with computing. A ring all-reduce of the float32
+    # gradients moves 8 bytes per parameter. FSDP2 moves as much for every micro-batch: it gathers
+    # the weights in bfloat16 twice, and scatters the gradients in float32.
+    passes = 1
+    if config.shard and config.micro_batch != "auto":
+        sequences = config.batch_tokens // config.block_size // processes
+        passes = math.ceil(sequences / config.micro_batch)
+    bytes_sent = 8 * passes * (processes - 1) / processes * model.num_parameters()
+    communication_s = bytes_sent / device.link
+
+    step_s = compute_s + communication_s
+    tokens_per_s = config.batch_tokens / step_s
     hours = step_s * config.max_steps / 3600
-    kwh = processes * device.watts / 1000 * hours
     cost = processes * hours * config.price
-    price = f"; it costs {cost:,.2f}, at {config.price:g} an hour for each device" if cost else ""
-    what = "gather weights and sum gradients" if config.shard else "sum gradients"
-    return [f"time, evaluation aside: {1000 * products_s:,.0f} ms a step at {config.mfu:.0%} of {device.flops / 1e12:,.0f} "
-            f"TFLOP/s, and {1000 * sum_s:,.0f} ms to {what} at {device.link / 1e9:,.0f} GB/s; "
-            f"{config.batch_tokens / step_s:,.0f} tokens/s, {hours:,.1f} hours{price}",
-            f"energy: {kwh:,.1f} kWh at most, {kwh * KG_CO2E_PER_KWH:,.1f} kg CO2e at the world's mean of {KG_CO2E_PER_KWH} kg "
-            "a kWh"]
+    kwh = processes * device.watts / 1000 * hours
+
+    communication = "gather weights and sum gradients" if config.shard else "sum gradients"
+    time = (f"time without evaluation: {1000 * compute_s:,.0f} ms per step to compute at "
+            f"{config.mfu:.0%} of {device.flops / 1e12:,.0f} TFLOP/s, and "
+            f"{1000 * communication_s:,.0f} ms to {communication} at "
+            f"{device.link / 1e9:,.0f} GB/s; {tokens_per_s:,.0f} tokens/s, {hours:,.1f} hours")
+    if cost:
+        time += f"; cost {cost:,.2f} at {config.price:g} per device and hour"
+    energy = (f"energy: at most {kwh:,.1f} kWh, {kwh * KG_CO2E_PER_KWH:,.1f} kg CO2e at the world "
+              f"average of {KG_CO2E_PER_KWH} kg per kWh")
+    return [time, energy]
 
 
-def memory_size(number: float) -> str:
-    return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
+def format_bytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""A run's folder while it is trained: who may write in it, its log, and the signals that end a run early."""
+"""A run's folder during training: its lock, its log files, and the signals that stop a run."""
 import contextlib
 import importlib
 import json
@@ -18,14 +18,15 @@ from common.files import write_json
 
 
 @contextlib.contextmanager
-def locked(run: Path):
-    """Keeps other processes out of the run's folder. Raises UserError where one is in it."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.parent / f".{run.name}.lock")
+def locked(folder: Path):
+    """Locks a run's folder for this process. Raises UserError if another process holds the lock."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"Another process trains {run}: wait for it, or give this run another name with --run.") from None
+        raise UserError(f"Another process is training {folder}: wait until it ends, or choose "
+                        "another --name.") from None
     try:
         yield
     finally:
@@ -33,84 +34,113 @@ def locked(run: Path):
 
 
 class StopSignals:
-    """Within a `with`: SIGTERM and SIGINT are kept in `received` instead of ending the process; a second SIGINT ends it."""
-    received = 0
+    """Within a `with` block, SIGTERM and SIGINT do not end the process but are kept in `received`.
+
+    The training loop can then finish its step and save. A second SIGINT (Ctrl-C) ends the process
+    at once.
+    """
+    received = 0  # the number of the signal, or 0
 
     def __enter__(self):
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.keep) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.previous_handlers = {}
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous_handlers[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
-    def keep(self, number, _frame):
+    def handle(self, number, _frame):
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
 
 
-class Log:
-    """A run's config.json, metrics.jsonl and samples.jsonl. Once it has a checkpoint, lines are only appended: resuming says so
-    in a line of its own, and readers drop what the earlier attempt wrote beyond that step, or at it where it was not measured."""
+# --------------------------------------------------------------------------------------------------
+# The log
 
-    def __init__(self, run: Path, config: dict, resume_step: int | None, measured: bool, track: str = "none", **machine):
-        self.run, self.tracker = run, tracker(track, run.name, config)
-        run.mkdir(parents=True, exist_ok=True)
+class Log:
+    """Writes a run's config.json, metrics.jsonl and samples.jsonl.
+
+    A new run starts new files. A resumed run appends to them, first a line with "event": "resume".
+    Readers then drop what an earlier attempt logged after the step of that line. "measured" in it
+    says whether validation had run at that step; if not, they drop that step's validation too.
+    """
+
+    def __init__(self, folder: Path, config: dict, resume_step: int | None, is_evaluated: bool,
+                 track: str = "none", **machine):
+        self.folder = folder
+        self.tracker = start_tracker(track, folder.name, config)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        # a new run: remove the log of an attempt that saved no checkpoint
         if resume_step is None:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
-                (run / name).unlink(missing_ok=True)  # of an attempt that saved no checkpoint
-            write_json(run / "config.json", config)
+                (folder / name).unlink(missing_ok=True)
+            write_json(folder / "config.json", config)
             self.append("metrics.jsonl", event="start", step=0, **machine)
             return
+
+        # a resumed run: end a line that was cut off, and say where the run resumes
         for name in ("metrics.jsonl", "samples.jsonl"):
-            if not (run / name).read_bytes().endswith(b"\n"):  # the end of the run cut its last line off
-                with open(run / name, "a") as file:
+            if not (folder / name).read_bytes().endswith(b"\n"):
+                with open(folder / name, "a") as file:
                     file.write("\n")
-            self.append(name, event="resume", step=resume_step, measured=measured, **machine)
+            self.append(name, event="resume", step=resume_step, measured=is_evaluated, **machine)
 
     def metrics(self, **values):
+        """Logs the values of one step, and prints the validation loss if they have one."""
         self.append("metrics.jsonl", **values)
-        try:
-            if self.tracker:
-                self.tracker.log({name: value for name, value in values.items() if name != "step"}, step=values["step"])
-        except Exception as error:  # whatever a service of others raises
-            warn(f"the log is no longer tracked ({error})")
-            self.tracker = None
+        if self.tracker:
+            others = {name: value for name, value in values.items() if name != "step"}
+            try:
+                self.tracker.log(others, step=values["step"])
+            except Exception as error:  # a third-party service can raise anything
+                warn(f"tracking has stopped; the log files are still written ({error})")
+                self.tracker = None
         if "val_loss" in values:
-            accuracy = f", HellaSwag {values['hellaswag']:.4f}" if values.get("hellaswag") is not None else ""
-            tqdm.write(f"step {values['step']}: validation loss {values['val_loss']:.4f}{accuracy}")
+            message = f"step {values['step']}: validation loss {values['val_loss']:.4f}"
+            if values.get("hellaswag") is not None:
+                message += f", HellaSwag {values['hellaswag']:.4f}"
+            tqdm.write(message)
 
     def sample(self, step: int, prompt: str, text: str):
+        """Logs and prints a sample."""
         self.append("samples.jsonl", step=step, prompt=prompt, text=text)
         tqdm.write(f"step {step}: {text}\n")
 
-    def append(self, name: str, **line):
-        """Writes a line, null for a number that is none; a full disk costs the line and not the run."""
-        line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
-        text = json.dumps({"time": round(time.time(), 3), **line}, ensure_ascii=False) + "\n"
+    def append(self, file_name: str, **fields):
+        """Appends one line of JSON. If the disk is full, warns and lets the run continue."""
+        line = {"time": round(time.time(), 3)}
+        for name, value in fields.items():
+            is_finite = not isinstance(value, float) or math.isfinite(value)
+            line[name] = value if is_finite else None  # JSON has no NaN
+        text = json.dumps(line, ensure_ascii=False) + "\n"
         try:
-            with open(self.run / name, "a", encoding="utf-8") as file:
+            with open(self.folder / file_name, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            warn(f"a line of {self.run / name} could not be written ({os.strerror(error.errno)})")
+            path = self.folder / file_name
+            warn(f"a line of {path} could not be written ({os.strerror(error.errno)})")
 
 
-def tracker(name: str, run: str, config: dict):
-    """trackio or wandb, which have the same two calls and end by themselves, with this run opened or gone on with; None for
-    "none"."""
-    if name == "none":
+def start_tracker(package: str, run: str, config: dict):
+    """Starts or resumes this run in trackio or wandb, which share an API; None for "none"."""
+    if package == "none":
         return None
-    known_by = {"name": run} if name == "trackio" else {"name": run, "id": run}
+    identity = {"name": run} if package == "trackio" else {"name": run, "id": run}
     try:
-        return importlib.import_module(name).init(project="gpt2-from-scratch", config=config, resume="allow", **known_by)
+        module = importlib.import_module(package)
+        return module.init(project="gpt2-from-scratch", config=config, resume="allow", **identity)
     except ModuleNotFoundError:
-        raise UserError(f"--track {name} needs its package: pip install {name}.") from None
-    except Exception as error:  # whatever a service of others raises
-        raise UserError(f"{name} could not be started ({error}): --track none trains without it.") from None
+        raise UserError(f"--track {package} needs a package: pip install {package}.") from None
+    except Exception as error:  # a third-party service can raise anything
+        raise UserError(f"{package} did not start ({error}): train without it by leaving out "
+                        "--track.") from None
 
 
-def warn(what: str):
-    tqdm.write(f"warning: {what}", file=sys.stderr)
+def warn(message: str):
+    """Prints a warning without breaking the progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)

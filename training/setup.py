@@ -1,181 +1,351 @@
-"""A run before its first step: its checkpoint, its model and weights on every process, what fits the device."""
+"""Set-up of a run: everything that train.py does once, before the first step."""
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import checkpoint
 import ddp
 import hellaswag
 import report
 from common.errors import UserError
-from common.seed import seed_of
+from common.seed import derive_seed
 from corpus.sources import NAMED_TEXTS
+from dataloader import DataLoader
 from model import GPT, GPTConfig
-from shards import read_tokenizer
+from shards import read_manifest, read_tokenizer
 from tokenizer import Tokenizer
-from training import optim, plan, sharding
-from training.config import TrainConfig, recomputes, run_fingerprint
+from training import optim, plan, runlog, sharding
+from training.config import TrainConfig, run_description, run_fingerprint
 
 
-def find_checkpoint(config: TrainConfig, run: Path, world: ddp.World) -> int | None:
-    """The step to go on from, None to start, as the main process finds it. Refuses to start in a folder that holds a run, damaged
-    or not."""
+@dataclasses.dataclass
+class TrainingRun:
+    """What the loop works with, from the first step to the last."""
+
+    config: TrainConfig  # with the sizes and the micro-batch that set-up decided
+    world: ddp.World
+    folder: Path  # log/<name>
+    manifest: dict  # of the data
+    tokenizer: Tokenizer
+    model: GPT
+    ddp_model: nn.Module  # the same, averaging gradients over the ranks
+    optimizers: list[torch.optim.Optimizer]
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]]  # this rank's x, y (B / world, T) each
+    val_loader: DataLoader
+    hellaswag_examples: list[dict] | None
+    first_step: int  # updates taken before this process started
+    first_step_is_evaluated: bool  # False also for a checkpoint that a signal made
+    log: runlog.Log | None  # None on ranks other than the first
+
+
+def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
+    """The run that `config` describes, resumed from its newest checkpoint if it has one.
+
+    Returns None after printing the plan if config.dry_run is set. Raises UserError for data, models
+    or checkpoints that do not fit the configuration.
+    """
+    folder = checkpoint.LOG / config.name
+
+    # the checkpoint to resume from, the same on all ranks
+    resume_step = find_checkpoint(config, folder, world)
+
+    # the data
+    manifest = read_data_manifest(config)
+
+    # the model on the meta device, and the weights of --init-from
+    model, initial_weights, tokenizer, config = build_model(config)
+
+    # the batches
+    sequences = config.batch_tokens // config.block_size
+    train_loader = DataLoader(config.data, "train", sequences, config.block_size, config.seed,
+                              world.rank, world.size, config.order)
+    val_loader = DataLoader(config.data, "val", 1, config.block_size)
+
+    # HellaSwag, which a dry run does not download
+    skip_download = config.dry_run and config.hellaswag == "auto"
+    examples = None if skip_download else read_hellaswag(config, world)
+
+    # the plan
+    if world.is_main:
+        device_name = ddp.device_name(world.device)
+        print(plan.describe(config, model, train_loader, val_loader, device_name, world.size))
+    if config.dry_run:
+        return None
+
+    # weights on the device, and the micro-batch that fits beside them
+    place_model(model, initial_weights, config, world)
+    saved_run = folder if resume_step else None
+    config = dataclasses.replace(
+        config, micro_batch=choose_micro_batch(config, saved_run, model, world))
+
+    # the optimizers, and their state and the weights of the checkpoint
+    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay,
+                                        (config.beta1, config.beta2), config.embedding_rate)
+    is_evaluated = False
+    if resume_step is not None:
+        is_evaluated = load_checkpoint(folder, resume_step, config, manifest, model, optimizers)
+        if world.is_main:
+            print(f"resuming {folder} from step {resume_step:,}")
+
+    # the log
+    log = None
+    if world.is_main:
+        log = runlog.Log(folder, run_description(config, manifest), resume_step, is_evaluated,
+                         config.track, device=ddp.device_name(world.device), processes=world.size)
+
+    first_step = resume_step or 0
+    return TrainingRun(
+        config, world, folder, manifest, tokenizer, model, ddp.wrap(model, world), optimizers,
+        train_loader.batches(first_step, config.max_steps, world.device), val_loader, examples,
+        first_step, is_evaluated, log)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoint and data
+
+
+def find_checkpoint(config: TrainConfig, folder: Path, world: ddp.World) -> int | None:
+    """The step to resume from, or None to start, as the main process finds it.
+
+    Raises UserError for a new run in a folder that holds one, whole or damaged.
+    """
     if not world.is_main:
-        return None if (step := int(ddp.sum_over_ranks(world, 0)[0])) < 0 else step
-    step = checkpoint.newest(run) if config.resume == "auto" else None
-    if step is None and (checkpoint.saved_steps(run) or checkpoint.model_steps(run)):
-        reason = "none of its checkpoints is whole" if config.resume == "auto" else "--resume auto goes on with it"
-        raise UserError(f"{run} holds a run already ({reason}): give this one another name with --run.")
+        step = int(ddp.sum_over_ranks(world, 0)[0])  # what the main process sends below
+        return None if step < 0 else step
+    step = checkpoint.newest(folder) if config.resume == "auto" else None
+    holds_run = checkpoint.saved_steps(folder) or checkpoint.model_steps(folder)
+    if step is None and holds_run:
+        reason = ("none of its checkpoints is whole" if config.resume == "auto" else
+                  "--resume auto continues it")
+        raise UserError(f"{folder} already holds a run ({reason}): choose another --name.")
     ddp.sum_over_ranks(world, -1 if step is None else step)
     return step
 
 
-def build(config: TrainConfig) -> tuple[GPT, dict | None, Tokenizer, TrainConfig]:
-    """The model, on the meta device, the weights that it starts from if it is not to draw them, the data's tokenizer, and the
-    configuration with what those decide filled in."""
-    check_data(config)
+def read_data_manifest(config: TrainConfig) -> dict:
+    """The manifest of the data, {} for shards of other programs.
+
+    If there is no such folder, raises UserError with the command that creates it.
+    """
+    data = config.data
+    if data.is_dir():
+        return read_manifest(data)
+    name, _, kind = data.name.rpartition("_")
+    if data == TrainConfig.data:
+        command = "fineweb.py"
+    elif name in NAMED_TEXTS:
+        is_downloadable = NAMED_TEXTS[name][0]
+        text_option = "" if is_downloadable else " --text FILE"
+        command = f"prepare.py {name} --tokenizer {kind}{text_option}"
+    else:
+        bpe = kind.replace("-", ":") if kind.startswith("bpe-") else None
+        tokenizer = config.init_from or bpe
+        tokenizer_option = f" --tokenizer {tokenizer}" if tokenizer else ""
+        command = f"prepare.py FILE_OR_FOLDER{tokenizer_option} --out {data}"
+    raise UserError(f"No data found in {data}. Create it with: python {command}")
+
+
+def read_hellaswag(config: TrainConfig, world: ddp.World) -> list[dict] | None:
+    """HellaSwag's examples, or None if they are not asked for or some rank cannot download them."""
+    if config.hellaswag == "none":
+        return None
+    if config.hellaswag != "auto":
+        return hellaswag.read_examples(Path(config.hellaswag))
+    try:
+        examples = hellaswag.read_examples(hellaswag.download("--hellaswag"))
+    except (UserError, OSError) as error:
+        examples = None
+        if world.is_main:
+            print(f"training without HellaSwag: {error}", file=sys.stderr)
+    ranks_with_examples = ddp.sum_over_ranks(world, examples is not None)[0]
+    return examples if ranks_with_examples == world.size else None
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+def build_model(config: TrainConfig) -> tuple[GPT, dict | None, Tokenizer, TrainConfig]:
+    """(model on the meta device, weights to start from or None, tokenizer of the data, config).
+
+    The returned configuration has the sizes that --init-from and the tokenizer decide.
+    """
     tokenizer = read_tokenizer(config.data)
     if config.init_from:
-        source, own, _ = checkpoint.load_model(config.init_from)
-        if own.to_dict() != tokenizer.to_dict():
-            raise UserError(f"{config.data} was made with another tokenizer than that of {config.init_from}: prepare it "
-                            f"again with --tokenizer {config.init_from}.")
-        for name in ("n_layer", "n_head", "n_embd"):
-            if getattr(config, name) not in (getattr(TrainConfig, name), getattr(source.config, name)):
-                raise UserError(f"{config.init_from} has {name} {getattr(source.config, name)}: leave the option out.")
-        if source.config.block_size < config.block_size != TrainConfig.block_size:
-            raise UserError(f"{config.init_from} reads at most {source.config.block_size} tokens: lower --block-size.")
+        source = load_source(config, tokenizer)
         sizes = dataclasses.replace(source.config, dropout=config.dropout)
+        initial_weights = source.state_dict()
     else:
-        sizes = sizes_of(config, config.vocab_size or tokenizer.vocab_size)
+        sizes = model_sizes(config, config.vocab_size or tokenizer.vocab_size)
+        initial_weights = None
     if sizes.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"A vocabulary of {sizes.vocab_size:,} does not hold the {tokenizer.vocab_size:,} ids of "
-                        f"{config.data}: leave --vocab-size out.")
+        raise UserError(f"A vocabulary of {sizes.vocab_size:,} is too small for the "
+                        f"{tokenizer.vocab_size:,} ids of {config.data}: leave --vocab-size out.")
+    block_size = min(config.block_size, sizes.block_size)  # training may use less than the context
+    if config.batch_tokens % block_size:
+        raise UserError(f"--batch-tokens {config.batch_tokens:,} is not a multiple of the sequence "
+                        f"length of {block_size} tokens.")
     with torch.device("meta"):
         model = GPT(sizes)
-    block_size = min(config.block_size, sizes.block_size)  # a model can be trained on less than its context
-    if config.batch_tokens % block_size:
-        raise UserError(f"--batch-tokens {config.batch_tokens:,} does not divide into sequences of {block_size} tokens.")
-    return model, source.state_dict() if config.init_from else None, tokenizer, dataclasses.replace(
-        config, block_size=block_size, vocab_size=sizes.vocab_size, n_layer=sizes.n_layer, n_head=sizes.n_head,
-        n_embd=sizes.n_embd)
+    config = dataclasses.replace(
+        config, block_size=block_size, vocab_size=sizes.vocab_size, n_layer=sizes.n_layer,
+        n_head=sizes.n_head, n_embd=sizes.n_embd)
+    return model, initial_weights, tokenizer, config
 
 
-def sizes_of(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    return GPTConfig(config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout)
+def model_sizes(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    return GPTConfig(config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd,
+                     config.dropout)
 
 
-def check_data(config: TrainConfig):
-    """Raises UserError, with the command that makes them, where there are no data."""
-    data = config.data
-    if not data.is_dir():
-        name, _, kind = data.name.rpartition("_")
-        if data == TrainConfig.data:
-            command = "fineweb.py"
-        elif name in NAMED_TEXTS:
-            command = f"prepare.py {name} --tokenizer {kind}" + ("" if NAMED_TEXTS[name][0] else " --text FILE")
-        else:
-            own = config.init_from or (kind.replace("-", ":") if kind.startswith("bpe-") else None)
-            command = "prepare.py FILE_OR_FOLDER" + (f" --tokenizer {own}" if own else "") + f" --out {data}"
-        raise UserError(f"There is no data in {data}: make it with `python {command}`.")
+def load_source(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
+    """The model of --init-from. Raises UserError if data or options do not fit it."""
+    name = config.init_from
+    source, source_tokenizer, _ = checkpoint.load_model(name)
+    if source_tokenizer.to_dict() != tokenizer.to_dict():
+        raise UserError(f"{config.data} was prepared with another tokenizer than {name}'s: prepare "
+                        f"it again with --tokenizer {name}.")
+    for size in ("n_layer", "n_head", "n_embd"):
+        given, default = getattr(config, size), getattr(TrainConfig, size)
+        actual = getattr(source.config, size)
+        if given not in (default, actual):
+            raise UserError(f"{name} has {size} {actual}, not {given}: leave the option out.")
+    if source.config.block_size < config.block_size != TrainConfig.block_size:
+        raise UserError(f"{name} has a context of {source.config.block_size} tokens: use a smaller "
+                        "--block-size.")
+    return source
 
 
-def place(model: GPT, first_weights: dict | None, config: TrainConfig, world: ddp.World):
-    """Takes a model from the meta device to this rank's, whole or this rank's part, compiled or not, with its first weights."""
+def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, world: ddp.World):
+    """Moves a model from the meta device to this rank's device and gives it its first weights.
+
+    With --shard this rank holds only its part of each parameter.
+    """
+    # numerics
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, before it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
         torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
     if world.device.type == "cpu":
         ddp.keep_freed_memory()
-    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
+    model.recompute = config.recompute_activations
+
+    # compile and shard
     compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
-    model.recompute = recomputes(config)
     if config.shard:
-        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
-            raise UserError(f"--shard needs torch 2.9 or newer, to save its parts, and this is {torch.__version__}.")
+        if torch_version() < (2, 9):
+            raise UserError("--shard needs torch 2.9 or newer to save its checkpoints, and this is "
+                            f"torch {torch.__version__}.")
         if world.size == 1:
-            raise UserError("--shard divides a model among several processes: start it with torchrun.")
-        for block in model.transformer.h if compiled else ():
-            block.compile()
-        sharding.shard(model, world, is_bfloat16(config, world))
+            raise UserError("--shard divides a model among processes: start them with torchrun.")
+        if compiled:
+            for block in model.transformer.h:
+                block.compile()
+        sharding.shard(model, world, uses_bfloat16(config, world))
     elif compiled:
-        model.compile()  # in place: parameters keep their names, and model.hidden stays the plain one
+        model.compile()  # in place: parameters keep their names, and model.hidden stays eager
+
+    # weights
     model.to_empty(device=world.device)
-    torch.manual_seed(seed_of(config.seed, "init"))
-    sharding.fill(((p, first_weights[name]) for name, p in model.named_parameters()) if first_weights else model.initial())
+    torch.manual_seed(derive_seed(config.seed, "init"))
+    if initial_weights:
+        sharding.fill((p, initial_weights[name]) for name, p in model.named_parameters())
+    else:
+        sharding.fill(model.initial_weights())
 
 
-def is_bfloat16(config: TrainConfig, world: ddp.World) -> bool:
+def torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def uses_bfloat16(config: TrainConfig, world: ddp.World) -> bool:
     return config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
 
 
 def autocast(config: TrainConfig, world: ddp.World):
-    """Products in bfloat16 where the configuration has it so; a sharded model gathers its weights in that precision itself."""
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=is_bfloat16(config, world) and not config.shard)
+    """The context in which a forward pass runs: bfloat16 matrix products if configured.
+
+    A sharded model gathers its weights in bfloat16 by itself and needs no autocast.
+    """
+    enabled = uses_bfloat16(config, world) and not config.shard
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=enabled)
 
 
-def micro_batch(config: TrainConfig, run: Path | None, model: GPT, world: ddp.World) -> int:
-    """The number that --micro-batch gives. For `auto` what the run that goes on has, else a rank's share of the batch, halved
-    until every rank can hold it: on a GPU by trying, else by the plan's estimate against four fifths of the memory."""
+# --------------------------------------------------------------------------------------------------
+# The micro-batch
+
+
+def choose_micro_batch(config: TrainConfig, saved_run: Path | None, model: GPT,
+                       world: ddp.World) -> int:
+    """The number of sequences that --micro-batch gives.
+
+    For `auto`: what a resumed run already uses, else a rank's share of the batch, halved until it
+    fits on every rank.
+    """
     if config.micro_batch != "auto":
         return config.micro_batch
-    found = report.read_config(run).get("micro_batch", 0) if run and world.is_main else 0
-    sequences = int(ddp.sum_over_ranks(world, found)[0]) or config.batch_tokens // config.block_size // world.size
-    while not run and sequences > 1 and ddp.any_rank(world, not fits(sequences, config, model, world)):
+    saved = 0
+    if saved_run and world.is_main:
+        saved = report.read_config(saved_run).get("micro_batch", 0)
+    saved = int(ddp.sum_over_ranks(world, saved)[0])
+    if saved:
+        return saved
+    sequences = config.batch_tokens // config.block_size // world.size
+    while sequences > 1 and ddp.any_rank(world, not fits_memory(sequences, config, model, world)):
         sequences = (sequences + 1) // 2
     return sequences
 
 
-def fits(sequences: int, config: TrainConfig, model: GPT, world: ddp.World) -> bool:
-    """Whether this rank's device holds a step with so many sequences at a time."""
+def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.World) -> bool:
+    """Whether a step with so many sequences at a time fits in this rank's memory.
+
+    On a GPU it is tried. Elsewhere, and for sharded models (whose ranks would not run out of memory
+    together), the plan's estimate must stay below 80% of the memory.
+    """
     config = dataclasses.replace(config, micro_batch=sequences)
-    if world.device.type != "cuda" or config.shard:  # ranks that share each block would not run out of memory together
-        held = plan.bytes_held(config, model, world.size, is_bfloat16(config, world))
-        return sum(held.values()) < 0.8 * ddp.memory_bytes(world.device)
-    moments = idx = None
+    if world.device.type != "cuda" or config.shard:
+        sizes = plan.bytes_held(config, model, world.size, uses_bfloat16(config, world))
+        return sum(sizes.values()) < 0.8 * ddp.memory_bytes(world.device)
+    reserved = idx = None
     try:
-        others = plan.optimizer_bytes(config, model) + ddp.memory_bytes(world.device) // 20  # and a margin
-        moments = torch.empty(others, dtype=torch.uint8, device=world.device)
+        # what the optimizer will take, and a margin of 5%
+        size = plan.optimizer_bytes(config, model) + ddp.memory_bytes(world.device) // 20
+        reserved = torch.empty(size, dtype=torch.uint8, device=world.device)
         idx = torch.zeros(sequences, config.block_size, dtype=torch.int64, device=world.device)
         with autocast(config, world):
-            model.forward(idx, idx)[1].backward()
+            model(idx, idx)[1].backward()
         return True
     except torch.OutOfMemoryError:
         return False
     finally:
-        del moments, idx
+        del reserved, idx
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
 
 
-def resume(run: Path, step: int, config: TrainConfig, model: GPT, optimizers) -> bool:
-    """Puts model and optimizers where the checkpoint of `step` left them; refuses another configuration. Whether that step was
-    measured: one that a signal had saved was not."""
-    saved = checkpoint.saved_config(run, step)
-    for name, value in run_fingerprint(config, step).items():
-        before = saved.get(name, getattr(TrainConfig, name, None))  # an option that came later had its default
+# --------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def load_checkpoint(folder: Path, step: int, config: TrainConfig, manifest: dict, model: GPT,
+                    optimizers: list[torch.optim.Optimizer]) -> bool:
+    """Gives model and optimizers the state of the checkpoint at `step`.
+
+    Returns whether validation had already run at that step. Raises UserError if the configuration
+    differs from the checkpoint's.
+    """
+    saved = checkpoint.saved_config(folder, step)
+    for name, value in run_fingerprint(config, manifest, step).items():
+        before = saved.get(name, getattr(TrainConfig, name, None))  # options added since: default
         if before != value:
-            raise UserError(f"{run} was started with {name} {before}, and this is {value}: "
-                            "go on as it was started, or give this run another name with --run.")
-    optimizer_state, val_loss = checkpoint.load_state(run, step, model)
+            raise UserError(f"{folder} was started with {name} {before}, and this command has "
+                            f"{value}: repeat the original value, or choose another --name.")
+    optimizer_state, val_loss = checkpoint.load_state(folder, step, model)
     optim.load_named_state(model, optimizers, optimizer_state)
     return val_loss is not None
-
-
-def hellaswag_examples(config: TrainConfig, world: ddp.World) -> list[dict] | None:
-    """HellaSwag's examples, or None: also where `auto` cannot download them on every rank, which then is said."""
-    if config.hellaswag == "none":
-        return None
-    try:
-        examples = hellaswag.read_examples(
-            Path(config.hellaswag) if config.hellaswag != "auto" else hellaswag.download("--hellaswag"))
-    except (UserError, OSError) as error:
-        if config.hellaswag != "auto":
-            raise
-        examples = None
-        if world.is_main:
-            print(f"The run goes without HellaSwag: {error}", file=sys.stderr)
-    return examples if ddp.sum_over_ranks(world, examples is not None)[0] == world.size else None

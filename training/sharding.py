@@ -1,4 +1,18 @@
-"""Models that one device does not hold: every rank keeps a part of each parameter (FSDP2)."""
+"""Models too large for one device: each rank holds a part of every parameter (FSDP2).
+
+In the order in which a run needs them:
+
+    shard(model, world, bfloat16)           divide the model among the ranks
+    fill((parameter, values) pairs)         give each rank its part of the values
+    write_shards, read_shards               checkpoints: each rank writes and reads its parts
+    whole(tensor, world)                    put a tensor together on the main process
+    draw_together(model, …)                 sample, with every rank in every forward pass
+
+A sharded parameter is a DTensor: this rank's part, and how the whole is divided. Whatever needs the
+whole parameter, such as a forward pass, is a collective operation: all ranks must call it.
+
+Some imports stand inside functions: they take a second, and only sharded runs need them.
+"""
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,78 +25,140 @@ from model import GPT
 from tokenizer import Tokenizer
 from training.config import TrainConfig
 
+# --------------------------------------------------------------------------------------------------
+# Parameters
 
 def shard(model, world: World, bfloat16: bool):
-    """Divides every parameter of the model, in place, among all ranks: they gather a block's when it is its turn, in bfloat16
-    where asked, and scatter its gradients, summed in float32 (FSDP2; Zhao et al. 2023, arXiv 2304.11277)."""
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 (these take a second, and few runs need them)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # noqa: PLC0415
-    options = {"mesh": init_device_mesh(world.device.type, (world.size,)), "mp_policy": MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32)}
+    """Divides every parameter of the model among all ranks, in place.
+
+    The forward and backward passes gather the weights of one block at a time, in bfloat16 or in
+    float32. The backward pass averages the gradients over the ranks in float32, and each rank keeps
+    its part of the result (FSDP2; Zhao et al. 2023, arXiv 2304.11277).
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import (  # noqa: PLC0415
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bfloat16 else None,
+                                  reduce_dtype=torch.float32)
     for block in model.transformer.h:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-    for name in ("hidden", "logits"):  # besides forward
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # the rest: embeddings and final LayerNorm
+
+    # these methods need gathered weights too, not only forward
+    for name in ("hidden", "logits"):
         register_fsdp_forward_method(model, name)
 
 
+@torch.no_grad()
+def fill(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]):
+    """Copies values into parameters, given as (parameter, whole values) pairs.
+
+    For a sharded parameter, each rank copies its part of the values.
+    """
+    for p, values in pairs:
+        if not hasattr(p, "placements"):  # not a DTensor
+            p.copy_(values)
+            continue
+        from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
+        # src_data_rank=None: every rank has the values, so none is sent
+        part = distribute_tensor(values.to(p.device), p.device_mesh, p.placements,
+                                 src_data_rank=None)
+        p.copy_(part)
+
+
 def whole(tensor: torch.Tensor, world: World) -> torch.Tensor | None:
-    """A sharded tensor in the main process's memory, all of it; None on the others, which take part."""
+    """Gathers a sharded tensor in the main process's memory; returns None on the other ranks."""
     tensor = tensor.full_tensor()
     return tensor.cpu() if world.is_main else None
 
 
-@torch.no_grad()
-def fill(parameters: Iterable[tuple[torch.Tensor, torch.Tensor]]):
-    """Gives each of the (parameter, whole values) pairs its values; of a sharded parameter every rank takes its part."""
-    for p, values in parameters:
-        if not hasattr(p, "placements"):
-            p.copy_(values)
-            continue
-        from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
-        p.copy_(distribute_tensor(values.to(p.device), p.device_mesh, p.placements, src_data_rank=None))
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def named_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names weights as a checkpoint's state does: `<parameter name>/weights`.
+
+    The optimizer's state beside them is named `<parameter name>/<key>`.
+    """
+    return {f"{name}/weights": weight for name, weight in weights.items()}
 
 
 def write_shards(folder: Path, tensors: dict[str, torch.Tensor]):
-    """Each rank its parts of the tensors, as safetensors, in a folder that this makes. Raises OSError on all ranks or none."""
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415 (takes a second, and few runs need it)
+    """Creates a folder in which each rank writes its parts of the tensors, as safetensors.
+
+    If one rank fails, raises OSError on all ranks.
+    """
+    import torch.distributed.checkpoint as dcp  # noqa: PLC0415
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except dcp.api.CheckpointException as error:  # on all ranks, whichever failed
-        raise OSError(str(next(iter(error.failures.values()))[0])) from None
+        dcp.save(tensors, storage_writer=writer)
+    except dcp.api.CheckpointException as error:
+        raise OSError(first_failure(error)) from None
 
 
-def read_shards(folder: Path, like: Callable[[str, torch.Size], torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """The tensors of a state's folder, each read into what `like(name, shape)` returns, a rank's part if that is sharded; None
-    leaves it out. The number of ranks may be another than wrote them."""
+def read_shards(folder: Path, allocate: Callable[[str, torch.Size], torch.Tensor | None]
+                ) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a checkpoint's state, which any number of ranks may have written.
+
+    `allocate(name, shape)` returns the tensor to read into, or None to skip this name. If that
+    tensor is sharded, this rank reads its part only. Raises OSError if a file cannot be read.
+    """
     import torch.distributed.checkpoint as dcp  # noqa: PLC0415
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    tensors = {name: like(name, stored.size) for name, stored in reader.read_metadata().state_dict_metadata.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    tensors = {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        tensor = allocate(name, stored.size)
+        if tensor is not None:
+            tensors[name] = tensor
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")  # not initialized, which is as meant
+        # one process may read without a process group
+        warnings.filterwarnings("ignore", "torch.distributed is")
         try:
             dcp.load(tensors, storage_reader=reader)
         except dcp.api.CheckpointException as error:
-            raise OSError(str(next(iter(error.failures.values()))[0])) from None
+            raise OSError(first_failure(error)) from None
     return tensors
 
 
-def named_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by the names that they have in a state, `<parameter>/weights`, beside the optimizer's `<parameter>/<what>`."""
-    return {f"{name}/weights": w for name, w in weights.items()}
+def first_failure(error) -> str:
+    """The message of the first rank that failed, from DCP's CheckpointException."""
+    exception, _ = next(iter(error.failures.values()))
+    return str(exception)
 
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
 
 @torch.no_grad()
 def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
-    """The same of a sharded model, plainly: every rank takes part in each of as many forward passes as there are tokens."""
+    """Continuations of the sample prompt by a sharded model. All ranks must call it.
+
+    The ranks draw the same tokens from the same seed, so that all of them run the same forward
+    passes. It is plain sampling: temperature 0.8, top-k 200, 200 tokens, no KV cache.
+    """
     model.eval()
+    device = model.transformer.wte.weight.device
+    generator = torch.Generator().manual_seed(config.seed)
+    vocab_size = tokenizer.vocab_size  # without the model's padding
     prompt = encode(tokenizer, config.sample_prompt) or [tokenizer.eot or 0]
-    ids, generator = torch.tensor([prompt] * config.samples), torch.Generator().manual_seed(config.seed)
+
+    ids = torch.tensor([prompt] * config.samples)  # (samples, T)
     for _ in range(200):
-        hidden = model.hidden(ids[:, -config.block_size:].to(model.transformer.wte.weight.device))[:, -1]
-        likeliest, choices = model.logits(hidden)[:, :tokenizer.vocab_size].float().cpu().topk(min(200, tokenizer.vocab_size))
-        drawn = torch.multinomial((likeliest / 0.8).softmax(-1), 1, generator=generator)  # (samples, 1)
-        ids = torch.cat([ids, choices.gather(1, drawn)], dim=1)
-    texts = [row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row for row in ids[:, len(prompt):].tolist()]
-    return [config.sample_prompt + tokenizer.decode(row) for row in texts]
+        context = ids[:, -config.block_size:].to(device)
+        last_hidden = model.hidden(context)[:, -1]  # (samples, C)
+        logits = model.logits(last_hidden)[:, :vocab_size].float().cpu()
+        top_logits, top_ids = logits.topk(min(200, vocab_size))  # (samples, 200) each
+        probabilities = (top_logits / 0.8).softmax(-1)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)  # (samples, 1)
+        ids = torch.cat([ids, top_ids.gather(1, drawn)], dim=1)
+
+    # cut each text off at the end of its document
+    texts = []
+    for row in ids[:, len(prompt):].tolist():
+        end = row.index(tokenizer.eot) if tokenizer.eot in row else len(row)
+        texts.append(config.sample_prompt + tokenizer.decode(row[:end]))
+    return texts

@@ -1,4 +1,8 @@
-"""The Chat tab: a base model plays the other side of a written conversation."""
+"""The Chat tab: a conversation with a model.
+
+A model with a chat template gets the conversation in the form it was trained on. A base model has
+no template; it continues a transcript, in which each turn stands under the speaker's name.
+"""
 import asyncio
 import dataclasses
 import html
@@ -9,116 +13,278 @@ import gradio as gr
 
 from common.errors import UserError
 from generate import Engine
-from ui.models import Models, sentences
-from ui.stream import MAX_BYTES, Writing, default_of, figures_box, follow, model_box, slider, validate_settings
+from tokenizer import Tokenizer
+from ui.models import Models, show_user_errors
+from ui.stream import (
+    MAX_BYTES,
+    Writing,
+    default_of,
+    figures_box,
+    follow,
+    model_box,
+    slider,
+    validate_settings,
+)
 
+LENGTH = 120  # tokens of a reply, by default
 MAX_NAME = 40  # characters
 SPEAKERS = [["Student", "Teacher"], ["ROMEO", "JULIET"]]
-NOTE = ("This is no assistant: a base model goes on with what looks like a conversation, and knows nothing of being asked. The "
-        "text that it reads is each turn below the speaker's name, and its turn ends where it would name the next speaker.")
 
+CHAT_NOTE = (
+    "This very small model was trained to make small talk. It has no knowledge and is not an "
+    "assistant: what it says is made up."
+)
+TRANSCRIPT_NOTE = (
+    "This model was not trained to chat. It continues a transcript in which each turn stands under "
+    "the speaker's name, and its turn ends where the next speaker's name would follow. What it "
+    "says is made up."
+)
+
+# --------------------------------------------------------------------------------------------------
+# The page
 
 def build(models: Models):
-    """Lays the tab out and connects it."""
+    """Lays out the tab and connects its events."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            talk = gr.Chatbot(label="Conversation", height=480, editable="user", render_markdown=False, sanitize_html=True,
-                              feedback_options=None, allow_tags=False, buttons=["copy", "copy_all"], elem_id="talk",
-                              placeholder="Say something below. Your turns can be edited, and an answer tried again.")
-            said = gr.Textbox(label="Your turn", lines=1, max_lines=6, max_length=MAX_BYTES, submit_btn="Say", elem_id="say",
-                              placeholder="What have you learned today?")
+            note = gr.Markdown("Loading the model …", elem_id="chat-note")
+            talk = gr.Chatbot(
+                label="Conversation",
+                placeholder="Say something below. You can edit what you said and retry a reply.",
+                height=480,
+                editable="user",
+                render_markdown=False,
+                sanitize_html=True,
+                allow_tags=False,
+                feedback_options=None,
+                buttons=["copy", "copy_all"],
+                elem_id="talk",
+            )
+            message = gr.Textbox(
+                label="Your message",
+                placeholder="Hello! How was your day?",
+                lines=1,
+                max_lines=6,
+                max_length=MAX_BYTES,
+                submit_btn="Send",
+                elem_id="say",
+            )
             with gr.Row():
-                stop = gr.Button("Stop", variant="stop", min_width=90, elem_id="chat-stop")
-                clear = gr.Button("New conversation", min_width=90, elem_id="chat-clear")
-            figures = figures_box("chat-status", "What an answer took appears here.")
-            gr.Markdown(NOTE)
+                stop_button = gr.Button("Stop", variant="stop", min_width=90, elem_id="chat-stop")
+                clear_button = gr.Button("New conversation", min_width=90, elem_id="chat-clear")
+            figures = figures_box("chat-status", "Speed and length appear here after a reply.")
         with gr.Column(scale=3, min_width=300):
-            model = model_box(models, "chat-")
-            with gr.Row():
-                you = gr.Textbox(SPEAKERS[0][0], label="You are", max_length=MAX_NAME, min_width=120, elem_id="chat-you")
-                it = gr.Textbox(SPEAKERS[0][1], label="The model is", max_length=MAX_NAME, min_width=120, elem_id="chat-it")
-            gr.Examples(SPEAKERS, [you, it], label="Speakers")
-            sliders = [slider(name, "chat-", **changes) for name, changes in (
-                ("temperature", {}), ("top_k", {}), ("top_p", {}), ("length", {"value": 120}))]
+            model = model_box(models, "chat-", value=models.chat_model())
+            # the names in a transcript; hidden for a model with a chat template
+            with gr.Column(visible=False) as speakers:
+                with gr.Row():
+                    you, it = [
+                        gr.Textbox(name, label=label, max_length=MAX_NAME, min_width=120,
+                                   elem_id=elem_id)
+                        for name, label, elem_id in zip(
+                            SPEAKERS[0], ("You are", "The model is"), ("chat-you", "chat-it"))
+                    ]
+                gr.Examples(SPEAKERS, [you, it], label="Try other names")
+            sliders = [
+                slider("temperature", "chat-"),
+                slider("top_k", "chat-"),
+                slider("top_p", "chat-"),
+                slider("length", "chat-", value=LENGTH),
+            ]
 
-    run = {"outputs": [talk, said, figures], "api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+    # say what kind of model it is as soon as it is loaded
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    opened = gr.context.Context.root_block.load
+    gr.on([opened, model.change], MethodType(describe, models), model, [note, speakers], **quiet)
+
+    run = {"outputs": [talk, message, figures], "concurrency_limit": None, **quiet}
     settings = [model, you, it, *sliders]
-    events = [said.submit(MethodType(say, models), [talk, said, *settings], **run),
-              talk.edit(MethodType(say_again, models), [talk, *settings], **run),
-              talk.retry(MethodType(say_again, models), [talk, *settings], **run)]
-    stop.click(None, cancels=events)
-    clear.click(lambda: ([], "", ""), None, [talk, said, figures], cancels=events, api_visibility="private")
-    talk.undo(undo, talk, [talk, said], api_visibility="private", show_progress="hidden")
+    running = [
+        message.submit(MethodType(say, models), [talk, message, *settings], **run),
+        talk.edit(MethodType(say_again, models), [talk, *settings], **run),
+        talk.retry(MethodType(say_again, models), [talk, *settings], **run),
+    ]
+    stop_button.click(None, cancels=running)
+    clear_button.click(
+        lambda: ([], "", ""), None, [talk, message, figures], cancels=running,
+        api_visibility="private")
+    talk.undo(undo, talk, [talk, message], **quiet)
     gr.api(MethodType(chat, models), api_name="chat", concurrency_limit=None)
 
 
-def template(turns: list[tuple[str, str]], speaker: str) -> str:
-    """The text that the model goes on with: turns of (name, what was said), and whose turn it is."""
-    return "".join(f"{name}:\n{text}\n\n" for name, text in turns) + f"{speaker}:\n"
+def describe(models: Models, name: str):
+    """The note above the conversation, and whether the speakers' names are shown."""
+    with show_user_errors():
+        has_template = models.engine(name).tokenizer.chat_template is not None
+    return CHAT_NOTE if has_template else TRANSCRIPT_NOTE, gr.Column(visible=not has_template)
 
 
-def fit(engine: Engine, turns: list[tuple[str, str]], speaker: str, length: int) -> tuple[str, int]:
-    """(the text with as many of the last turns as the model reads at once, with room for `length` tokens; how many were left
-    out, the oldest). Raises UserError where not even the last fits."""
-    for left_out in range(len(turns)):
-        text = template(turns[left_out:], speaker)
-        tokens = len(engine.tokenizer.encode(engine.tokenizer.replace_unknown(text)[0]))
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+def transcript(messages: list[dict[str, str]], you: str, it: str) -> str:
+    """The text that a base model continues: each turn under its speaker's name, then the name of
+    the model's speaker."""
+    names = {"user": you, "assistant": it}
+    turns = [f"{names[message['role']]}:\n{message['content']}\n\n" for message in messages]
+    return "".join(turns) + f"{it}:\n"
+
+
+def build_prompt(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], you: str, it: str
+) -> tuple[str | list[int], int]:
+    """The prompt for the model's next turn, and its length in tokens.
+
+    It is a list of ids for a tokenizer with a chat template, else a transcript.
+    """
+    if tokenizer.chat_template is not None:
+        ids = tokenizer.chat_ids(messages)
+        return ids, len(ids)
+    text = transcript(messages, you, it)
+    known, _ = tokenizer.replace_unknown(text)
+    return text, len(tokenizer.encode(known))
+
+
+def fit_prompt(
+    engine: Engine, messages: list[dict[str, str]], you: str, it: str, length: int
+) -> tuple[str | list[int], int]:
+    """The prompt, and how many of the oldest messages it leaves out so that `length` new tokens
+    fit into the context. Raises UserError if not even the last message fits."""
+    for left_out, first in enumerate(messages):
+        # a shortened conversation with a chat template starts with the user
+        if left_out and engine.tokenizer.chat_template and first["role"] != "user":
+            continue
+        prompt, tokens = build_prompt(engine.tokenizer, messages[left_out:], you, it)
         if tokens + length <= engine.block_size:
-            return text, left_out
-    raise UserError(f"The model reads {engine.block_size:,} tokens at a time, and this turn has {tokens:,}, with {length:,} kept "
-                    "for the answer: say less, or choose a shorter answer or another model.")
+            return prompt, left_out
+    raise UserError(
+        f"This message is too long: it takes {tokens:,} tokens and the reply up to {length:,}, but "
+        f"the model's context is {engine.block_size:,} tokens. Write a shorter message, choose a "
+        "shorter reply, or choose another model.")
 
 
-async def chat(models: Models, message: str, history: list[dict[str, str]] | None = None, model: str | None = None,
-               you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1], temperature: float = default_of("temperature"),
-               top_k: int = default_of("top_k"), top_p: float = default_of("top_p"), length: int = 120, seed: int | None = None) -> dict:
-    """Answers a message. `history` holds the turns before it, {"role": "user" or "assistant", "content": text} each. Streams
-    "text", the answer so far; "left_out", how many of the oldest turns the model no longer reads; "figures", in words. An answer
-    has at most half of the model's context, and ends where the model would name a speaker."""
-    with sentences():
-        history, seed = history or [], secrets.randbits(32) if seed is None else seed
-        names = {"user": you, "assistant": it}
-        turns = [*((names.get(turn.get("role")), turn.get("content")) for turn in history), (you, message)]
-        if not all(isinstance(part, str) for turn in turns for part in turn) or not message.strip():
-            raise UserError("A conversation is made of turns of the user and the assistant, the last of which says something.")
-        if not all(isinstance(name, str) and 0 < len(name.strip()) <= MAX_NAME and "\n" not in name for name in (you, it)):
-            raise UserError(f"The speakers have names, of at most {MAX_NAME} characters.")
-        sampling = validate_settings(template(turns, it), [f"\n{you}:", f"\n{it}:"], temperature=temperature, top_k=top_k, top_p=top_p,
-                           length=length, seed=seed)
-        if not models.future(model or models.names[0]).done():
+def validate_messages(messages: list[dict[str, str]]):
+    """Raises UserError for anything but texts of the user and the assistant."""
+    valid = all(
+        isinstance(message, dict)
+        and message.get("role") in ("user", "assistant")
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not valid or not messages[-1]["content"].strip():
+        raise UserError("Each message must have a role (user or assistant) and a text as content, "
+                        "and the last one must not be empty.")
+
+
+def validate_names(*names: str):
+    for name in names:
+        valid = isinstance(name, str) and 0 < len(name.strip()) <= MAX_NAME and "\n" not in name
+        if not valid:
+            raise UserError(f"A speaker's name must be one line of 1 to {MAX_NAME} characters.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Replies
+
+async def chat(
+    models: Models,
+    message: str,
+    history: list[dict[str, str]] | None = None,
+    model: str | None = None,
+    you: str = SPEAKERS[0][0],
+    it: str = SPEAKERS[0][1],
+    temperature: float = default_of("temperature"),
+    top_k: int = default_of("top_k"),
+    top_p: float = default_of("top_p"),
+    length: int = LENGTH,
+    seed: int | None = None,
+) -> dict:
+    """Replies to a message and streams the reply.
+
+    Args:
+        message: What the user says.
+        history: The earlier messages, {"role": "user" or "assistant", "content": text} each.
+        model: A name from /models. Default: the bundled chat model, or else the first one.
+        you: The user's name in the transcript; for a model without a chat template only.
+        it: The model's name in the transcript; for a model without a chat template only.
+        temperature: Lower is more predictable, higher is more surprising.
+        top_k: Sample from the k most likely tokens; 0 is all of them.
+        top_p: Sample from the smallest set of tokens with this total probability.
+        length: Most tokens of the reply; at most half of the model's context is used.
+        seed: The same seed and settings give the same reply. Default: a random one.
+
+    Returns:
+        A stream of dicts with these keys:
+        "text": The reply so far.
+        "left_out": How many of the oldest messages no longer fit into the model's context.
+        "figures": Length and speed, as a sentence for people.
+    """
+    with show_user_errors():
+        messages = [*(history or []), {"role": "user", "content": message}]
+        validate_messages(messages)
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+        all_text = "".join(turn["content"] for turn in messages)
+        sampling = validate_settings(
+            all_text, temperature=temperature, top_k=top_k, top_p=top_p, length=length,
+            seed=secrets.randbits(32) if seed is None else seed)
+
+        model = model or models.chat_model()
+        if not models.future(model).done():
             yield {"text": "", "left_out": 0, "figures": "Loading the model …"}
-        loaded = await models.wait_for(model or models.names[0])
-        length = min(length, loaded.engine.block_size // 2)
-        text, left_out = await asyncio.to_thread(fit, loaded.engine, turns, it, length)
-        writing = Writing(loaded, text, dataclasses.replace(sampling, max_new_tokens=length))
+        loaded = await models.wait_for(model)
+        engine = loaded.engine
+
+        # with a chat template the model ends its turn itself, with <|endoftext|>
+        stop = ()
+        if engine.tokenizer.chat_template is None:
+            validate_names(you, it)
+            stop = (f"\n{you}:", f"\n{it}:")
+        length = min(length, engine.block_size // 2)
+        sampling = dataclasses.replace(sampling, max_new_tokens=length, stop=stop)
+
+        prompt, left_out = await asyncio.to_thread(fit_prompt, engine, messages, you, it, length)
+        writing = Writing(loaded, prompt, sampling)
         if left_out:
-            writing.notices.append(f"The {left_out} oldest turns are past the model's context: it no longer reads them.")
+            writing.notices.append(
+                f"The model no longer reads the oldest messages ({left_out}): its context is full.")
         async for _ in follow(writing):
-            yield {"text": writing.texts[0].strip(), "left_out": left_out, "figures": writing.figures()}
+            yield {
+                "text": writing.texts[0].strip(),
+                "left_out": left_out,
+                "figures": writing.figures(),
+            }
 
 
 async def say(models: Models, talk: list[dict], message: str, *settings):
-    """`chat` for the page's components. Turns that the model no longer reads stand under a line that says so."""
+    """Runs `chat` for the page, and marks the messages that the model no longer reads."""
     history = [{"role": turn["role"], "content": content(turn)} for turn in talk]
-    async for said in chat(models, message or "", history, *settings):
-        shown = [*history, {"role": "user", "content": message}, {"role": "assistant", "content": said["text"] or "…"}]
-        shown = [{**turn, "content": html.escape(turn["content"], quote=False)} for turn in shown]  # Gradio takes it for HTML
-        for turn in shown[:said["left_out"]]:
+    async for reply in chat(models, message or "", history, *settings):
+        turns = [
+            *history,
+            {"role": "user", "content": message},
+            {"role": "assistant", "content": reply["text"] or "…"},
+        ]
+        # Gradio reads the content as HTML
+        shown = [{**turn, "content": html.escape(turn["content"], quote=False)} for turn in turns]
+        for turn in shown[:reply["left_out"]]:
             turn["metadata"] = {"title": "No longer read by the model", "status": "done"}
-        yield shown, "", said["figures"]
+        yield shown, "", reply["figures"]
 
 
 async def say_again(models: Models, data: gr.EventData, talk: list[dict], *settings):
-    """Another answer to a turn, which may have been edited; what came after it is gone."""
+    """Replies again to a message, which may have been edited. Later messages are removed."""
     index = max(i for i in range(data.index + 1) if talk[i]["role"] == "user")
     edited = hasattr(data, "previous_value")
-    async for outputs in say(models, talk[:index], html.unescape(data.value) if edited else content(talk[index]), *settings):
+    message = html.unescape(data.value) if edited else content(talk[index])
+    async for outputs in say(models, talk[:index], message, *settings):
         yield outputs
 
 
 def undo(data: gr.UndoData, talk: list[dict]):
+    """Removes a message with all after it, and puts it back into the message box."""
     return talk[:data.index], content(talk[data.index])
 
 
 def content(turn: dict) -> str:
+    """The text of a message of Gradio's chatbot."""
     return html.unescape("".join(part.get("text", "") for part in turn["content"]))

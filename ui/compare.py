@@ -1,5 +1,5 @@
-"""The Compare tab: one prompt and the same random draws for two models, precisions or checkpoints; and for all of a run's
-checkpoints, a line each."""
+"""The Compare tab: one prompt and one seed for two models, two precisions or two checkpoints, and
+for all checkpoints of a run."""
 import asyncio
 import dataclasses
 import itertools
@@ -9,102 +9,237 @@ from types import MethodType
 import gradio as gr
 
 from common.errors import UserError
-from ui.models import Models, sentences
-from ui.stream import DTYPES, MAX_BYTES, Writing, default_of, figures_box, follow, slider, validate_settings
+from ui.models import Models, show_user_errors
+from ui.stream import (
+    DTYPES,
+    MAX_BYTES,
+    Writing,
+    default_of,
+    figures_box,
+    follow,
+    slider,
+    validate_settings,
+)
 
-MAX_LINE = 200  # tokens that a checkpoint of the timeline writes
+LENGTH = 200  # tokens of the two texts, by default
+MAX_TIMELINE_LENGTH = 200  # tokens of a text in the timeline
 
+# --------------------------------------------------------------------------------------------------
+# The page
 
 def build(models: Models):
-    """Lays the tab out and connects it."""
-    prompt = gr.Textbox(models.beginning(), label="Prompt", lines=3, max_lines=10, max_length=MAX_BYTES, elem_id="compare-prompt")
+    """Lays out the tab and connects its events."""
+    prompt = gr.Textbox(models.first_prompt(), label="Prompt", lines=3, max_lines=10,
+                        max_length=MAX_BYTES, elem_id="compare-prompt")
     with gr.Row():
-        sliders = [slider(name, "compare-", info=None, **changes) for name, changes in (
-            ("temperature", {}), ("top_k", {}), ("top_p", {}), ("length", {"value": 200}), ("seed", {}))]
-    names = models.with_checkpoints()
-    with gr.Row():
-        one, one_dtype, other, other_dtype = (each for i, label in enumerate(("One", "The other")) for each in (
-            gr.Dropdown(names, value=models.names[0], label=label, scale=3, elem_id=f"compare-model-{i}"),
-            gr.Dropdown(DTYPES, value=["float32", "int8"][i], label="Precision", min_width=110, elem_id=f"compare-dtype-{i}")))
-    with gr.Row():
-        start = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
-        stop = gr.Button("Stop", variant="stop", min_width=120, elem_id="compare-stop")
-    with gr.Row():
-        texts = [gr.Textbox(label=label, lines=10, max_lines=24, interactive=False, min_width=300, buttons=["copy"],
-                            elem_id=f"side-{i}") for i, label in enumerate(("One", "The other"))]
-    figures = figures_box("compare-status", "How far the two agree appears here.")
-    gr.Markdown("### A run through time\nThe same prompt, settings and draws at every checkpoint that the run has kept.")
-    run = gr.Dropdown(runs(models), label="Run", elem_id="timeline-run")
-    show_all = gr.Button("Write with each", elem_id="timeline")
-    table = gr.Dataframe(headers=["step", "loss", "text"], interactive=False, wrap=True, column_widths=["20%", "20%", "60%"],
-                         buttons=["copy"], elem_id="timeline-table")
+        sliders = [
+            slider("temperature", "compare-", info=None),
+            slider("top_k", "compare-", info=None),
+            slider("top_p", "compare-", info=None),
+            slider("length", "compare-", info=None, value=LENGTH),
+            slider("seed", "compare-", info=None),
+        ]
 
-    options = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-    events = [start.click(MethodType(side_by_side, models), [prompt, one, other, one_dtype, other_dtype, *sliders],
-                          [*texts, figures], **options),
-              show_all.click(MethodType(rows, models), [prompt, run, *sliders], table, **options)]
-    stop.click(None, cancels=events)
+    # two texts side by side
+    names = models.list_with_checkpoints()
+    chosen, dtypes = [], []
+    with gr.Row():
+        for i, (letter, dtype) in enumerate((("A", "float32"), ("B", "int8"))):
+            chosen.append(gr.Dropdown(
+                names, value=models.names[0], label=f"Model {letter}", scale=3,
+                elem_id=f"compare-model-{i}"))
+            dtypes.append(gr.Dropdown(
+                DTYPES, value=dtype, label=f"Precision {letter}", min_width=110,
+                elem_id=f"compare-dtype-{i}"))
+    with gr.Row():
+        start_button = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
+        stop_button = gr.Button("Stop", variant="stop", min_width=120, elem_id="compare-stop")
+    with gr.Row():
+        texts = [
+            gr.Textbox(label=f"Text {letter}", lines=10, max_lines=24, interactive=False,
+                       min_width=300, buttons=["copy"], elem_id=f"side-{i}")
+            for i, letter in enumerate("AB")
+        ]
+    figures = figures_box("compare-status", "How long the two texts agree appears here.")
+
+    # all checkpoints of a run
+    gr.Markdown("### How a run improves\n"
+                "Every saved checkpoint of a run continues the prompt above, with the same "
+                "settings and seed.")
+    run = gr.Dropdown(list_runs(models), label="Run", elem_id="timeline-run")
+    timeline_button = gr.Button("Write with every checkpoint", elem_id="timeline")
+    table = gr.Dataframe(
+        headers=["step", "loss", "text"],
+        column_widths=["20%", "20%", "60%"],
+        interactive=False,
+        wrap=True,
+        buttons=["copy"],
+        elem_id="timeline-table",
+    )
+
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    running = [
+        start_button.click(
+            MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
+            [*texts, figures], concurrency_limit=None, **quiet),
+        timeline_button.click(
+            MethodType(rows, models), [prompt, run, *sliders], table, concurrency_limit=None,
+            **quiet),
+    ]
+    stop_button.click(None, cancels=running)
+
+    # list the models again whenever the page opens: a run may have saved a checkpoint
+    def update_choices():
+        names = models.list_with_checkpoints()
+        runs = list_runs(models)
+        return (
+            gr.update(choices=names),
+            gr.update(choices=names),
+            gr.update(choices=runs, value=runs[0] if runs else None),
+        )
+
     page = gr.context.Context.root_block
-    page.load(lambda: [*[gr.update(choices=models.with_checkpoints())] * 2,
-                       gr.update(choices=(found := runs(models)), value=next(iter(found), None))],
-              None, [one, other, run], api_visibility="private", show_progress="hidden")
+    page.load(update_choices, None, [*chosen, run], **quiet)
+
     gr.api(MethodType(compare, models), api_name="compare", concurrency_limit=None)
     gr.api(MethodType(timeline, models), api_name="timeline", concurrency_limit=None)
 
 
-def runs(models: Models) -> list[str]:
-    return [name for name in models.list() if models.checkpoints(name)]
+def list_runs(models: Models) -> list[str]:
+    """The runs that have saved a checkpoint."""
+    return [name for name in models.list_names() if models.checkpoints(name)]
 
 
-async def compare(models: Models, prompt: str, model: str, other_model: str, dtype: str | None = None,
-                  other_dtype: str | None = None, temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
-                  top_p: float = default_of("top_p"), length: int = 200, seed: int | None = None) -> dict:
-    """Continues a text twice with the same random draws: by two models, two checkpoints of a run, or one model in two precisions.
-    Streams "texts", the two continuations; "agree", with how many characters they begin alike; "figures" of each, in words."""
-    with sentences():
+# --------------------------------------------------------------------------------------------------
+# Two texts
+
+async def compare(
+    models: Models,
+    prompt: str,
+    model: str,
+    other_model: str,
+    dtype: str | None = None,
+    other_dtype: str | None = None,
+    temperature: float = default_of("temperature"),
+    top_k: int = default_of("top_k"),
+    top_p: float = default_of("top_p"),
+    length: int = LENGTH,
+    seed: int | None = None,
+) -> dict:
+    """Continues a text twice with the same random numbers and streams both results.
+
+    Args:
+        prompt: The text to continue.
+        model: A name from /models, or the path of a run's checkpoint.
+        other_model: The second model; may be the same one with another precision.
+        dtype: The first model's precision. Default: the page's.
+        other_dtype: The second model's precision. Default: the page's.
+        temperature: Lower is more predictable, higher is more surprising.
+        top_k: Sample from the k most likely tokens; 0 is all of them.
+        top_p: Sample from the smallest set of tokens with this total probability.
+        length: Number of tokens to write.
+        seed: The same seed and settings give the same texts. Default: a random one.
+
+    Returns:
+        A stream of dicts with these keys:
+        "texts": The two continuations.
+        "agree": The number of characters at their beginning that are equal.
+        "figures": Length and speed of each, as a sentence for people.
+    """
+    with show_user_errors():
         seed = secrets.randbits(32) if seed is None else seed
-        sampling = validate_settings(prompt, temperature=temperature, top_k=top_k, top_p=top_p, length=length, seed=seed)
-        futures = models.future(model, dtype), models.future(other_model, other_dtype)
+        sampling = validate_settings(prompt, temperature=temperature, top_k=top_k, top_p=top_p,
+                                     length=length, seed=seed)
+
+        # load both models at the same time
+        futures = [models.future(model, dtype), models.future(other_model, other_dtype)]
         if not all(future.done() for future in futures):
             yield {"texts": ["", ""], "agree": 0, "figures": ["Loading the models …"] * 2}
-        pair = [await asyncio.shield(asyncio.wrap_future(future)) for future in futures]
-        writings = [Writing(loaded, prompt, sampling) for loaded in pair]
+        loaded = [await asyncio.shield(asyncio.wrap_future(future)) for future in futures]
+
+        writings = [Writing(one, prompt, sampling) for one in loaded]
         async for _ in follow(*writings):
             texts = [writing.texts[0] for writing in writings]
-            agree = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts)))
-            yield {"texts": texts, "agree": agree, "figures": [writing.figures() for writing in writings]}
+            yield {
+                "texts": texts,
+                "agree": common_length(*texts),
+                "figures": [writing.figures() for writing in writings],
+            }
+
+
+def common_length(a: str, b: str) -> int:
+    """The number of characters at the beginning that are equal."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
 
 
 async def side_by_side(models: Models, prompt: str, *values):
-    """`compare` for the page's components."""
-    async for said in compare(models, prompt or "", *values):
-        alike = f"Alike for the first {said['agree']:,} characters; one other token changes all after it."
-        lines = [f"{label}: {line}" for label, line in zip(("One", "The other"), said["figures"])]
-        yield *[(prompt or "") + text for text in said["texts"]], "\n".join([alike * any(said["texts"]), *lines])
+    """Runs `compare` for the page."""
+    prompt = prompt or ""
+    async for result in compare(models, prompt, *values):
+        lines = [f"{letter}: {figures}" for letter, figures in zip("AB", result["figures"])]
+        if any(result["texts"]):
+            lines.insert(0, f"Identical for the first {result['agree']:,} characters. After the "
+                            "first different token the texts go separate ways.")
+        yield *[prompt + text for text in result["texts"]], "\n".join(lines)
 
 
-async def timeline(models: Models, prompt: str, run: str, temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
-                   top_p: float = default_of("top_p"), length: int = 100, seed: int | None = None) -> list[dict]:
-    """Continues a text with each checkpoint that a run has kept, with the same random draws. Streams a list of {"step",
-    "val_loss", "text"}, the oldest first; a text has at most 200 tokens here."""
-    with sentences():
-        seed, lines = secrets.randbits(32) if seed is None else seed, []
-        sampling = validate_settings(prompt, temperature=temperature, top_k=top_k, top_p=top_p, length=length, seed=seed)
-        sampling = dataclasses.replace(sampling, max_new_tokens=min(length, MAX_LINE))
-        names = models.checkpoints(run)
-        if not names:
-            raise UserError("Choose a run of the list: it has no checkpoint yet, or it is not ours.")
-        for step, name in names.items():
-            lines.append({"step": step, "val_loss": None, "text": ""})
+# --------------------------------------------------------------------------------------------------
+# All checkpoints of a run
+
+async def timeline(
+    models: Models,
+    prompt: str,
+    run: str,
+    temperature: float = default_of("temperature"),
+    top_k: int = default_of("top_k"),
+    top_p: float = default_of("top_p"),
+    length: int = 100,
+    seed: int | None = None,
+) -> list[dict]:
+    """Continues a text with every checkpoint of a run, with the same random numbers, and streams
+    the results.
+
+    Args:
+        prompt: The text to continue.
+        run: A run from /models.
+        temperature: Lower is more predictable, higher is more surprising.
+        top_k: Sample from the k most likely tokens; 0 is all of them.
+        top_p: Sample from the smallest set of tokens with this total probability.
+        length: Number of tokens to write, at most 200.
+        seed: The same seed and settings give the same texts. Default: a random one.
+
+    Returns:
+        A stream of lists, one dict per checkpoint, the oldest first: "step", "val_loss", "text".
+    """
+    with show_user_errors():
+        seed = secrets.randbits(32) if seed is None else seed
+        sampling = validate_settings(prompt, temperature=temperature, top_k=top_k, top_p=top_p,
+                                     length=length, seed=seed)
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(length, MAX_TIMELINE_LENGTH))
+        checkpoints = models.checkpoints(run)
+        if not checkpoints:
+            raise UserError("Choose a run from the list; if it has just started, wait for its "
+                            "first checkpoint.")
+
+        lines = []
+        for step, name in checkpoints.items():
+            line = {"step": step, "val_loss": None, "text": ""}
+            lines.append(line)
             yield lines
-            loaded = await asyncio.wrap_future(models.start_loading(name, models.dtype))  # it is not kept: nobody else needs it
-            lines[-1]["val_loss"], writing = loaded.info.get("val_loss"), Writing(loaded, prompt, sampling)
+            # load it without keeping it in memory
+            loaded = await asyncio.wrap_future(models.start_loading(name, models.dtype))
+            line["val_loss"] = loaded.info.get("val_loss")
+            writing = Writing(loaded, prompt, sampling)
             async for _ in follow(writing):
-                lines[-1]["text"] = writing.texts[0]
+                line["text"] = writing.texts[0]
                 yield lines
 
 
 async def rows(models: Models, prompt: str, run: str, *values):
-    """`timeline` for the page's components."""
+    """Runs `timeline` for the page: yields the rows of its table."""
     async for lines in timeline(models, prompt or "", run or "", *values):
-        yield [[line["step"], "" if line["val_loss"] is None else f"{line['val_loss']:.3f}", line["text"]] for line in lines]
+        table = []
+        for line in lines:
+            loss = "" if line["val_loss"] is None else f"{line['val_loss']:.3f}"
+            table.append([line["step"], loss, line["text"]])
+        yield table

@@ -1,6 +1,11 @@
-"""The Look inside tab: a text token by token as a model reads it, what else it expected at each place, and a fork there."""
+"""The Look inside tab: how a model reads a text, token by token.
+
+It shows the probability of each token, what else the model expected at a position, and how the text
+would continue from one of these alternatives (a fork).
+"""
 import functools
 import math
+from typing import NamedTuple
 
 import gradio as gr
 import numpy as np
@@ -9,161 +14,324 @@ import pandas as pd
 from common.errors import UserError
 from engine.sampling import top_ids, weigh
 from generate import Engine
-from ui.models import Models, sentences
+from ui.models import Models, show_user_errors
 from ui.stream import slider
 
 MAX_TEXT = 4_000  # characters
-CHOICES = 10  # alternatives that are shown
-LENGTH = 100  # tokens of a fork
-REFRESH_TOKENS = 4  # a fork is sent after so many
+MAX_ALTERNATIVES = 10
+FORK_LENGTH = 100  # tokens
+REFRESH_TOKENS = 4  # update the fork on the page after this many tokens
 
-SAMPLE = "It is the east, and Juliet is the sun. The sun is a star, and the earth moves around it.\n"
-BINS = {"above 50%": 0.5, "10 to 50%": 0.1, "1 to 10%": 0.01, "0.1 to 1%": 0.001, "below 0.1%": 0.0}
-COLOURS = dict(zip(BINS, ("#5eead4", "#bef264", "#fde047", "#fdba74", "#fca5a5")))
+SAMPLE = (
+    "It is the east, and Juliet is the sun. The sun is a star, and the earth moves around it.\n"
+)
 
+# The colour of a token, by the probability that the model gave it: label -> (lower bound, colour).
+PROBABILITY_CLASSES = {
+    "above 50%": (0.5, "#5eead4"),
+    "10 to 50%": (0.1, "#bef264"),
+    "1 to 10%": (0.01, "#fde047"),
+    "0.1 to 1%": (0.001, "#fdba74"),
+    "below 0.1%": (0.0, "#fca5a5"),
+}
+
+# --------------------------------------------------------------------------------------------------
+# The page
 
 def build(models: Models) -> gr.Textbox:
-    """Lays the tab out and connects it; the box with its text, which is read anew whenever it changes."""
-    narrow = {"min_width": 180, "buttons": [], "info": None}
+    """Lays out the tab, connects its events and returns the box with the text."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            text = gr.Textbox(SAMPLE, label="Text", lines=4, max_lines=10, max_length=MAX_TEXT, elem_id="look-text",
-                              info="Written by a model or by anybody; it is read again as you type.")
-            model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="look-model")
-            summary = gr.Textbox(label="Of the text", show_label=False, container=False, interactive=False, max_lines=3,
-                                 elem_id="look-summary")
-            tokens = gr.HighlightedText(label="Tokens, by the probability that the model gave them: click on one",
-                                        color_map=COLOURS, show_legend=True, elem_id="look-tokens")
-            surprisal = gr.BarPlot(x="token", y="bits", label="Surprisal of each token, bits", x_title="place", y_title="bits",
-                                   height=170, tooltip="all", elem_id="look-surprisal")
+            text = gr.Textbox(
+                SAMPLE,
+                label="Text",
+                info="Any text, written by a model or by you. The page updates as you type.",
+                lines=4,
+                max_lines=10,
+                max_length=MAX_TEXT,
+                elem_id="look-text",
+            )
+            model = gr.Dropdown(
+                models.names, value=models.names[0], label="Model", elem_id="look-model")
+            summary = plain_box("Summary", "look-summary")
+            tokens = gr.HighlightedText(
+                label="Tokens, coloured by their probability. Click one to see its alternatives.",
+                color_map={label: colour for label, (_, colour) in PROBABILITY_CLASSES.items()},
+                show_legend=True,
+                elem_id="look-tokens",
+            )
+            surprisal = gr.BarPlot(
+                x="token",
+                y="bits",
+                label="Surprisal in bits: the higher, the less the model expected the token",
+                x_title="position",
+                y_title="bits",
+                height=170,
+                tooltip="all",
+                elem_id="look-surprisal",
+            )
             with gr.Row():
-                temperature, top_k, top_p = (slider(name, "look-", **narrow) for name in ("temperature", "top_k", "top_p"))
+                narrow = {"min_width": 180, "buttons": [], "info": None}
+                temperature = slider("temperature", "look-", **narrow)
+                top_k = slider("top_k", "look-", **narrow)
+                top_p = slider("top_p", "look-", **narrow)
         with gr.Column(scale=4, min_width=320):
-            place = gr.Number(1, label="Place", info="Of the token, from 1; the arrow keys go on to the next.", precision=0,
-                              minimum=1, maximum=MAX_TEXT, elem_id="look-place")
-            found = gr.Textbox(label="Of the token", show_label=False, container=False, interactive=False, max_lines=3,
-                               elem_id="look-found")
+            position = gr.Number(
+                1,
+                label="Position",
+                info="The token to look at, counted from 1. The arrow keys move through the text.",
+                precision=0,
+                minimum=1,
+                maximum=MAX_TEXT,
+                elem_id="look-position",
+            )
+            token = plain_box("Token", "look-token")
             with gr.Row():
-                expected = gr.Label(label="By the model", show_heading=False, min_width=150, elem_id="look-expected")
-                drawn = gr.Label(label="As drawn", show_heading=False, min_width=150, elem_id="look-drawn")
-            fork = gr.Textbox(label="Fork: click on an alternative, and the text goes on from it", lines=4, max_lines=10,
-                              interactive=False, buttons=["copy"], elem_id="look-fork")
+                expected = gr.Label(
+                    label="The model's probabilities", min_width=150, elem_id="look-expected")
+                sampled = gr.Label(
+                    label="With the settings", min_width=150, elem_id="look-sampled")
+            fork_text = gr.Textbox(
+                label="Fork: click an alternative to continue the text from it",
+                lines=4,
+                max_lines=10,
+                interactive=False,
+                buttons=["copy"],
+                elem_id="look-fork",
+            )
             again = gr.Button("Look inside the fork", size="sm", elem_id="look-again")
 
-    def show_fork(choice: gr.SelectData, *values):
-        yield from fork_at(models, str(choice.value), *values)
+    def fork_at(choice: gr.SelectData, *values):
+        yield from fork(models, str(choice.value), *values)
 
-    settings = [text, model, place, temperature, top_k, top_p]
-    begin = gr.context.Context.root_block.load
-    quiet = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look", "trigger_mode": "always_last"}
-    gr.on([begin, text.change, model.change], functools.partial(inspect, models), [text, model], [summary, tokens, surprisal],
-          api_name="inspect", **quiet)
-    gr.on([begin, *(each.change for each in settings)], functools.partial(alternatives, models), settings,
-          [found, expected, drawn], api_name="alternatives", **quiet)
-    tokens.select(place_of, None, place, api_visibility="private", show_progress="hidden")
-    gr.on([expected.select, drawn.select], show_fork, settings, fork, api_visibility="private", show_progress="hidden",
-          concurrency_limit=32, concurrency_id="engine")
-    again.click(None, fork, text, js="text => text", api_visibility="private")
+    settings = [text, model, position, temperature, top_k, top_p]
+    opened = gr.context.Context.root_block.load
+    # while one request runs, remember only the last change
+    latest = {
+        "show_progress": "hidden",
+        "concurrency_limit": 2,
+        "concurrency_id": "look",
+        "trigger_mode": "always_last",
+    }
+    gr.on(
+        [opened, text.change, model.change],
+        functools.partial(inspect, models),
+        inputs=[text, model],
+        outputs=[summary, tokens, surprisal],
+        api_name="inspect",
+        **latest,
+    )
+    gr.on(
+        [opened, *(setting.change for setting in settings)],
+        functools.partial(alternatives, models),
+        inputs=settings,
+        outputs=[token, expected, sampled],
+        api_name="alternatives",
+        **latest,
+    )
+    tokens.select(
+        position_of, None, position, api_visibility="private", show_progress="hidden")
+    gr.on(
+        [expected.select, sampled.select],
+        fork_at,
+        inputs=settings,
+        outputs=fork_text,
+        api_visibility="private",
+        show_progress="hidden",
+        concurrency_limit=32,
+        concurrency_id="engine",
+    )
+    # the browser copies the fork into the text box
+    again.click(None, fork_text, text, js="fork => fork", api_visibility="private")
     return text
 
 
-def place_of(token: gr.SelectData) -> int:
+def plain_box(label: str, elem_id: str) -> gr.Textbox:
+    """A sentence without a frame."""
+    return gr.Textbox(label=label, show_label=False, container=False, interactive=False,
+                      max_lines=3, elem_id=elem_id)
+
+
+def position_of(token: gr.SelectData) -> int:
     return token.index + 1
 
 
+# --------------------------------------------------------------------------------------------------
+# The whole text
+
 def read(models: Models, text: str | None, name: str) -> tuple[Engine, list[int], str]:
-    """(the engine, the text's ids, the text as the model's vocabulary can spell it)."""
+    """The model's engine, the text's ids, and the text without characters that the model's
+    vocabulary lacks."""
     text = text or ""
     if len(text) > MAX_TEXT:
-        raise UserError(f"The text has {len(text):,} characters, and the page looks into {MAX_TEXT:,}.")
+        raise UserError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed.")
     engine = models.engine(name)
-    text, _ = engine.tokenizer.replace_unknown(text.encode(errors="replace").decode())
+    # a lone surrogate, which UTF-8 cannot encode, becomes "?"
+    text = text.encode(errors="replace").decode()
+    text, _ = engine.tokenizer.replace_unknown(text)
     return engine, engine.tokenizer.encode(text), text
 
 
-def shown(engine: Engine, token: int) -> str:
-    """A token as one can see it: spaces and line breaks too, and bytes that are no character by themselves."""
+def visible(engine: Engine, token: int) -> str:
+    """A token's text with visible spaces, line breaks and incomplete characters."""
     text = engine.tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace")
-    return "␣" * (text == " ") or text.replace("\n", "⏎").replace("\t", "⇥")
+    if text == " ":
+        return "␣"
+    return text.replace("\n", "⏎").replace("\t", "⇥")
+
+
+def probability_class(bits: float) -> str:
+    """The label in PROBABILITY_CLASSES for a token's surprisal."""
+    probability = 2 ** -bits
+    for label, (lower, _) in PROBABILITY_CLASSES.items():
+        if probability >= lower:
+            return label
 
 
 def inspect(models: Models, text: str, model: str):
-    """A text's summary, its tokens with their classes of probability, and their surprisal."""
-    with sentences():
+    """Returns a summary of the text, its tokens with their classes of probability, and a table of
+    their surprisal."""
+    with show_user_errors():
         engine, ids, text = read(models, text, model)
-        found = engine.inspect(text, top=0)
-    bits = [None if token["logprob"] is None else -token["logprob"] / math.log(2) for token in found]
-    scored = [b for b in bits if b is not None]
-    size = len(text.encode()) - sum(len(engine.tokenizer.decode_bytes([i])) for i, b in zip(ids, bits) if b is None)
-    summary = f"{len(ids):,} tokens of {len(text.encode()):,} bytes"
-    if scored:
-        mean = sum(scored) / len(scored)
-        summary += (f" · {mean * math.log(2):.3f} nats a token · perplexity {2 ** mean:,.2f} · "
-                    f"{sum(scored) / size:.3f} bits a byte")
-    spans = []
-    for token, i, b in zip(found, ids, bits):
-        tail = "\n" if token["text"].endswith("\n") else ""
-        spans.append((shown(engine, i) + tail, b if b is None else next(c for c, p in BINS.items() if 2 ** -b >= p)))
-    rows = [(place, b, shown(engine, i)) for place, (i, b) in enumerate(zip(ids, bits), 1) if b is not None]
+        tokens = engine.inspect(text, top=0)
+
+    spans, rows = [], []  # of HighlightedText, of BarPlot
+    total_bits = 0.0
+    scored_bytes = 0
+    for position, (i, token) in enumerate(zip(ids, tokens), 1):
+        label = None
+        # the first token has no probability if the vocabulary has no <|endoftext|> to precede it
+        if token["logprob"] is not None:
+            bits = -token["logprob"] / math.log(2)
+            label = probability_class(bits)
+            rows.append((position, bits, visible(engine, i)))
+            total_bits += bits
+            scored_bytes += len(engine.tokenizer.decode_bytes([i]))
+        line_end = "\n" if token["text"].endswith("\n") else ""
+        spans.append((visible(engine, i) + line_end, label))
+
+    summary = f"{len(ids):,} tokens, {len(text.encode()):,} bytes"
+    if rows:
+        bits_per_token = total_bits / len(rows)
+        summary += (f" · {bits_per_token * math.log(2):.3f} nats per token"
+                    f" · perplexity {2 ** bits_per_token:,.2f}"
+                    f" · {total_bits / scored_bytes:.3f} bits per byte")
     return summary, spans, pd.DataFrame(rows, columns=["token", "bits", "text"])
 
 
-def at(models: Models, text: str, model: str, place: int | None) -> tuple[Engine, list[int], list[int], int | None]:
-    """(engine, what the model reads before the text, the text before the place, the token there or None past the end), in ids."""
+# --------------------------------------------------------------------------------------------------
+# One position
+
+class Position(NamedTuple):
+    engine: Engine
+    start: list[int]  # ids that the model reads before the text: <|endoftext|>, or none
+    before: list[int]  # ids of the text before the position
+    token: int | None  # the id at the position; None at the end of the text
+
+    def logprobs(self):
+        """Log-probabilities (V,) of the token at this position."""
+        context = self.start + self.before
+        return next_logprobs(self.engine, tuple(context[-self.engine.block_size:]))
+
+
+def locate(models: Models, text: str, model: str, position: int | None) -> Position:
+    """The position, counted from 1; one past the end of the text means its end."""
     engine, ids, _ = read(models, text, model)
-    place = min(max(place or 1, 1), len(ids) + 1)
-    first = engine.encode("")[0] if place == 1 or engine.tokenizer.eot is not None else []
-    return engine, first, ids[:place - 1], next(iter(ids[place - 1:]), None)
+    index = min(max(position or 1, 1), len(ids) + 1) - 1
+    # a model without <|endoftext|> still needs something to read before the first token
+    start = engine.encode("")[0] if index == 0 or engine.tokenizer.eot is not None else []
+    token = ids[index] if index < len(ids) else None
+    return Position(engine, start, ids[:index], token)
 
 
 @functools.lru_cache(maxsize=4)
-def logprobs_of(engine: Engine, ids: tuple[int, ...]):
-    """Log-probabilities (V,) of what follows ids, by a step of the engine, which keeps what it has read of them for a fork.
+def next_logprobs(engine: Engine, ids: tuple[int, ...]):
+    """Log-probabilities (V,) of the token that follows the ids.
 
-    The token that it draws means nothing: so hot that it is not `<|endoftext|>`, with which no probabilities come.
+    They come with a token that the engine samples; the engine keeps the KV cache, which a fork then
+    reuses. The token itself is ignored. At this temperature all tokens are equally likely, so it is
+    practically never <|endoftext|>, which ends the text without log-probabilities.
     """
-    (_, token), *_ = engine.submit(list(ids), max_new_tokens=1, temperature=1e6, seed=0, logprobs=engine.tokenizer.vocab_size)
+    events = list(engine.submit(
+        list(ids), max_new_tokens=1, temperature=1e6, seed=0, logprobs=engine.tokenizer.vocab_size))
+    _, token = events[0]
     logprobs = np.empty(len(token.top), np.float32)
-    logprobs[[i for i, _ in token.top]] = [p for _, p in token.top]
+    for i, logprob in token.top:
+        logprobs[i] = logprob
     return logprobs
 
 
-def choices(engine: Engine, logprobs) -> dict[str, int]:
-    """The likeliest tokens as one sees them, and their ids; of two that look alike the likelier."""
-    ids = top_ids(logprobs, min(CHOICES, len(logprobs)))
-    return {shown(engine, int(i)): int(i) for i in ids[::-1]}
+def most_likely(engine: Engine, logprobs) -> dict[str, int]:
+    """The most likely tokens as the page shows them, with their ids. Of two that look the same, the
+    more likely one."""
+    ids = top_ids(logprobs, min(MAX_ALTERNATIVES, len(logprobs)))
+    return {visible(engine, int(i)): int(i) for i in ids[::-1]}
 
 
-def alternatives(models: Models, text: str, model: str, place: int, temperature: float, top_k: int, top_p: float):
-    """What stands at a place of a text (past its end: what may follow), and the likeliest tokens there with their probabilities:
-    as the model expects them, and as they are drawn with these settings."""
-    with sentences():
-        engine, first, before, here = at(models, text, model, place)
-        logprobs = logprobs_of(engine, tuple((first + before)[-engine.block_size:]))
+def alternatives(
+    models: Models,
+    text: str,
+    model: str,
+    position: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+):
+    """Returns a sentence about the token at the position, and the most likely tokens there with two
+    probabilities: the model's, and the one with which the settings sample them."""
+    with show_user_errors():
+        place = locate(models, text, model, position)
+        logprobs = place.logprobs()  # (V,)
+
+    # the distribution that sampling draws from
     weights, ids = weigh(logprobs, temperature, top_k or None, top_p)
-    drawn = np.zeros(len(logprobs))
-    drawn[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
-    found = "This is the end of the text: what may follow?"
-    if here is not None:
-        rank = 1 + (logprobs > logprobs[here]).sum()
-        found = (f"“{shown(engine, here)}” has probability {np.exp(logprobs[here]):.2%}, number {rank:,} of {len(logprobs):,}; "
-                 f"its surprisal is {-logprobs[here] / math.log(2):.2f} bits. It is drawn with probability {drawn[here]:.2%}, of "
-                 f"{(drawn > 0).sum():,} tokens that can be.")
-    names = choices(engine, logprobs)
-    return found, *({name: float(p[i]) for name, i in names.items()} for p in (np.exp(logprobs), drawn))
+    sampled = np.zeros(len(logprobs))  # (V,)
+    sampled[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
+    expected = np.exp(logprobs)  # (V,)
+
+    if place.token is None:
+        sentence = "This is the end of the text. The lists show what could come next."
+    else:
+        token = place.token
+        rank = 1 + (logprobs > logprobs[token]).sum()
+        candidates = (sampled > 0).sum()
+        sentence = (
+            f"“{visible(place.engine, token)}” has probability {expected[token]:.2%}: number "
+            f"{rank:,} of {len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. "
+            f"With the settings it is sampled with probability {sampled[token]:.2%}; "
+            f"candidates: {candidates:,}.")
+    names = most_likely(place.engine, logprobs)
+    return (
+        sentence,
+        {name: float(expected[i]) for name, i in names.items()},
+        {name: float(sampled[i]) for name, i in names.items()},
+    )
 
 
-def fork_at(models: Models, choice: str, text: str, model: str, place: int, temperature: float, top_k: int, top_p: float):
-    """Streams the text up to a place, another token there, and what the model makes of that."""
-    with sentences():
-        engine, first, before, _ = at(models, text, model, place)
-        token = choices(engine, logprobs_of(engine, tuple((first + before)[-engine.block_size:]))).get(choice)
+def fork(
+    models: Models,
+    choice: str,
+    text: str,
+    model: str,
+    position: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+):
+    """Streams the text up to the position, the chosen token, and the model's continuation."""
+    with show_user_errors():
+        place = locate(models, text, model, position)
+        engine = place.engine
+        token = most_likely(engine, place.logprobs()).get(choice)
         if token is None:
             raise UserError("Choose one of the alternatives.")
-        pieces = [engine.tokenizer.decode([*before, token])]
-        for count, piece in enumerate(engine.stream([*first, *before, token], max_new_tokens=LENGTH, temperature=temperature,
-                                                    top_k=top_k or None, top_p=top_p)):
-            pieces.append(piece)
+        prompt = [*place.start, *place.before, token]
+        written = engine.tokenizer.decode([*place.before, token])
+        pieces = engine.stream(
+            prompt, max_new_tokens=FORK_LENGTH, temperature=temperature, top_k=top_k or None,
+            top_p=top_p)
+        for count, piece in enumerate(pieces):
+            written += piece
             if count % REFRESH_TOKENS == 0:
-                yield "".join(pieces)
-        yield "".join(pieces)
+                yield written
+        yield written

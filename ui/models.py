@@ -1,17 +1,14 @@
-"""The models that the page offers, loaded when they are first needed, and the sentences that a person's mistakes get."""
+"""The models that the page offers. A model is loaded in the background when it is first used."""
 import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import gradio as gr
-import numpy as np
 
 import checkpoint
 import report
@@ -21,143 +18,190 @@ from generate import Dtype, Engine
 from training.config import TrainConfig
 from ui import zero
 
-KEPT = 2  # models in memory, those used last
-MAX_TIME_S = 300  # of one text, its wait in the queue included
-PREFIX_BYTES = 2**26  # of beginnings that a model keeps for texts that begin alike
-BEGINNINGS = {  # of texts such as a model learned
-    "bundled:edu": ["The history of", "Photosynthesis is the process by which", "It was a cold evening, and the old man"],
+MAX_LOADED = 2  # models in memory; the least recently used one goes first
+MAX_TIME_S = 300  # for one text, including its wait in the queue
+PREFIX_BYTES = 2**26  # per model, for the KV caches that later prompts reuse
+CHAT_MODEL = "bundled:chat"
+
+# Prompts that resemble what each bundled model was trained on.
+BEGINNINGS = {
+    "bundled:stories": [
+        "Once upon a time, there was a little fox who",
+        "One day, Lily found a",
+        "Tom and his dog",
+    ],
+    "bundled:edu": [
+        "The history of",
+        "Photosynthesis is the process by which",
+        "It was a cold evening, and the old man",
+    ],
     "bundled:pushkin": ["Я вас любил", "Мороз и солнце; "],
-    "bundled:shakespeare": ["ROMEO:\n", "First Citizen:\nBefore we proceed any further, hear me speak.\n",
-                            "KING RICHARD III:\nNow is the"]}
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+    "bundled:shakespeare": [
+        "ROMEO:\n",
+        "First Citizen:\nBefore we proceed any further, hear me speak.\n",
+        "KING RICHARD III:\nNow is the",
+    ],
+}
 
 
 class Loaded(NamedTuple):
     engine: Engine
-    info: dict  # as checkpoint.load_model gives it
-    limit: float | None  # tokens a second of one text if all that a token took were reading the weights; None on a GPU
+    info: dict  # from checkpoint.load_model
 
 
 class Models:
-    """What can be written with: `names`, the default first. Each is loaded once, in a thread, and KEPT of them stay."""
+    """The models by name.
 
-    def __init__(self, asked: str | None, device: str = "auto", dtype: str = "auto"):
-        if asked and (asked.startswith("bundled") or Path(asked).exists()):
-            checkpoint.find_model(asked)  # says at once what is wrong with it; one of the Hub is fetched while the page is there
-        self.asked, self.device, self.dtype = asked, pick_device(device), dtype
-        self.lock, self.loaded = threading.RLock(), collections.OrderedDict()  # (name, dtype) -> Future of Loaded
+    `names` lists them, the default first. A model is loaded once per precision, in its own thread,
+    and at most MAX_LOADED stay in memory.
+    """
+
+    def __init__(self, requested: str | None, device: str = "auto", dtype: str = "auto"):
+        # report a wrong local name at once; a model on the Hub is downloaded after the page opens
+        if requested and (requested.startswith("bundled") or Path(requested).exists()):
+            checkpoint.find_model(requested)
+        self.requested = requested
+        self.device = pick_device(device)
+        self.dtype = dtype
+        self.lock = threading.RLock()
+        self.loaded = collections.OrderedDict()  # (name, dtype) -> Future of Loaded
         self.names = []
-        self.list()
+        self.list_names()
 
-    def examples(self) -> list[list[str]]:
-        """[a beginning, the model that it is for] of the bundled models."""
-        return [[text, name] for name in self.names for text in BEGINNINGS.get(name, ())]
+    # ----------------------------------------------------------------------------------------------
+    # Names
 
-    def with_checkpoints(self) -> list[str]:
-        return [each for name in self.list() for each in (name, *self.checkpoints(name).values())]
+    def list_names(self) -> list[str]:
+        """Names of all models: the requested one, the runs under log/, the bundled ones.
 
-    def list(self) -> list[str]:
-        """The one asked for, the runs, the bundled ones; anew, as a run may have begun since the page was opened."""
+        The list is read again each time, because a run may have started in the meantime.
+        """
         bundled = [f"bundled:{name}" for name in checkpoint.list_bundled()]
-        asked = bundled[:1] if self.asked == "bundled" else [self.asked] if self.asked else []
-        names = [*asked, *checkpoint.list_runs(), *bundled]
+        if self.requested == "bundled":
+            first = bundled[:1]
+        else:
+            first = [self.requested] if self.requested else []
+        names = [*first, *checkpoint.list_runs(), *bundled]
         if not names:
-            raise UserError("There is no model to show: train one, or name one with --model.")
-        self.names[:] = dict.fromkeys(names)  # the same list: serve.py has it too
+            raise UserError("No model found: train one, or name one with --model.")
+        self.names[:] = dict.fromkeys(names)  # in place, because serve.py holds the same list
         return self.names
 
-    def beginning(self) -> str:
-        """A text for the first model to go on with."""
-        if self.names[0] in BEGINNINGS:
-            return BEGINNINGS[self.names[0]][0]
-        with contextlib.suppress(OSError, UserError, KeyError):  # of what is no run
-            return report.read_config(self.names[0])["sample_prompt"]
+    def checkpoints(self, run: str) -> dict[int, str]:
+        """The checkpoints that a run has saved: step -> model name. Empty if it is not a run."""
+        if run not in checkpoint.list_runs():
+            return {}
+        folder = Path(run)
+        steps = checkpoint.model_steps(folder)
+        return {step: str(checkpoint.model_path(folder, step)) for step in steps}
+
+    def list_with_checkpoints(self) -> list[str]:
+        """All models, each run followed by its checkpoints."""
+        names = []
+        for name in self.list_names():
+            names += [name, *self.checkpoints(name).values()]
+        return names
+
+    def check_name(self, name: str):
+        """Raises UserError if the name is not in the list: a visitor must not open other paths."""
+        if name in self.names or name in self.list_names() or name in self.list_with_checkpoints():
+            return
+        raise UserError("Choose a model from the list.")
+
+    # ----------------------------------------------------------------------------------------------
+    # Prompts
+
+    def examples(self) -> list[list[str]]:
+        """[prompt, model name] pairs for the bundled models."""
+        return [[prompt, name] for name in self.names for prompt in BEGINNINGS.get(name, ())]
+
+    def first_prompt(self) -> str:
+        """A prompt for the default model."""
+        default = self.names[0]
+        if default in BEGINNINGS:
+            return BEGINNINGS[default][0]
+        with contextlib.suppress(OSError, UserError, KeyError):  # not a run
+            return report.read_config(default)["sample_prompt"]
         return TrainConfig.sample_prompt
 
-    def checkpoints(self, run: str) -> dict[int, str]:
-        """step -> name, of the models that a run has saved."""
-        path = Path(run) if run in checkpoint.list_runs() else None
-        return {step: str(checkpoint.model_path(path, step)) for step in checkpoint.model_steps(path)} if path else {}
+    def chat_model(self) -> str:
+        """The model that Chat opens with: the bundled chat model, if there is one."""
+        return CHAT_MODEL if CHAT_MODEL in self.names else self.names[0]
 
-    def known(self, name: str) -> str:
-        """The name, where it is one of ours: what a request names is never a path. Raises UserError."""
-        if name not in self.names and name not in self.list() and name not in self.with_checkpoints():
-            raise UserError("Choose a model of the list.")
-        return name
+    # ----------------------------------------------------------------------------------------------
+    # Loading
 
     def future(self, name: str, dtype: str | None = None) -> concurrent.futures.Future[Loaded]:
-        """The model, which is loaded when it is not there yet. Raises UserError for a name that is not ours."""
-        key = self.known(name), dtype or self.dtype
-        if key[1] not in get_args(Dtype):
-            raise UserError(f"The precision is one of {', '.join(get_args(Dtype))}.")
+        """The model, which starts to load if it is not in memory. Raises UserError for a name or a
+        precision that is not offered."""
+        self.check_name(name)
+        dtype = dtype or self.dtype
+        if dtype not in get_args(Dtype):
+            raise UserError(f"The precision must be one of {', '.join(get_args(Dtype))}.")
+        key = name, dtype
         with self.lock:
             future = self.loaded.get(key)
+            # load a model that is not in memory; try a failed one again
             if future is None or (future.done() and future.exception()):
-                future = self.loaded[key] = self.start_loading(*key)
+                future = self.loaded[key] = self.start_loading(name, dtype)
+            # drop the least recently used models
             self.loaded.move_to_end(key)
-            while len(set(self.loaded.values())) > KEPT:
+            while len(set(self.loaded.values())) > MAX_LOADED:
                 self.loaded.popitem(last=False)
             return future
 
     def start_loading(self, name: str, dtype: str) -> concurrent.futures.Future[Loaded]:
-        """Loads a model in a thread of its own, which ends: OpenMP keeps workers for each that computed."""
+        # a new thread for each load: OpenMP keeps its workers for every thread that has computed
         future = concurrent.futures.Future()
         threading.Thread(target=self.load, args=(name, dtype, future), daemon=True).start()
         return future
 
     def load(self, name: str, dtype: str, future: concurrent.futures.Future[Loaded]):
+        """Loads a model and sets the future's result, or its exception."""
         try:
             model, tokenizer, info = checkpoint.load_model(name, self.device)
-            engine = zero.engine(info["path"], model, tokenizer, dtype, deadline_s=MAX_TIME_S, prefix_bytes=PREFIX_BYTES)
-            engine.forward  # noqa: B018 (compiles and packs)
-            size = model.num_parameters() * WEIGHT_BYTES[engine.dtype]
-            limit = read_bandwidth(size) / size if engine.device.type == "cpu" else None
+            limits = {"deadline_s": MAX_TIME_S, "prefix_bytes": PREFIX_BYTES}
+            engine = zero.engine(info["path"], model, tokenizer, dtype, **limits)
+            engine.forward  # noqa: B018 (compiles the kernels and packs the weights)
             with self.lock:
-                if self.loaded.get((name, dtype)) is future:  # "auto" and what it came to are one model
+                # "auto" and the precision that it chose share one model
+                if self.loaded.get((name, dtype)) is future:
                     self.loaded.setdefault((name, engine.dtype), future)
-            future.set_result(Loaded(engine, info, limit))
-        except Exception as error:  # whoever waits for it is told
+            future.set_result(Loaded(engine, info))
+        except Exception as error:  # raised again in whoever waits for the future
             future.set_exception(error)
 
     async def wait_for(self, name: str, dtype: str | None = None) -> Loaded:
+        # shielded: a visitor who leaves must not cancel the loading for the others
         return await asyncio.shield(asyncio.wrap_future(self.future(name, dtype)))
 
     def engine(self, name: str, dtype: str | None = None) -> Engine:
+        """The model's engine; waits until it is loaded."""
         return self.future(name, dtype).result().engine
 
     def info(self, name: str) -> dict:
         return self.future(name).result().info
 
     def describe(self, name: str) -> str:
-        """A line on a model."""
-        engine, info, _ = self.future(name).result()
-        return f"{checkpoint.describe(info)}, reads {engine.block_size:,} tokens at a time; {engine.dtype} on {engine.device}"
+        """One line about a model, for the page."""
+        engine, info = self.future(name).result()
+        return (f"{checkpoint.describe(info)}, context of {engine.block_size:,} tokens; "
+                f"{engine.dtype} on {engine.device}")
 
     def load_in_background(self):
-        """Loads the first model while the page is already there."""
-        def say(future):
+        """Starts to load the default model, so that it is ready when the first visitor writes."""
+        name = self.names[0]
+
+        def report_failure(future):
             if future.exception():
-                print(f"{self.names[0]} could not be loaded: {future.exception()}", file=sys.stderr)
-        self.future(self.names[0]).add_done_callback(say)
+                print(f"{name} could not be loaded: {future.exception()}", file=sys.stderr)
 
-
-@functools.cache
-def read_bandwidth(size: int) -> float:
-    """Bytes a second at which this machine's cores read so many bytes over and over: what fits a cache is read from there, as a
-    model's weights are. A matrix is multiplied by a vector, as they are too; of what is larger than 64 MiB, only so much."""
-    matrix = np.ones((max(1, min(size, 2**26) // 4096), 1024), np.float32)
-    vector, best = np.ones(1024, np.float32), float("inf")
-    for _ in range(8):
-        began = time.perf_counter()
-        for _ in range(times := max(1, 2**24 // matrix.nbytes)):
-            matrix @ vector
-        best = min(best, (time.perf_counter() - began) / times)
-    return matrix.nbytes / best
+        self.future(name).add_done_callback(report_failure)
 
 
 @contextlib.contextmanager
-def sentences():
-    """What a person can cause reaches them as the one sentence that says it."""
+def show_user_errors():
+    """Shows a UserError to the visitor as Gradio's error message."""
     try:
         yield
     except UserError as error:

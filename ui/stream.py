@@ -1,169 +1,245 @@
-"""What the tabs share: the settings of a text, validate_settings on the server, and texts while they are written."""
+"""What the tabs share: the settings of a text and their validation, and the streaming of texts."""
 import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncIterator
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import gradio as gr
 
 from common.errors import UserError
 from engine.sampling import Sampling
-from generate import Dtype, Reader
-from ui.models import Loaded, Models, sentences
+from generate import Dtype, Piece, PieceStream, Reader
+from ui.models import Loaded, Models, show_user_errors
 
-MAX_BYTES = 40_000  # of a prompt
+MAX_BYTES = 40_000  # in a prompt
 MAX_LENGTH = 2_000  # tokens
-MAX_STOPS, MAX_STOP = 4, 100  # stop strings, and their characters
-REFRESH_S = 0.05  # the page is sent a text at most this often, and less often with more than CROWD texts
-CROWD = 8
+MAX_STOPS = 4
+MAX_STOP_CHARS = 100  # in one stop string
+REFRESH_S = 0.05  # the page is updated at most this often,
+CROWD = 8  # and less often if more than this many texts are being generated
 DTYPES = list(get_args(Dtype))
 
-# lowest, highest, step, default, label, what it means
-RANGES = {"temperature": (0.1, 2.0, 0.05, 0.8, "Temperature", "Low: the likeliest tokens. High: surprises."),
-          "top_k": (0, 200, 1, 0, "Top-k", "Among the k likeliest tokens; 0 allows all."),
-          "top_p": (0.05, 1.0, 0.01, 0.9, "Top-p", "Among the fewest tokens that hold this share of the probability."),
-          "length": (1, MAX_LENGTH, 1, 300, "Length", "Tokens to write."),
-          "versions": (1, 4, 1, 1, "Versions", "Side by side, the likeliest first in the end."),
-          "seed": (0, 2**53, 1, 42, "Seed", "The same seed and settings give the same text again.")}
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+
+class Range(NamedTuple):
+    minimum: float
+    maximum: float
+    step: float
+    default: float
+    label: str
+    info: str
+
+
+RANGES = {
+    "temperature": Range(
+        0.1, 2.0, 0.05, 0.8, "Temperature",
+        "Lower is more predictable, higher is more surprising."),
+    "top_k": Range(
+        0, 200, 1, 0, "Top-k",
+        "Sample from the k most likely tokens only. 0 turns this off."),
+    "top_p": Range(
+        0.05, 1.0, 0.01, 0.9, "Top-p",
+        "Sample from the smallest set of tokens with this total probability. 1 turns this off."),
+    "length": Range(
+        1, MAX_LENGTH, 1, 300, "Length",
+        "Number of tokens to generate."),
+    "versions": Range(
+        1, 4, 1, 1, "Versions",
+        "Number of continuations. The most likely one comes first when all have ended."),
+    "seed": Range(
+        0, 2**53, 1, 42, "Seed",
+        "The same seed and settings give the same text."),
+}
 
 
 def default_of(name: str) -> float:
-    """What a visitor begins with, on the page and in its API."""
-    return RANGES[name][3]
+    """The default of a setting, on the page and in its API."""
+    return RANGES[name].default
 
 
 def slider(name: str, tab: str = "", **changes) -> gr.Slider | gr.Number:
-    lowest, highest, step, value, label, info = RANGES[name]
-    common = {"label": label, "info": info, "value": value, "elem_id": tab + name.replace("_", "-"), **changes}
+    """The component for a setting. `tab` prefixes its element id; `changes` override options."""
+    limits = RANGES[name]
+    options = {
+        "label": limits.label,
+        "info": limits.info,
+        "value": limits.default,
+        "elem_id": tab + name.replace("_", "-"),
+        "precision": 0 if limits.step == 1 else None,
+        **changes,
+    }
     if name == "seed":
-        return gr.Number(minimum=lowest, maximum=highest, precision=0, **common)
-    return gr.Slider(lowest, highest, step=step, precision=0 if step == 1 else None, **common)
+        return gr.Number(minimum=limits.minimum, maximum=limits.maximum, **options)
+    return gr.Slider(limits.minimum, limits.maximum, step=limits.step, **options)
 
 
-def model_box(models: Models, tab: str = "") -> gr.Dropdown:
-    """Where a model is chosen; a line on it stands above, as soon as it is loaded."""
+def model_box(models: Models, tab: str = "", value: str | None = None) -> gr.Dropdown:
+    """The list of models, with a line about the selected one as soon as it is loaded."""
     def describe(name: str):
-        with sentences():
-            return gr.update(info=models.describe(name), choices=models.list())
-    box = gr.Dropdown(models.names, value=models.names[0], label="Model", info="Loading …", elem_id=f"{tab}model")
-    gr.on([gr.context.Context.root_block.load, box.change], describe, box, box, api_visibility="private", show_progress="hidden")
+        with show_user_errors():
+            return gr.update(info=models.describe(name), choices=models.list_names())
+
+    box = gr.Dropdown(models.names, value=value or models.names[0], label="Model",
+                      info="Loading …", elem_id=f"{tab}model")
+    gr.on([gr.context.Context.root_block.load, box.change], describe, box, box,
+          api_visibility="private", show_progress="hidden")
     return box
 
 
 def figures_box(elem_id: str, placeholder: str) -> gr.Textbox:
-    """Where a tab tells what its texts took."""
-    return gr.Textbox(label="Figures", show_label=False, container=False, interactive=False, max_lines=8, elem_id=elem_id,
-                      placeholder=placeholder)
+    """The line below a text that shows its length and speed."""
+    return gr.Textbox(label="Figures", show_label=False, container=False, interactive=False,
+                      max_lines=8, elem_id=elem_id, placeholder=placeholder)
 
 
 def validate_settings(prompt: str, stop: list[str] = (), **numbers) -> Sampling:
-    """The settings of a text, each of which is in its range. Raises UserError, naming the one that is not."""
+    """The sampling settings from a visitor's input.
+
+    `numbers` are values for the names in RANGES; "length" is required. Raises UserError, naming the
+    setting, if a value is not valid.
+    """
+    # the prompt
     if not isinstance(prompt, str) or len(prompt.encode("utf-8", "replace")) > MAX_BYTES:
-        raise UserError(f"The prompt is a text of at most {MAX_BYTES:,} bytes.")
+        raise UserError(f"The prompt must be a text of at most {MAX_BYTES:,} bytes.")
+
+    # the numbers
+    values = {}
     for name, value in numbers.items():
-        lowest, highest, step, *_ = RANGES[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool) and (step != 1 or value == value // 1)
-        if not number or not lowest <= value <= highest:
-            kind = "a whole number" if step == 1 else "a number"
-            raise UserError(f"{RANGES[name][4]} is {kind} from {lowest} to {highest}, not {value!r:.40}.")
-    strings = isinstance(stop, list | tuple) and all(isinstance(s, str) and len(s) <= MAX_STOP for s in stop)
-    if not strings or len(stop) > MAX_STOPS:
-        raise UserError(f"There are at most {MAX_STOPS} stop strings, of at most {MAX_STOP} characters each.")
-    values = {name: int(value) if RANGES[name][2] == 1 else float(value) for name, value in numbers.items()}
-    versions, length, top_k = values.pop("versions", 1), values.pop("length"), values.pop("top_k", 0)
-    return Sampling(max_new_tokens=length, top_k=top_k or None, stop=tuple(stop), logprobs=0 if versions > 1 else None, **values)
+        limits = RANGES[name]
+        whole = limits.step == 1
+        valid = isinstance(value, int | float) and not isinstance(value, bool)
+        if valid and whole:
+            valid = value == value // 1
+        if not valid or not limits.minimum <= value <= limits.maximum:
+            kind = "a whole number" if whole else "a number"
+            raise UserError(f"{limits.label} must be {kind} from {limits.minimum} to "
+                            f"{limits.maximum}, not {value!r:.40}.")
+        values[name] = int(value) if whole else float(value)
+
+    # the stop strings
+    valid = isinstance(stop, list | tuple) and len(stop) <= MAX_STOPS
+    if not valid or not all(isinstance(s, str) and len(s) <= MAX_STOP_CHARS for s in stop):
+        raise UserError(f"Give at most {MAX_STOPS} stop strings, "
+                        f"each of at most {MAX_STOP_CHARS} characters.")
+
+    versions = values.pop("versions", 1)
+    return Sampling(
+        max_new_tokens=values.pop("length"),
+        top_k=values.pop("top_k", 0) or None,
+        stop=tuple(stop),
+        logprobs=0 if versions > 1 else None,  # several versions are ranked by log-probability
+        **values,
+    )
 
 
 def stop_strings(lines: str) -> list[str]:
-    """The stop strings that a person wrote, one a line, \\n in it a line break."""
+    """The stop strings in a text box: one per line, with \\n for a line break."""
     return [line.replace("\\n", "\n") for line in (lines or "").splitlines() if line]
 
 
+# --------------------------------------------------------------------------------------------------
+# Streaming
+
 class Writing:
-    """Texts that go on from one prompt, while they are made: `texts`, their `tokens`, the sums of their log-probabilities."""
+    """One or more continuations of a prompt while they are generated.
 
-    def __init__(self, loaded: Loaded, prompt: str | list[int], sampling: Sampling, versions: int = 1):
-        self.engine, self.limit, self.began, self.first = loaded.engine, loaded.limit, time.perf_counter(), None
-        self.ids, self.notices = (prompt, []) if isinstance(prompt, list) else self.engine.encode(prompt)
-        self.sampling, self.request = sampling, None
-        self.texts, self.tokens, self.logprobs, self.reasons = ([x] * versions for x in ("", 0, 0.0, None))
-        self.last = self.began
+    `texts`, `tokens` (counts), `logprobs` (sums, nats) and `reasons` (None until the text has
+    ended) have an entry for each version.
+    """
 
-    def submit(self):
-        """Asks the scheduler. Raises Busy."""
-        self.request = self.engine.submit(self.ids, len(self.texts), **dataclasses.asdict(self.sampling))
-        self.request.wake = self.tick
-        self.reader = Reader(self.engine.tokenizer, self.request)
+    def __init__(self, loaded: Loaded, prompt: str | list[int], sampling: Sampling,
+                 versions: int = 1):
+        self.started_at = time.perf_counter()
+        self.engine, self.sampling = loaded.engine, sampling
+        if isinstance(prompt, list):
+            self.ids, self.notices = prompt, []
+        else:
+            self.ids, self.notices = self.engine.encode(prompt)
+        self.texts = [""] * versions
+        self.tokens = [0] * versions
+        self.logprobs = [0.0] * versions
+        self.reasons = [None] * versions
+        self.request = None
 
-    def tick(self):
-        """The scheduler's thread says when there is something new."""
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
+    def submit(self) -> Reader:
+        """Sends the request to the engine. Raises Busy."""
+        settings = dataclasses.asdict(self.sampling)
+        self.request = self.engine.submit(self.ids, len(self.texts), **settings)
+        return Reader(self.engine.tokenizer, self.request)
 
-    def read(self):
-        """Takes in what has come. Raises what befell the request: Busy, say."""
-        while not self.request.events.empty():
-            event = self.request.events.get()
-            if isinstance(event, Exception):
-                raise event
-            for i, text, token, reason in self.reader.read(event):
-                self.texts[i] += text
-                self.tokens[i] += token is not None
-                self.logprobs[i] += token.logprob or 0 if token else 0
-                self.reasons[i] = reason
-                if reason:
-                    self.request.cancel(i)
+    def add(self, piece: Piece):
+        self.texts[piece.index] += piece.text
+        self.reasons[piece.index] = piece.reason
+        if piece.token:
+            self.tokens[piece.index] += 1
+            self.logprobs[piece.index] += piece.token.logprob or 0
 
     @property
     def done(self) -> bool:
         return all(self.reasons)
 
     def ranked(self) -> list[int]:
-        """The numbers of the texts; when all have ended by their mean log-probability, the likeliest first."""
-        return sorted(range(len(self.texts)), key=self.mean_logprob, reverse=True) if self.done else list(range(len(self.texts)))
+        """The indices of the versions. Once all have ended, the most likely one comes first."""
+        indices = list(range(len(self.texts)))
+        if self.done:
+            indices.sort(key=self.mean_logprob, reverse=True)
+        return indices
 
     def mean_logprob(self, i: int) -> float:
+        """The mean log-probability of a version's tokens, in nats."""
         return self.logprobs[i] / max(1, self.tokens[i])
 
     def context(self) -> str:
-        """How much of its context the model reads for the first text now, by the engine's rule for going on past it."""
-        used, size = len(self.ids) + self.tokens[0], self.engine.block_size
-        half = max(1, size // 2)
-        over = used - size - 1
-        return f"context {half + over % (size + 1 - half) if over >= 0 else used:,} of {size:,}"
+        """How many tokens of context the model sees for the first version."""
+        size = self.engine.block_size
+        used = len(self.ids) + self.tokens[0]
+        if used > size:
+            # at size + 1 tokens the engine keeps half of the context, which then fills up again
+            half = max(1, size // 2)
+            used = half + (used - size - 1) % (size + 1 - half)
+        return f"context {used:,} of {size:,}"
 
     def figures(self) -> str:
-        """What the texts took so far, in a line; or what they wait for."""
-        place, tokens, took = self.request.place(), sum(self.tokens), self.last - (self.first or self.last)
-        if place:
-            return f"Number {place} in the queue: {len(self.request.scheduler.running)} texts are being written."
+        """Length and speed so far, or what the request is waiting for."""
+        position = self.request.queue_position()
+        if position:
+            running, _ = self.request.scheduler.load()
+            return f"Number {position} in the queue: {running} texts are being written."
+        tokens = sum(self.tokens)
         if not tokens and not self.done:
             return "Reading the prompt …"
-        parts = [f"{tokens:,} tokens", f"first after {((self.first or self.last) - self.began) * 1000:,.0f} ms"]
-        if tokens > len(self.texts) and took > 0:
-            speed = (tokens - len(self.texts)) / took
-            share = 100 * speed / len(self.texts) / self.limit if self.limit else 0
-            # Above 100 the cores were busy with something else when reading was measured, which then says nothing.
-            limit = f" ({share:.2g}% of what reading the weights allows here)" if 0 < share <= 100 else ""
-            parts.append(f"{speed:,.0f} tokens/s{limit}")
-        ends = ["ended after the longest time a text may take"] * ("deadline" in self.reasons)
-        return "  ".join([" · ".join([*parts, self.context(), f"seed {self.request.seed}", *ends]), *self.notices])
+
+        first_at = self.request.first_event_at or self.started_at
+        last_at = self.request.last_event_at or self.started_at
+        parts = [f"{tokens:,} tokens", f"first after {(first_at - self.started_at) * 1000:,.0f} ms"]
+        after_first = tokens - len(self.texts)
+        if after_first > 0 and last_at > first_at:
+            parts.append(f"{after_first / (last_at - first_at):,.0f} tokens/s")
+        parts += [self.context(), f"seed {self.request.seed}"]
+        if "deadline" in self.reasons:
+            parts.append("stopped at the time limit")
+        return "  ".join([" · ".join(parts), *self.notices])
 
 
 async def follow(*writings: Writing) -> AsyncIterator[None]:
-    """Has the texts written, and comes back whenever there may be more to show, until all have ended; they end too when nobody
-    reads on. Raises what befalls them: Busy, say."""
+    """Starts the writings, and yields whenever there is something new to show.
+
+    Ends when all have ended; cancels them if the consumer leaves. Raises the engine's errors, such
+    as Busy.
+    """
     try:
-        for writing in writings:
-            writing.submit()
-        while True:
-            for writing in writings:
-                writing.read()
+        readers = [writing.submit() for writing in writings]
+        async for batch in PieceStream(readers, REFRESH_S):
+            for i, piece in batch:
+                writings[i].add(piece)
             yield
-            if all(writing.done for writing in writings):
-                return
-            await asyncio.sleep(REFRESH_S * max(1, max(len(writing.request.scheduler.running) for writing in writings) / CROWD))
+            if not all(writing.done for writing in writings):
+                # give a crowd fewer updates, so that the computation keeps its cores
+                running = max(writing.request.scheduler.load()[0] for writing in writings)
+                await asyncio.sleep(REFRESH_S * max(1, running / CROWD))
     finally:
         for writing in writings:
             if writing.request:

@@ -1,6 +1,8 @@
-"""ZeroGPU, a Space whose GPU is there only while a decorated call runs, in a process that is forked for it.
+"""Runs large models on ZeroGPU, a Hugging Face Space that lends a GPU for one decorated call.
 
-Small models write on the CPU there as everywhere; a request to a large one is such a call, in which the same engine runs.
+`spaces.GPU` runs each call in a forked process that can use the GPU. Here a call is one request to
+a large model: the forked process loads the model and generates, and the tokens come back to the
+page's process. Small models run on the CPU as everywhere else.
 """
 import contextvars
 import dataclasses
@@ -12,59 +14,69 @@ import checkpoint
 from ddp import pick_device
 from engine.sampling import Sampling
 from engine.scheduler import Request, Scheduler
-from generate import LARGE, Dtype, Engine
+from generate import LARGE_MODEL, Dtype, Engine
 from model import GPT
 from tokenizer import Tokenizer
 
 if os.environ.get("SPACES_ZERO_GPU"):
     import spaces
-    gpu = spaces.GPU(duration=60)  # seconds of a visitor's quota that a call may take
+    gpu = spaces.GPU(duration=60)  # at most this many seconds of a visitor's quota per call
 else:
     def gpu(function):
         return function
 
 
-@functools.lru_cache(maxsize=1)  # of that process, which serves one call after another
-def engine_there(path: str) -> Engine:
-    return Engine(*checkpoint.load_model(path, pick_device("auto"))[:2])
+# --------------------------------------------------------------------------------------------------
+# In the GPU's process
+
+@functools.lru_cache(maxsize=1)  # the process serves several calls, one after another
+def gpu_engine(path: str) -> Engine:
+    model, tokenizer, _ = checkpoint.load_model(path, pick_device("auto"))
+    return Engine(model, tokenizer)
 
 
 @gpu
 def events(path: str, ids: list[int], n: int, sampling: dict):
-    yield from engine_there(path).submit(ids, n, **sampling)
+    """Yields the events of a request to the model at `path`."""
+    yield from gpu_engine(path).submit(ids, n, **sampling)
 
 
-class Call(Request):
-    """A request that is written there: a thread hands on what comes."""
+# --------------------------------------------------------------------------------------------------
+# In the page's process
+
+class GPURequest(Request):
+    """A request that the GPU's process generates; a thread forwards its events."""
 
     def __init__(self, path: str, scheduler: Scheduler, ids: list[int], n: int, sampling: Sampling):
         super().__init__(scheduler, ids, n, sampling)
-        visitor = contextvars.copy_context()  # whose quota it is
-        threading.Thread(target=visitor.run, args=(self.read, path), daemon=True).start()
+        # `spaces` finds the visitor, whose quota pays for the call, in the context
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(self.forward, path), daemon=True).start()
 
-    def read(self, path: str):
+    def forward(self, path: str):
         try:
-            options = dataclasses.asdict(self.sampling) | {"seed": self.seed}
-            for event in events(path, self.ids, self.n, options):
-                if not self.left:  # nobody reads on
+            settings = {**dataclasses.asdict(self.sampling), "seed": self.seed}
+            for event in events(path, self.ids, self.n, settings):
+                if not self.active:  # cancelled
                     return
                 self.put(event)
-        except Exception as error:  # whatever it is, the reader is told
+        except Exception as error:  # raised again in the reader
             self.put(error)
 
 
 class ZeroEngine(Engine):
-    """Looks into texts here, on the CPU, and writes where the GPU is."""
+    """Generates in the GPU's process; everything else, such as `inspect`, runs here on the CPU."""
     path: str
 
-    def submit(self, prompt: str | list[int], n: int = 1, **sampling) -> Call:
-        return Call(self.path, self.scheduler, self.prompt_ids(prompt), n, Sampling(**sampling))
+    def submit(self, prompt: str | list[int], n: int = 1, **sampling) -> GPURequest:
+        ids = self.prompt_ids(prompt)
+        return GPURequest(self.path, self.scheduler, ids, n, Sampling(**sampling))
 
 
 def engine(path: str, model: GPT, tokenizer: Tokenizer, dtype: Dtype, **limits) -> Engine:
-    """The engine for a model, which was loaded from `path`, on this machine."""
-    if not os.environ.get("SPACES_ZERO_GPU") or model.num_parameters() < LARGE:
+    """The engine for a model loaded from `path`: a `ZeroEngine` for a large model on ZeroGPU."""
+    if not os.environ.get("SPACES_ZERO_GPU") or model.num_parameters() < LARGE_MODEL:
         return Engine(model, tokenizer, dtype, **limits)
-    here = ZeroEngine(model, tokenizer, dtype, **limits)
-    here.path = path
-    return here
+    zero_engine = ZeroEngine(model, tokenizer, dtype, **limits)
+    zero_engine.path = path
+    return zero_engine

@@ -1,1 +1,1 @@
-"""Other people's weight layouts."""
+"""Reads and writes the file formats of other programs' weights."""

@@ -1,61 +1,81 @@
-"""llama.cpp's file format, GGUF, out."""
+"""Saves a model as GGUF, llama.cpp's file format."""
 import os
 from pathlib import Path
 
-import gguf
 import torch
 
 from common.errors import UserError
 from model import GPT
 from tokenizer import END_OF_TEXT, Tokenizer
 from weights.huggingface import FIXED
-from weights.state import fitted
+from weights.state import cast_weight
 
-GGUF_TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16,
-              "float16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+Q8_0_BLOCK = 32  # q8_0 quantizes blocks of 32 weights along a row
 
 
-def save_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float16", name: str = "gpt2"):
-    """Writes llama.cpp's file: matrices in `dtype`, one of GGUF_TYPES, the rest in float32; the head is tied and not stored.
+def save_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float16",
+              name: str = "gpt2"):
+    """Writes llama.cpp's file to `path`.
 
-    Raises UserError for what llama.cpp's GPT-2 cannot be: it knows byte-level BPEs that end with `<|endoftext|>`, which it
-    splits as GPT-2 does, and GELU's approximation.
+    Stores matrices in `dtype` (float32, bfloat16, float16 or q8_0), everything else in float32.
+    The head is tied to the embedding and not stored.
+
+    Raises UserError for what llama.cpp's GPT-2 does not support: a tokenizer that is not a
+    byte-level BPE with `<|endoftext|>` and GPT-2's word splitting, or the exact GELU.
     """
-    if not tokenizer.splits_as_gpt2 or tokenizer.eot is None:
-        raise UserError(f"llama.cpp runs byte-level BPE tokenizers with {END_OF_TEXT} that split words as GPT-2's does, "
-                        f"which this model's ({tokenizer.kind}) is not.")
-    c, kind = model.config, GGUF_TYPES[dtype]
+    import gguf  # noqa: PLC0415 (only this export needs it)
+
+    c = model.config
+    if not tokenizer.splits_like_gpt2 or tokenizer.eot is None:
+        raise UserError(f"llama.cpp needs a byte-level BPE with {END_OF_TEXT} that splits words as "
+                        f"GPT-2 does, and this model has another tokenizer ({tokenizer.kind}): "
+                        "export it with --to hf.")
     if c.activation != "gelu_new":
-        raise UserError("llama.cpp's GPT-2 computes GELU by its tanh approximation; this model was trained with the exact one.")
+        raise UserError("llama.cpp's GPT-2 computes the tanh approximation of GELU, and this model "
+                        "was trained with the exact one: export it with --to hf.")
+    types = gguf.GGMLQuantizationType
+    matrix_type = {"float32": types.F32, "bfloat16": types.BF16, "float16": types.F16,
+                   "q8_0": types.Q8_0}[dtype]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     writer = gguf.GGUFWriter(temporary, "gpt2")
+    # architecture
+    file_type = "ALL_F32" if dtype == "float32" else f"MOSTLY_{matrix_type.name}"
     writer.add_name(name)
-    writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if dtype == "float32" else f"MOSTLY_{kind.name}"))
+    writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
     writer.add_context_length(c.block_size)
     writer.add_embedding_length(c.n_embd)
     writer.add_feed_forward_length(4 * c.n_embd)
     writer.add_block_count(c.n_layer)
     writer.add_head_count(c.n_head)
     writer.add_layer_norm_eps(FIXED["layer_norm_epsilon"])
-    spelled = {i: token for token, i in tokenizer.vocabulary().items()}
+    # tokenizer: every id needs a token, also those that the vocabulary leaves out
+    spelling = {i: token for token, i in tokenizer.vocabulary().items()}
+    ids = range(tokenizer.vocab_size)
+    token_types = [gguf.TokenType.NORMAL if i in spelling else gguf.TokenType.UNUSED for i in ids]
+    for i in tokenizer.special_ids:
+        token_types[i] = gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([spelled.get(i, f"[unused {i}]") for i in range(tokenizer.vocab_size)])
-    writer.add_token_types([gguf.TokenType.UNUSED if i not in spelled else gguf.TokenType.CONTROL if i in tokenizer.special
-                            else gguf.TokenType.NORMAL for i in range(tokenizer.vocab_size)])
+    writer.add_token_list([spelling.get(i, f"[unused {i}]") for i in ids])
+    writer.add_token_types(token_types)
     writer.add_token_merges([" ".join(pair) for pair in tokenizer.merges()])
     writer.add_bos_token_id(tokenizer.eot)
     writer.add_eos_token_id(tokenizer.eot)
     writer.add_add_bos_token(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+    # weights under llama.cpp's names, without the embedding's padding rows
+    state = model.state_dict()
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:tokenizer.vocab_size]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
-    for key, w in model.state_dict().items():
-        rows = tokenizer.vocab_size if key == "transformer.wte.weight" else len(w)
-        stored = kind if w.dim() == 2 and "wpe" not in key else GGUF_TYPES["float32"]
-        if stored == GGUF_TYPES["q8_0"] and w.size(1) % 32:  # its blocks are of 32
-            stored = GGUF_TYPES["float16"]
-        fitted(key, w, torch.float16 if stored == GGUF_TYPES["float16"] else torch.float32)
-        data = gguf.quants.quantize(w[:rows].float().cpu().numpy(), stored)
+    for key, w in state.items():
+        stored = matrix_type if w.dim() == 2 and "wpe" not in key else types.F32
+        if stored == types.Q8_0 and w.size(1) % Q8_0_BLOCK:
+            stored = types.F16
+        # check that the values fit, then let gguf convert them
+        cast_weight(key, w, torch.float16 if stored == types.F16 else torch.float32)
+        data = gguf.quants.quantize(w.float().cpu().numpy(), stored)
         writer.add_tensor(names.get_name(key, (".weight", ".bias")), data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

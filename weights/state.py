@@ -1,4 +1,4 @@
-"""A state dict of weights under our names, in our orientation, and the model built from it."""
+"""Brings weights to our names and orientation, and builds the model from them."""
 import re
 from pathlib import Path
 
@@ -7,54 +7,70 @@ import torch
 from common.errors import UserError
 from model import GPT, GPTConfig
 
-DAMAGE = (ValueError, KeyError, AttributeError, TypeError, OSError, RuntimeError)  # what reading a damaged file can raise
+# what reading a damaged file can raise
+DAMAGE = (ValueError, KeyError, AttributeError, TypeError, OSError, RuntimeError)
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def transposed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """From our orientation to Conv1D's, or back."""
-    return {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
+# matrices that Hugging Face's GPT-2 keeps in a Conv1D, as (in, out)
+CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
+                  "mlp.c_proj.weight")
 
 
-def fitted(name: str, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in `dtype`. Raises UserError where a value is too large for it."""
+def transpose_conv1d(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts nn.Linear's (out, in) matrices to Conv1D's (in, out), or back."""
+    return {name: w.t() if name.endswith(CONV1D_WEIGHTS) else w for name, w in state.items()}
+
+
+def cast_weight(name: str, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Casts the weight to `dtype`. Raises UserError if a value is too large for it."""
     w = w.detach().cpu().to(dtype)
     if not w.isfinite().all():
         raise UserError(f"{name} has values that {dtype} cannot hold: choose bfloat16 or float32.")
     return w
 
 
-def our_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state under our names, without constant masks and the tied head.
+def normalize_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames a GPT-2's weights to ours, and drops the constant causal masks and the tied head.
 
-    `torch.compile`, DistributedDataParallel and samkeet's wrapper put prefixes before them, GPT2Model leaves one out.
+    `torch.compile`, DistributedDataParallel and samkeet's wrapper add prefixes to the names;
+    Hugging Face's GPT2Model leaves out `transformer.`.
     """
     ours = {}
     for name, w in state.items():
         bare = re.sub(r"^((_orig_mod|module|model|transformer)\.)*", "", name)
-        if not bare.endswith((".attn.bias", ".attn.masked_bias")):
-            ours[bare if bare.startswith("lm_head.") else f"transformer.{bare}"] = w
+        if bare.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        ours[bare if bare.startswith("lm_head.") else f"transformer.{bare}"] = w
     head = ours.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, ours["transformer.wte.weight"]):
         raise ValueError("its head is not tied to its embedding")
     return ours
 
 
-def build(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
-    """The model of a configuration with these weights, in float32. Raises UserError where they do not fit."""
+def build_model(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
+    """The model with this configuration and these weights, in float32.
+
+    Raises UserError if they do not fit each other, or if a weight is not finite.
+    """
     try:
-        config = config if isinstance(config, GPTConfig) else GPTConfig(**config)
-        if len({name.split(".")[2] for name in state if ".h." in name}) != config.n_layer:
-            raise ValueError("other layers")
-        if not all(w.is_floating_point() and w.layout == torch.strided and w.device.type == "cpu" for w in state.values()):
-            raise TypeError("no plain numbers")
+        if not isinstance(config, GPTConfig):
+            config = GPTConfig(**config)
+        # count the layers first: a damaged n_layer could ask for a billion of them
+        layers = {name.split(".")[2] for name in state if ".h." in name}
+        if len(layers) != config.n_layer:
+            raise ValueError("n_layer differs from the number of layers in the weights")
+        for w in state.values():
+            if not w.is_floating_point() or w.layout != torch.strided or w.device.type != "cpu":
+                raise TypeError("weights are not dense floating-point tensors in memory")
+        # build on the meta device, so that no memory is allocated twice
         with torch.device("meta"):
             model = GPT(config)
-        model.load_state_dict({name: w.float().contiguous() for name, w in state.items()}, assign=True)
+        weights = {name: w.float().contiguous() for name, w in state.items()}
+        model.load_state_dict(weights, assign=True)
     except DAMAGE:
-        raise UserError(f"The weights and the configuration in {source} do not fit each other.") from None
+        raise UserError(f"The weights and the configuration in {source} do not fit each other: "
+                        "one of them is damaged or belongs to another model.") from None
     for name, w in model.named_parameters():
         if not w.isfinite().all():
-            raise UserError(f"The weights in {source} are damaged: {name} holds values that are not finite.")
+            raise UserError(f"The weights in {source} are damaged: {name} holds values that are "
+                            "not finite.")
     return model
