@@ -139,8 +139,8 @@ def parse_example(line: str, location: str) -> dict:
             return example | {"label": labels[label]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise UserError(f"{location} is not a HellaSwag example: it needs ctx, activity_label, endings, "
-                    "and a label that counts from 0.")
+    raise UserError(f"{location} is not a HellaSwag example: it needs ctx, activity_label, "
+                    "endings, and a label that counts from 0.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,13 +149,13 @@ def parse_example(line: str, location: str) -> dict:
 def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: str = "both",
              batch_tokens: int | None = None, world: ddp.World | None = None,
              show_progress: bool = False) -> dict[str, dict]:
-    """Score examples: {"nanogpt": {"acc", "acc_norm", "acc_stderr", "stderr", "n", …}, "harness": …}.
+    """Score the examples and return {"nanogpt": {"acc", "acc_norm", …}, "harness": {…}}.
 
-    `stderr` is the standard error of acc_norm, `n` the number of examples with a label.
-    `predictions` has the ending that acc_norm chooses for each example, and `logprobs` has the
-    log-likelihoods (nats) of each example's endings.
+    Each result has `acc` and its standard error `acc_stderr`, `acc_norm` and its standard error
+    `stderr`, and `n`, the number of examples with a label. `predictions` has the ending that
+    acc_norm chooses for each example, `logprobs` the log-likelihoods (nats) of its endings.
 
-    With several processes each scores its share of the examples. The counts cover all of them, but
+    With several processes each scores its share of the examples. The accuracies cover all of them;
     the predictions and logprobs of the other processes' examples are None.
     """
     if protocol not in (*PROTOCOLS, "both"):
@@ -210,15 +210,14 @@ def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], pr
 
 
 def most_likely(logprobs: list[float], tokenized: TokenizedExample, normalize: bool) -> int:
-    """The index of the ending with the highest log-likelihood, divided by its length if `normalize`.
+    """The ending with the highest log-likelihood, divided by its length if `normalize` is set.
 
-    Among equals it is the first. An ending without tokens is never chosen.
+    Returns the first of equally likely endings. An ending without tokens is never chosen.
     """
     scores = []
     for logprob, ids, length in zip(logprobs, tokenized.endings, tokenized.lengths):
-        if not normalize:
-            length = 1
-        scores.append(logprob / length if ids and length else -math.inf)
+        divisor = length if normalize else 1
+        scores.append(logprob / divisor if ids and divisor else -math.inf)
     return scores.index(max(scores))
 
 
@@ -277,7 +276,7 @@ def main(config: HellaSwagConfig):
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
     _, unknown = tokenizer.replace_unknown(text)
     if unknown:
-        print("The tokenizer lacks these characters, which become spaces or are left out: "
+        print("The model's alphabet lacks these characters, which were replaced or left out: "
               f"{unknown}")
     if config.text:
         results = score_text(engine, text, config)

@@ -30,14 +30,7 @@ from tqdm import tqdm
 from common.devices import allowed_cores
 from common.errors import UserError, report_user_errors
 from common.files import DISK_FULL
-from corpus import reader, sources
-from corpus.encoding import (
-    EncodedBatch,
-    copy_shards,
-    encode_batch,
-    encode_passages,
-    start_workers,
-)
+from corpus import encoding, reader, sources
 from corpus.shard_writer import ShardWriter
 from shards import MANIFEST, read_manifest, read_tokenizer
 from tokenizer import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -133,21 +126,21 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
     if source.kind == "tokens" or sum(sizes) < MIN_POOL_BYTES:
         workers = 0
 
-    with start_workers(workers, tokenizer) as pool, report_full_disk(out):
+    with encoding.start_workers(workers, tokenizer) as pool, report_full_disk(out):
         plan = make_plan(source, files, sizes, tokenizer, val_share, workers or 1)
         with ShardWriter(out, name, tokenizer, identity,
                          options.shard_tokens, part, parts) as writer:
             if not writer.finished:
                 print_plan(plan, source, files, out, writer.counts)
                 if source.kind == "tokens":
-                    encoded = copy_shards(files, writer.cursor)
+                    batches = encoding.copy_shards(files, writer.cursor)
                 else:
                     passages = reader.read(files, writer.cursor, val_share)
                     if val_from:
                         val_from = (val_from[0] - first, *val_from[1:])  # among this part's files
                         passages = reader.assign_split(passages, val_from)
-                    encoded = encode_passages(passages, tokenizer, pool)
-                write_shards(writer, plan, encoded)
+                    batches = encoding.encode_passages(passages, tokenizer, pool)
+                write_shards(writer, plan, batches)
     print_summary(out, parts)
 
 
@@ -186,15 +179,15 @@ def choose_tokenizer(name: str, source: sources.Source, val_share: float,
     return load_model(name)[1]
 
 
-def write_shards(writer: ShardWriter, plan: "Plan", encoded: Iterator[EncodedBatch]):
+def write_shards(writer: ShardWriter, plan: "Plan", batches: Iterator[encoding.EncodedBatch]):
     """Write the batches to disk with a progress bar, and commit once in a while."""
     unit = "bytes" if plan.bytes else "tokens"
     unknown = {}  # an ordered set
     last_commit = time.monotonic()
     bar = tqdm(total=getattr(plan, unit), initial=writer.counts[unit], unit=unit[0].upper(),
                unit_scale=True, mininterval=0.5, disable=writer.part > 0)
-    with contextlib.closing(encoded), bar:
-        for batch in encoded:
+    with contextlib.closing(batches), bar:
+        for batch in batches:
             writer.append(batch.tokens, batch.starts, batch.split)
             writer.counts.update(batch.counts)
             unknown |= dict.fromkeys(batch.unknown)
@@ -277,7 +270,7 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokeni
 
     # encode it, measuring CPU time, because other processes may be busy now
     began = time.thread_time()
-    batch = encode_batch(tokenizer, sample)
+    batch = encoding.encode_batch(tokenizer, sample)
     seconds = time.thread_time() - began
     scale = reader.estimate_content_bytes(files, sizes) / max(1, size)
     tokens = round(scale * len(batch.tokens))

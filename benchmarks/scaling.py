@@ -1,11 +1,11 @@
 """Fit a loss law to small models trained here, and apply it and published laws to larger runs.
 
     python prepare.py edu_corpus.jsonl.zst --tokenizer bpe:4096 --val-share 0.01
-    python -m benchmarks.scaling                  # train the missing models: 15 minutes on two cores
-    python -m benchmarks.scaling --only-report    # fit and draw the results so far
+    python -m benchmarks.scaling                 # train the missing models: 15 minutes on two cores
+    python -m benchmarks.scaling --only-report   # fit and draw the results so far
 
-Each model is the preset edu-bundled with other sizes and fewer steps, trained by train.py's own loop.
-The losses go into benchmarks/scaling/runs.csv, the plot next to it, and the tables into
+Each model is the preset edu-bundled with other sizes and fewer steps, trained by train.py's own
+loop. The losses go into benchmarks/scaling/runs.csv, the plot next to it, and the tables into
 docs/scaling.md, which explains them.
 """
 import dataclasses
@@ -144,15 +144,15 @@ def write_report(runs: pd.DataFrame):
         predictions.append(law_without.loss(parameters, tokens))
 
     lines = [
-        f"L(N, D) = {law.E:.2f} + {law.A:.3g} / N^{law.alpha:.2f} + {law.B:.3g} / D^{law.beta:.2f}, "
-        f"with a root-mean-square error of {rms_error:.3f} nats per token over the "
-        f"{len(runs)} models.",
+        f"L(N, D) = {law.E:.2f} + {law.A:.3g} / N^{law.alpha:.2f} + "
+        f"{law.B:.3g} / D^{law.beta:.2f},",
+        f"with a root-mean-square error of {rms_error:.3f} nats per token over {len(runs)} models.",
         "",
         "| | nats per token |",
         "| --- | --- |",
         f"| the law's prediction for the bundled model: {parameters / 1e6:.1f}M parameters, "
         f"{tokens / 1e6:.1f}M tokens | **{law.loss(parameters, tokens):.2f}** "
-        f"({min(predictions):.2f} to {max(predictions):.2f} if any one of the models is left out) |",
+        f"({min(predictions):.2f} to {max(predictions):.2f} if any one model is left out) |",
     ]
     measured = measured_curve()
     if len(measured):
@@ -170,7 +170,7 @@ def write_report(runs: pd.DataFrame):
 
 
 def measured_curve() -> pd.DataFrame:
-    """The bundled model's validation loss by tokens: from its run if it is here, else bundled.csv."""
+    """The bundled model's validation loss by tokens: of its run if it is here, else bundled.csv."""
     path = FOLDER / "bundled.csv"
     if (LOG / NAME / "metrics.jsonl").exists():
         curve = report.loss(LOG / NAME).query("curve == 'validation'")

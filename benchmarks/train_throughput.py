@@ -1,13 +1,15 @@
-"""What train.py's step does in a second, against what a person would run instead, in one session.
+"""Tokens/s, MFU and peak memory of train.py's step, against other programs in the same session.
 
     git clone https://github.com/karpathy/build-nanogpt
-    python -m benchmarks.train_throughput build-nanogpt/ --sequences 2 --dtype float32                # two CPU cores, 15 min
-    python -m benchmarks.train_throughput build-nanogpt/ nanoGPT/ --sequences 64 --dtype bfloat16 --device cuda
+    python -m benchmarks.train_throughput build-nanogpt/ --sequences 2 --dtype float32   # 15 min
+    python -m benchmarks.train_throughput build-nanogpt/ nanoGPT/ --sequences 64 \
+        --dtype bfloat16 --device cuda
 
-A step is forward, backward, clipping and AdamW over one micro-batch of random tokens. Ours is `train.update` itself; of
-a checkout only the model's classes are run (build-nanogpt's train_gpt2.py, nanoGPT's model.py), with fused AdamW; transformers'
-GPT2LMHeadModel likewise. Each way lives in a process of its own, so that its peak memory is its own, and every round lets
-each take its steps in turn: a drifting machine drifts for all. Medians of the rounds, and the ratios within rounds.
+A step is forward, backward, clipping and AdamW over one micro-batch of random tokens. Ours is
+`train.train_step` itself. From a checkout it uses only the model's classes (build-nanogpt's
+train_gpt2.py, nanoGPT's model.py), with fused AdamW; the same for transformers' GPT2LMHeadModel.
+Each program runs in its own process, which has its own peak memory. The programs take turns, so
+that a drift of the machine affects all of them. Prints medians, and ratios within rounds.
 """
 import ast
 import dataclasses
@@ -17,163 +19,240 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
 
 import ddp
 import train
+from benchmarks.ratio import print_ratio
 from common.devices import find_device
-from model import SIZES
-from training import optim, setup
+from model import GPT, SIZES
+from training import optim
 from training.presets import PRESETS
+from training.setup import TrainingRun, model_sizes, place_model
+
+VOCAB_SIZE = 50_304  # padded, as build-nanogpt's
+TOKENIZER_SIZE = 50_257
+BETAS = (0.9, 0.95)
 
 
 @dataclasses.dataclass
-class Options:
+class Config:
+    """The step, and what it is compared with."""
     checkouts: tyro.conf.Positional[list[Path]] = dataclasses.field(default_factory=list)
     """Folders of build-nanogpt or nanoGPT."""
     size: str = "gpt2"
     sequences: int = 2
-    """Of the micro-batch."""
+    """Sequences in the micro-batch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     rounds: int = 3
     steps: int = 1
-    """In a round."""
+    """Steps per round."""
     eager: bool = True
-    """Time the ways without torch.compile too."""
+    """Also time each program without torch.compile."""
     profile: bool = False
-    """Print where the time of our compiled step goes."""
+    """Print a profile of our compiled step."""
 
 
-def our_step(options: Options, device: torch.device, compiled: bool):
-    c = SIZES[options.size]
-    config = dataclasses.replace(
-        PRESETS["gpt2-124m"], n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, dtype=options.dtype,
-        batch_tokens=options.sequences * c.block_size, micro_batch=options.sequences, compile="on" if compiled else "off")
+class Way(NamedTuple):
+    """A program to time."""
+    name: str  # "ours", "transformers" or a checkout
+    compiled: bool
+
+    def __str__(self):
+        return f"{Path(self.name).name} {'compiled' if self.compiled else 'eager'}"
+
+
+OURS = Way("ours", compiled=True)
+Step = Callable[[torch.Tensor, torch.Tensor, int], float]  # x and y (B, T), step number -> loss
+
+
+def main(config: Config):
+    names = ["ours", *map(str, config.checkouts), "transformers"]
+    ways = [Way(name, compiled) for name in names
+            for compiled in ((True, False) if config.eager else (True,))]
+
+    # start a process for each way
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for way in ways:
+        pipes[way], other_end = context.Pipe()
+        context.Process(target=serve_steps, args=(way, config, other_end), daemon=True).start()
+
+    # let them take their steps in turn
+    times, peaks, losses = {way: [] for way in ways}, {}, {}
+    for number in range(config.rounds + 1):
+        for way in ways:
+            pipes[way].send(config.steps)
+            seconds, peaks[way], losses[way] = pipes[way].recv()
+            if number > 0:  # the first round compiles and warms up
+                times[way].append(seconds / config.steps)
+    print_results(config, times, peaks, losses)
+
+    # profile our step, and end the processes
+    if config.profile:
+        pipes[OURS].send("profile")
+    for pipe in pipes.values():
+        pipe.send(0)
+    while config.profile and multiprocessing.active_children():
+        time.sleep(0.1)
+
+
+def print_results(config: Config, times: dict[Way, list[float]], peaks: dict[Way, int],
+                  losses: dict[Way, float]):
+    sizes = SIZES[config.size]
+    tokens = config.sequences * sizes.block_size
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(sizes, vocab_size=VOCAB_SIZE))
+    flops = model.flops_per_token(sizes.block_size)
+    device_name = ddp.device_name(ddp.pick_device(config.device))
+    device = find_device(device_name)
+    print(f"torch {torch.__version__}, {device_name}, {config.dtype}, {config.size}, "
+          f"{config.sequences} x {sizes.block_size} tokens per step, "
+          f"{flops / 1e9:.3f} GFLOP per token")
+    for way, seconds in times.items():
+        speed = tokens / statistics.median(seconds)
+        mfu = f", MFU {speed * flops / device.flops:.1%}" if device else ""
+        print(f"{way!s:>30} {speed:10,.1f} tokens/s, {speed * flops / 1e9:8,.0f} GFLOP/s{mfu}, "
+              f"peak {peaks[way] / 1e9:6.2f} GB, loss {losses[way]:.3f}")
+        if way != OURS:
+            ratios = [theirs / ours for theirs, ours in zip(seconds, times[OURS])]
+            print_ratio("training step, compiled", ratios, f"times {way}")
+    print(json.dumps({str(way): seconds for way, seconds in times.items()}))
+
+
+# --------------------------------------------------------------------------------------------------
+# The process of one way
+
+def serve_steps(way: Way, config: Config, pipe):
+    """Take as many steps as each message says, and send (seconds, peak bytes, loss) back."""
+    device = ddp.pick_device(config.device)
+    torch.manual_seed(0)
+    take_step = build_step(way, config, device)
+
+    # contiguous, because some models take views of them
+    block_size = SIZES[config.size].block_size
+    tokens = torch.randint(TOKENIZER_SIZE, (config.sequences, block_size + 1), device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T) each
+
+    step = 0
+    while message := pipe.recv():
+        if message == "profile":
+            with torch.profiler.profile() as profile:
+                take_step(x, y, step)
+            order = f"self_{device.type}_time_total"
+            print(profile.key_averages().table(sort_by=order, row_limit=25))
+            continue
+        began = time.perf_counter()
+        for _ in range(message):
+            loss = take_step(x, y, step)
+            step += 1
+        seconds = time.perf_counter() - began
+        pipe.send((seconds, peak_bytes(device), loss))
+
+
+def build_step(way: Way, config: Config, device: torch.device) -> Step:
+    if way.name == "ours":
+        return our_step(config, device, way.compiled)
+    if way.name == "transformers":
+        model, loss_of = transformers_model(config)
+    else:
+        model, loss_of = checkout_model(Path(way.name), config)
+    return their_step(model, loss_of, config, device, way.compiled)
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def our_step(config: Config, device: torch.device, compiled: bool) -> Step:
+    sizes = SIZES[config.size]
+    train_config = dataclasses.replace(
+        PRESETS["gpt2-124m"], n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd,
+        block_size=sizes.block_size, dtype=config.dtype, compile="on" if compiled else "off",
+        batch_tokens=config.sequences * sizes.block_size, micro_batch=config.sequences)
     world = ddp.World(0, 1, device)
     with torch.device("meta"):
-        model = train.GPT(setup.sizes_of(config, 50_304))
-    setup.place(model, None, config, world)
-    optimizers = optim.build_optimizers(model, "adamw", 0.1, (0.9, 0.95))
-    trained = train.Trained(config, world, Path(), None, model, model, None, optimizers)
-    return lambda x, y, step: train.update(trained, x, y, step)[0].item()
+        model = GPT(model_sizes(train_config, VOCAB_SIZE))
+    place_model(model, None, train_config, world)
+    optimizers = optim.build_optimizers(model, "adamw", 0.1, BETAS)
+    run = TrainingRun(
+        train_config, world, folder=Path(), manifest={}, tokenizer=None, model=model,
+        ddp_model=model, optimizers=optimizers, batches=None, val_loader=None,
+        hellaswag_examples=None, first_step=0, first_step_is_evaluated=False, log=None)
+
+    def take_step(x, y, step: int) -> float:
+        loss, _, _ = train.train_step(run, x, y, step)
+        return loss.item()
+
+    return take_step
 
 
-def their_step(options: Options, device: torch.device, compiled: bool, build):
-    """A step around another model: build() -> it, and a function (model, x, y) -> loss."""
+def their_step(model, loss_of: Callable, config: Config, device: torch.device,
+               compiled: bool) -> Step:
+    """A step of another model; loss_of(model, x, y) returns its loss."""
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
-    model, loss_of = build(options)
     model.to(device)
-    fast = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=True)
+    compiled_model = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=BETAS, fused=True)
 
-    def take(x, y, _):
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            loss = loss_of(fast, x, y)
+    def take_step(x, y, step: int) -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = loss_of(compiled_model, x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
-    return take
+
+    return take_step
 
 
-def checkout_model(folder: Path, options: Options):
-    path = next(folder / name for name in ("train_gpt2.py", "model.py") if (folder / name).exists())
-    tree = ast.parse(path.read_text())  # the classes and what they need, not the script around them
-    tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)
-                 or (isinstance(node, ast.Import | ast.ImportFrom) and "hellaswag" not in ast.unparse(node))]
+# --------------------------------------------------------------------------------------------------
+# The other models
+
+def checkout_model(folder: Path, config: Config):
+    """The model of build-nanogpt or nanoGPT, without running the rest of its script."""
+    # execute only the imports, classes and functions
+    path = next(path for path in (folder / "train_gpt2.py", folder / "model.py") if path.exists())
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if is_definition(node)]
     module = {"__name__": path.stem}
-    sys.modules[path.stem] = type(sys)(path.stem)  # where dataclasses look their module up
+    sys.modules[path.stem] = type(sys)(path.stem)  # dataclasses look their module up
     exec(compile(tree, path, "exec"), module)
-    c = SIZES[options.size]
-    known = {"vocab_size": 50_304, "dropout": 0.0, "bias": True, **{name: getattr(c, name) for name in (
-        "block_size", "n_layer", "n_head", "n_embd")}}
+
+    # pass the sizes that its GPTConfig knows
+    sizes = SIZES[config.size]
+    values = {
+        "block_size": sizes.block_size, "n_layer": sizes.n_layer, "n_head": sizes.n_head,
+        "n_embd": sizes.n_embd, "vocab_size": VOCAB_SIZE, "dropout": 0.0, "bias": True}
     fields = {field.name for field in dataclasses.fields(module["GPTConfig"])}
-    config = module["GPTConfig"](**{name: value for name, value in known.items() if name in fields})
-    return module["GPT"](config), lambda model, x, y: model(x, y)[1]
+    gpt_config = module["GPTConfig"](**{name: values[name] for name in fields & set(values)})
+    return module["GPT"](gpt_config), lambda model, x, y: model(x, y)[1]
 
 
-def transformers_model(options: Options):
-    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415 (a way alone needs it)
-    c = SIZES[options.size]
-    config = GPT2Config(vocab_size=50_304, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    # it shifts labels itself: the last position, which it leaves out, is one of a thousand
-    return GPT2LMHeadModel(config).train(), lambda model, x, y: model(input_ids=x, labels=x).loss
+def is_definition(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return "hellaswag" not in ast.unparse(node)
+    return isinstance(node, ast.ClassDef | ast.FunctionDef)
 
 
-def work(name: str, compiled: bool, options: Options, pipe):
-    """A process of one way: takes as many steps as it is told, and answers (seconds, peak bytes, loss)."""
-    device = ddp.pick_device(options.device)
-    torch.manual_seed(0)
-    if name == "ours":
-        take = our_step(options, device, compiled)
-    elif name == "transformers":
-        take = their_step(options, device, compiled, transformers_model)
-    else:
-        take = their_step(options, device, compiled, lambda options: checkout_model(Path(name), options))
-    tokens = torch.randint(50_257, (options.sequences, SIZES[options.size].block_size + 1), device=device)
-    x, y, step = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), 0  # some take them as views
-    while steps := pipe.recv():
-        if steps == "profile":
-            with torch.profiler.profile() as profile:
-                take(x, y, step)
-            print(profile.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25))
-            continue
-        began = time.perf_counter()
-        for _ in range(steps):
-            loss = take(x, y, step)
-            step += 1
-        seconds = time.perf_counter() - began
-        peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        pipe.send((seconds, peak, loss))
-
-
-def main(options: Options):
-    device = ddp.pick_device(options.device)
-    names = ["ours", *map(str, options.checkouts), "transformers"]
-    ways = [(name, compiled) for name in names for compiled in ((True, False) if options.eager else (True,))]
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for way in ways:
-        pipes[way], theirs = context.Pipe()
-        context.Process(target=work, args=(*way, options, theirs), daemon=True).start()
-    times, peaks, losses = {way: [] for way in ways}, {}, {}
-    for round in range(options.rounds + 1):  # the first compiles and warms up
-        for way in ways:
-            pipes[way].send(options.steps)
-            seconds, peaks[way], losses[way] = pipes[way].recv()
-            if round:
-                times[way].append(seconds / options.steps)
-    c = SIZES[options.size]
-    tokens = options.sequences * c.block_size
-    with torch.device("meta"):
-        flops = train.GPT(dataclasses.replace(c, vocab_size=50_304)).flops_per_token(c.block_size)
-    sheet = find_device(ddp.device_name(device))
-    print(f"torch {torch.__version__}, {ddp.device_name(device)}, {options.dtype}, {options.size}, {options.sequences} x "
-          f"{c.block_size} tokens a step; {flops / 1e9:.3f} GFLOP a token")
-    for way, taken in times.items():
-        ratios = sorted(other / ours for other, ours in zip(taken, times["ours", True]))
-        speed = tokens / statistics.median(taken)
-        mfu = f", MFU {speed * flops / sheet.flops:.1%}" if sheet else ""
-        print(f"{way[0]:>30} {'compiled' if way[1] else 'eager':8} {speed:10,.1f} tokens/s, {speed * flops / 1e9:8,.0f} GFLOP/s"
-              f"{mfu}, peak {peaks[way] / 1e9:6.2f} GB, loss {losses[way]:.3f}")
-        if way != ("ours", True):
-            print(f"= {statistics.median(ratios):.2f} a training step, compiled, against {Path(way[0]).name} "
-                  f"{'compiled' if way[1] else 'eager'}; {ratios[0]:.2f} to {ratios[-1]:.2f}")
-    print(json.dumps({f"{name}, {'compiled' if compiled else 'eager'}": taken for (name, compiled), taken in times.items()}))
-    if options.profile:
-        pipes["ours", True].send("profile")
-    for pipe in pipes.values():
-        pipe.send(0)
-    while options.profile and multiprocessing.active_children():
-        time.sleep(0.1)
+def transformers_model(config: Config):
+    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415 (used in one process)
+    sizes = SIZES[config.size]
+    gpt_config = GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=sizes.block_size, n_embd=sizes.n_embd,
+        n_layer=sizes.n_layer, n_head=sizes.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    # it shifts the labels itself, so it computes one position fewer of a thousand
+    model = GPT2LMHeadModel(gpt_config).train()
+    return model, lambda model, x, y: model(input_ids=x, labels=x).loss
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,3 +1,4 @@
+"""Exports, model cards, uploads and downloads."""
 import base64
 import http.server
 import json
@@ -21,62 +22,127 @@ LETTERS = CharTokenizer("\n ,.abcdefghijklmnopqrstuvwxyz")
 
 
 def save_run(run, tokenizer, **sizes):
-    """A run folder with one checkpoint and its measurements, as train.py leaves it."""
+    """Writes a run folder with one checkpoint and its measurements, as train.py does."""
     run.mkdir(parents=True)
     gpt = tiny_gpt(vocab_size=tokenizer.vocab_size + 7, block_size=64, **sizes)
     checkpoint.save(run, 20, gpt, {"step": torch.zeros(1)}, tokenizer, {}, 2.5)
+    source = {"name": "someone/texts:part", "revision": "c0ffee"}
     (run / "config.json").write_text(json.dumps({
         "batch_tokens": 1000, "data": "data/x", "learning_rate": 6e-4,
-        "corpus": {"source": {"name": "someone/texts:part", "revision": "c0ffee"}, "documents": 12, "tokens": 34_567}}))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
-        {"time": 0, "event": "start", "step": 0, "device": "NVIDIA H100 80GB HBM3", "processes": 2},
-        {"time": 10, "step": 10, "train_loss": 3.0, "tokens_per_s": 500},
-        {"time": 3600, "step": 20, "val_loss": 2.5, "hellaswag": 0.25})))
-    (run / "samples.jsonl").write_text(json.dumps({"time": 1, "step": 20, "prompt": "\n", "text": "\nthe fox"}) + "\n")
+        "corpus": {"source": source, "documents": 12, "tokens": 34_567}}))
+    device = {"device": "NVIDIA H100 80GB HBM3", "processes": 2}
+    lines = [{"time": 0, "event": "start", "step": 0, **device},
+             {"time": 10, "step": 10, "train_loss": 3.0, "tokens_per_s": 500},
+             {"time": 3600, "step": 20, "val_loss": 2.5, "hellaswag": 0.25}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sample = {"time": 1, "step": 20, "prompt": "\n", "text": "\nthe fox"}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     return gpt
 
 
-@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), small_bpe(), LETTERS], ids=["gpt2", "bpe", "char"])
-def test_transformers_opens_an_export_and_writes_what_we_do(tokenizer, tmp_path):
+# --------------------------------------------------------------------------------------------------
+# Exporting
+
+@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), small_bpe(), LETTERS],
+                         ids=["gpt2", "bpe", "char"])
+def test_transformers_opens_an_export_and_generates_what_we_do(tokenizer, tmp_path):
     gpt = save_run(tmp_path / "log" / "r", tokenizer)
     publish.export("log/r", tmp_path / "out", dtype="float32")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    # the same ids and logits
     text = "the fox went out"
     ids = torch.tensor([tokenizer.encode(text)])
     assert their_tokenizer(text)["input_ids"] == ids[0].tolist()
-    torch.testing.assert_close(theirs(ids).logits, gpt(ids)[0][..., :tokenizer.vocab_size], atol=1e-4, rtol=0)
+    logits = gpt(ids)[0][..., :tokenizer.vocab_size]
+    torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-4, rtol=0)
+    # the same text
     write = pipeline("text-generation", model=str(tmp_path / "out"))
-    ours = Engine(*checkpoint.load_model(tmp_path / "out")[:2]).generate(text, temperature=0, max_new_tokens=40)[0]
-    assert write(text, max_new_tokens=40, do_sample=False)[0]["generated_text"] == text + ours
-    sampled = write(text, max_new_tokens=20, do_sample=True, temperature=0.8, top_k=20, top_p=0.95)[0]["generated_text"]
+    engine = Engine(*checkpoint.load_model(tmp_path / "out")[:2])
+    ours = engine.generate(text, temperature=0, max_new_tokens=40)[0]
+    greedy = write(text, max_new_tokens=40, do_sample=False)[0]["generated_text"]
+    assert greedy == text + ours
+    sampled = write(text, max_new_tokens=20, do_sample=True, temperature=0.8, top_k=20,
+                    top_p=0.95)[0]["generated_text"]
     assert sampled.startswith(text) and len(sampled) > len(text)
-    assert write("the fox")[0]["generated_text"].startswith("the fox"), "what transformers does by itself stays in the context"
-    exec(re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1], {})
+    # transformers' own defaults stay within the context
+    assert write("the fox")[0]["generated_text"].startswith("the fox")
+    # the card's example runs
+    readme = (tmp_path / "out" / "README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["n_ctx"] == 64 and config["bos_token_id"] == config["eos_token_id"] == tokenizer.eot
-    assert config["vocab_size"] == tokenizer.vocab_size and (tmp_path / "out" / "tokenizer.json").is_file()
+    assert config["bos_token_id"] == config["eos_token_id"] == tokenizer.eot
+    assert config["n_ctx"] == 64 and config["vocab_size"] == tokenizer.vocab_size
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_the_card_says_how_a_model_was_made_and_what_came_of_it(tmp_path):
+@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), small_bpe()], ids=["gpt2", "bpe"])
+def test_an_export_has_the_chat_template_that_it_is_given_and_later_exports_keep_it(
+        tokenizer, tmp_path):
+    save_run(tmp_path / "log" / "r", tokenizer)
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n" \
+               "{% endfor %}\n"
+    (tmp_path / "chat.jinja").write_text(template)
+    publish.export("log/r", tmp_path / "plain")
+    publish.export("log/r", tmp_path / "chat", chat_template=tmp_path / "chat.jinja")
+    publish.export(str(tmp_path / "chat"), tmp_path / "copy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "chat").chat_template == template
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == template
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").chat_template is None
+    assert checkpoint.load_model("log/r")[1].chat_template is None
+
+
+def test_a_chat_template_that_is_not_there_gets_one_sentence(command):
+    done = command("publish.py", "export", "bundled:shakespeare", "out", "--chat-template",
+                   "nothing.jinja", check=False)
+    assert done.returncode == 2 and done.stderr == "error: nothing.jinja: No such file or directory.\n"
+
+
+def test_gguf_is_written_for_byte_level_bpes_and_refused_in_one_sentence_for_others(tmp_path):
+    save_run(tmp_path / "log" / "bpe", small_bpe(), n_embd=64)
+    for dtype in "float32", "float16", "bfloat16", "q8_0":
+        publish.export("log/bpe", tmp_path / "out", to="gguf", dtype=dtype)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert sizes["model-float32.gguf"] > sizes["model-float16.gguf"] > sizes["model-q8_0.gguf"]
+    assert sizes["model-float16.gguf"] == sizes["model-bfloat16.gguf"]
+    with pytest.raises(UserError, match="byte-level BPE"):
+        publish.export("bundled:shakespeare", tmp_path / "char", to="gguf")
+    with pytest.raises(UserError, match="no q8_0"):
+        publish.export("log/bpe", tmp_path / "out", dtype="q8_0")
+    state = torch.load("log/bpe/model_00020.pt")
+    config = state["config"] | {"activation": "gelu"}
+    torch.save({**state, "config": config}, tmp_path / "exact.pt")
+    with pytest.raises(UserError, match="the exact one"):
+        publish.export(str(tmp_path / "exact.pt"), tmp_path / "out", to="gguf")
+
+
+# --------------------------------------------------------------------------------------------------
+# The model card
+
+def test_the_card_says_how_a_model_was_trained_and_with_what_results(tmp_path):
     save_run(tmp_path / "log" / "r", LETTERS)
     publish.export("log/r", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---\n")[1])
-    assert metadata["pipeline_tag"] == "text-generation" and metadata["datasets"] == ["someone/texts"]
-    measured = {result["metrics"][0]["type"]: result["metrics"][0]["value"] for result in metadata["model-index"][0]["results"]}
-    assert measured == {"cross_entropy_nats_per_token": 2.5, "acc_norm": 0.25}
-    for said in ("| energy | 1.4 kWh", "2 x NVIDIA H100", '"learning_rate": 0.0006', "revision `c0ffee`",
-                 "12 documents. 34,567 tokens.", "    the fox", "![loss](loss.png)", "![hellaswag](hellaswag.png)", "## Limits"):
-        assert said in text
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert metadata["datasets"] == ["someone/texts"]
+    metrics = [result["metrics"][0] for result in metadata["model-index"][0]["results"]]
+    values = {metric["type"]: metric["value"] for metric in metrics}
+    assert values == {"cross_entropy_nats_per_token": 2.5, "acc_norm": 0.25}
+    for part in ("| energy | 1.4 kWh", "2 x NVIDIA H100", '"learning_rate": 0.0006',
+                 "revision `c0ffee`", "12 documents. 34,567 tokens.", "    the fox",
+                 "![loss](loss.png)", "![hellaswag](hellaswag.png)", "## Limits"):
+        assert part in text
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    info = checkpoint.load_model(tmp_path / "out")[2]  # all of it goes with the model
-    assert (info["step"], info["val_loss"], info["train_config"]["learning_rate"]) == (20, 2.5, 6e-4)
+    # the folder keeps all of it, also for a second export
+    info = checkpoint.load_model(tmp_path / "out")[2]
+    assert info["train_config"]["learning_rate"] == 6e-4
+    assert (info["step"], info["val_loss"]) == (20, 2.5)
     publish.export(str(tmp_path / "out"), tmp_path / "again")
     assert '"learning_rate": 0.0006' in (tmp_path / "again" / "README.md").read_text()
 
 
-def test_a_card_that_somebody_wrote_stays_and_our_own_is_written_again(tmp_path, capsys):
+def test_a_card_written_by_hand_is_kept_and_our_own_is_overwritten(tmp_path, capsys):
     save_run(tmp_path / "log" / "r", LETTERS)
     publish.export("log/r", tmp_path / "out")
     card = tmp_path / "out" / "README.md"
@@ -89,54 +155,43 @@ def test_a_card_that_somebody_wrote_stays_and_our_own_is_written_again(tmp_path,
     assert card.read_text() == "# Mine\n" and "written by hand" in capsys.readouterr().out
 
 
-def test_gguf_is_written_for_byte_level_bpes_and_refused_in_a_sentence_for_the_rest(tmp_path):
-    save_run(tmp_path / "log" / "bpe", small_bpe(), n_embd=64)
-    for dtype in "float32", "float16", "bfloat16", "q8_0":
-        publish.export("log/bpe", tmp_path / "out", to="gguf", dtype=dtype)
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
-    assert sizes["model-float32.gguf"] > sizes["model-float16.gguf"] == sizes["model-bfloat16.gguf"] > sizes["model-q8_0.gguf"]
-    with pytest.raises(UserError, match="byte-level BPE"):
-        publish.export("bundled:shakespeare", tmp_path / "char", to="gguf")
-    with pytest.raises(UserError, match="no q8_0"):
-        publish.export("log/bpe", tmp_path / "out", dtype="q8_0")
-    state = torch.load("log/bpe/model_00020.pt")
-    torch.save({**state, "config": state["config"] | {"activation": "gelu"}}, tmp_path / "exact.pt")
-    with pytest.raises(UserError, match="the exact one"):
-        publish.export(str(tmp_path / "exact.pt"), tmp_path / "out", to="gguf")
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Uploading, on a stand-in for the Hub
+# --------------------------------------------------------------------------------------------------
+# Uploading, to a stand-in for the Hub
 
 @pytest.fixture
-def sent(start_server):
-    """(the address of a Hub that takes everything, what it was sent: file by file, and the repository's settings)."""
-    files, settings = {}, {}
+def upload_hub(start_server):
+    """(address, uploaded files by name, repository settings) of a Hub that accepts uploads."""
+    files = {}
+    settings = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
+            repository = f"http://{self.headers['Host']}/me/fox"
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Authorization") != "Bearer hf_right":
                 return self.answer({"error": "Invalid username or password."}, 401)
             if self.path == "/api/repos/create":
                 settings.update(json.loads(body))
-                return self.answer({"url": f"http://{self.headers['Host']}/me/fox"})
+                return self.answer({"url": repository})
             if "/preupload/" in self.path:
-                return self.answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                              for file in json.loads(body)["files"]]})
+                return self.answer({"files": [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]]})
             if "/commit/" in self.path:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
-                        files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                return self.answer({"commitUrl": f"http://{self.headers['Host']}/me/fox/commit/1", "commitOid": "1" * 40})
-            return self.answer({"warnings": [], "errors": []})  # of the card's metadata
+                        content = base64.b64decode(line["value"]["content"])
+                        files[line["value"]["path"]] = content
+                return self.answer({"commitUrl": f"{repository}/commit/1", "commitOid": "1" * 40})
+            return self.answer({"warnings": [], "errors": []})  # checks the card's metadata
 
         def do_GET(self):
-            card = files.get("card there", b"")
+            card = files.get("card on the hub", b"")
             self.send_response(200 if card else 404)
-            for name, value in (("X-Error-Code", "" if card else "EntryNotFound"), ("X-Repo-Commit", "0" * 40), ("ETag", '"1"'),
-                                ("Content-Length", str(len(card)))):
-                self.send_header(name, value)
+            self.send_header("X-Error-Code", "" if card else "EntryNotFound")
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", '"1"')
+            self.send_header("Content-Length", str(len(card)))
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(card)
@@ -157,41 +212,69 @@ def sent(start_server):
     return start_server(Handler), files, settings
 
 
-def test_an_upload_is_a_rehearsal_until_it_is_pushed(command, sent, tmp_path):
-    address, files, settings = sent
-    environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_right"}
-    shown = command("publish.py", "upload", "bundled:shakespeare", "me/fox", environment=environment).stdout
-    assert "model.safetensors" in shown and f"in total, for {address}/me/fox" in shown and "Nothing was sent" in shown and not files
-    command("publish.py", "upload", "bundled:shakespeare", "me/fox", "--private", "--push", environment=environment)
-    assert set(re.findall(r"bytes  (\S+\.\S+)", shown)) == set(files) and "private" in (settings.get("visibility"), *settings)
-    (tmp_path / "there").mkdir()
-    for name, content in files.items():
-        (tmp_path / "there" / name).write_bytes(content)
+def test_an_upload_sends_nothing_without_push(command, upload_hub, tmp_path):
+    address, files, settings = upload_hub
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
+                   "HF_TOKEN": "hf_right"}
+
+    def upload(*arguments, **options):
+        options = {"environment": environment, **options}
+        return command("publish.py", "upload", "bundled:shakespeare", *arguments, **options)
+
+    # without --push, the files are listed
+    listing = upload("me/fox").stdout
+    assert "model.safetensors" in listing and f"in total, for {address}/me/fox" in listing
+    assert "Nothing was sent" in listing and not files
+
+    # with it, they are sent
+    upload("me/fox", "--private", "--push")
+    assert set(re.findall(r"bytes  (\S+\.\S+)", listing)) == set(files)
+    assert "private" in (settings.get("visibility"), *settings)
     assert 'model="me/fox"' in files["README.md"].decode()
-    text = [Engine(*checkpoint.load_model(name)[:2]).generate("ROMEO:", temperature=0, max_new_tokens=30)
-            for name in ("bundled:shakespeare", tmp_path / "there")]
-    assert text[0] == text[1]
-    files["card there"] = b"# Mine\n"
+    uploaded = tmp_path / "uploaded"
+    uploaded.mkdir()
+    for name, content in files.items():
+        (uploaded / name).write_bytes(content)
+    texts = []
+    for name in "bundled:shakespeare", uploaded:
+        engine = Engine(*checkpoint.load_model(name)[:2])
+        texts.append(engine.generate("ROMEO:", temperature=0, max_new_tokens=30))
+    assert texts[0] == texts[1]
+
+    # a card written by hand is kept
+    files["card on the hub"] = b"# Mine\n"
     del files["README.md"]
-    done = command("publish.py", "upload", "bundled:shakespeare", "me/fox", "--push", environment=environment)
+    done = upload("me/fox", "--push")
     assert "written by hand" in done.stdout and "README.md" not in files
-    for arguments, environment_, sentence in (
-            (["me/fox", "--push"], {**environment, "HF_TOKEN": "hf_wrong"}, "upload to me/fox failed"),
+
+    # errors
+    wrong_token = {**environment, "HF_TOKEN": "hf_wrong"}
+    for arguments, used_environment, sentence in (
+            (["me/fox", "--push"], wrong_token, "upload to me/fox failed"),
             (["fox"], environment, "named user/name")):
-        done = command("publish.py", "upload", "bundled:shakespeare", *arguments, environment=environment_, check=False)
-        assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+        done = upload(*arguments, environment=used_environment, check=False)
+        assert done.returncode == 2 and sentence in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Downloading
+# --------------------------------------------------------------------------------------------------
+# Downloading, from a stand-in for the Hub
 
 @pytest.fixture
-def model_hub(start_server, tmp_path):
-    """(address, cache, the places from which the weights were asked for) of a Hub with the 26 MB of me/fox, whose first
-    download of the weights breaks off half way."""
-    save_huggingface(tmp_path / "there", tiny_gpt(vocab_size=50304, n_embd=128), load_tokenizer("gpt2"), torch.float32)
-    files, commit, asked = {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}, "0" * 40, []
-    tree = [{"type": "file", "oid": "", "size": len(content), "path": name} for name, content in files.items()]
+def download_hub(start_server, tmp_path):
+    """(address, cache folder, offsets from which the weights were requested) of a Hub.
+
+    It has the model me/fox of 26 MB, and closes the connection halfway through the first download
+    of its weights.
+    """
+    folder = tmp_path / "on the hub"
+    model = tiny_gpt(vocab_size=50304, n_embd=128)
+    save_huggingface(folder, model, load_tokenizer("gpt2"), torch.float32)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    commit = "0" * 40
+    tree = [{"type": "file", "oid": "", "size": len(content), "path": name}
+            for name, content in files.items()]
+    offsets = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -202,10 +285,12 @@ def model_hub(start_server, tmp_path):
                 content = json.dumps(tree).encode()
             else:
                 content = files.get(path.removeprefix(f"/me/fox/resolve/{commit}/"))
-            start = int(re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range", "bytes=0-"))[1])
+            requested = self.headers.get("Range", "bytes=0-")
+            start = int(re.fullmatch(r"bytes=(\d+)-.*", requested)[1])
             self.send_response(404 if content is None else 206 if start else 200)
             if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                last = len(content) - 1
+                self.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")
             content = (content or b"")[start:]
             self.send_header("Content-Length", str(len(content)))
             self.send_header("X-Repo-Commit", commit)
@@ -213,10 +298,11 @@ def model_hub(start_server, tmp_path):
             self.send_header("ETag", f'"{path.split("/")[-1]}"')
             self.end_headers()
             if self.command == "GET":
-                weights = path.endswith("model.safetensors")
-                if weights:
-                    asked.append(start)
-                self.wfile.write(content[:len(content) // 2] if weights and len(asked) == 1 else content)
+                if path.endswith("model.safetensors"):
+                    offsets.append(start)
+                    if len(offsets) == 1:
+                        content = content[:len(content) // 2]
+                self.wfile.write(content)
                 self.close_connection = True
 
         do_HEAD = do_GET
@@ -224,40 +310,41 @@ def model_hub(start_server, tmp_path):
         def log_message(self, *_):
             pass
 
-    return start_server(Handler), tmp_path / "hf", asked
+    return start_server(Handler), tmp_path / "hf", offsets
 
 
-def try_to_write(command, address, cache, name="me/fox", **options):
-    return command("generate.py", "-m", name, "-p", "Hello", "--max-new-tokens", 3, "--seed", 1, check=False,
-                   environment={"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}, **options)
+def generate_with(command, address, cache, name="me/fox", **options):
+    """Runs generate.py with a model of the Hub at `address`."""
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+    return command("generate.py", "-m", name, "-p", "Hello", "--max-new-tokens", 3, "--seed", 1,
+                   check=False, environment=environment, **options)
 
 
-def test_a_download_that_broke_off_goes_on_and_is_then_there_without_a_network(command, model_hub):
-    address, cache, asked = model_hub
-    done = try_to_write(command, address, cache)
+def unused_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_an_interrupted_download_resumes_and_later_needs_no_network(command, download_hub):
+    address, cache, offsets = download_hub
+    done = generate_with(command, address, cache)
     assert done.returncode == 0 and done.stdout.startswith("Hello")
-    assert len(asked) == 2 and asked[1] > 0
-    assert try_to_write(command, nobody_listens(), cache).stdout == done.stdout
+    assert len(offsets) == 2 and offsets[1] > 0
+    assert generate_with(command, unused_address(), cache).stdout == done.stdout
 
 
-def test_a_model_that_cannot_be_had_gets_one_sentence(command, model_hub):
-    address, cache, _ = model_hub
-    for name, there, sentence in (("me/wolf", address, "has no model of that name"),
-                                  ("me/fox", nobody_listens(), "the Hub cannot be reached"),
-                                  ("a/b/c", address, "not a valid id of a model")):
-        done = try_to_write(command, there, cache, name)
-        assert done.returncode == 2 and sentence in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+def test_a_model_that_cannot_be_downloaded_gets_one_sentence(command, download_hub):
+    address, cache, _ = download_hub
+    for name, used_address, sentence in (
+            ("me/wolf", address, "has no model of that name"),
+            ("me/fox", unused_address(), "the Hub cannot be reached"),
+            ("a/b/c", address, "not a valid id of a model")):
+        done = generate_with(command, used_address, cache, name)
+        assert done.returncode == 2 and sentence in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
 
 
-def test_a_disk_that_becomes_full_gets_one_sentence(command, model_hub):
-    """A limit on the size of a file stands for it."""
-    address, cache, asked = model_hub
-    asked.append(0)  # no broken connection here
-    done = try_to_write(command, address, cache, launcher=["-c", LIMITED])
-    assert done.returncode == 2 and "became full" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert try_to_write(command, address, cache).returncode == 0
-
-
+# runs a program with a limit on the size of the files that it writes, which acts like a full disk
 LIMITED = """
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -268,6 +355,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def nobody_listens() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"http://127.0.0.1:{server.getsockname()[1]}"
+def test_a_disk_that_becomes_full_gets_one_sentence(command, download_hub):
+    address, cache, offsets = download_hub
+    offsets.append(0)  # this Hub does not close the connection
+    done = generate_with(command, address, cache, launcher=["-c", LIMITED])
+    assert done.returncode == 2 and "became full" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert generate_with(command, address, cache).returncode == 0

@@ -1,4 +1,4 @@
-"""ZeroGPU's way of calling, without ZeroGPU: a decorated generator whose calls run in a forked process."""
+"""Tests ui/zero.py without ZeroGPU: the decorated generator runs in a forked process, as there."""
 import multiprocessing
 
 import pytest
@@ -9,42 +9,47 @@ from ui import zero
 
 
 def in_a_fork(function):
-    """What `spaces.GPU` does with a generator: arguments go there, and what it yields comes back, through queues."""
+    """Does what `spaces.GPU` does: runs a generator in a process and sends back its items."""
     fork = multiprocessing.get_context("fork")
 
-    def there(events, *arguments):
-        for event in function(*arguments):
-            events.put(event)
-        events.put(None)
+    def run_in_child(results, *arguments):
+        for result in function(*arguments):
+            results.put(result)
+        results.put(None)
 
-    def here(*arguments):
-        events = fork.Queue()
-        process = fork.Process(target=there, args=(events, *arguments))
+    def call(*arguments):
+        results = fork.Queue()
+        process = fork.Process(target=run_in_child, args=(results, *arguments))
         process.start()
-        yield from iter(events.get, None)
+        yield from iter(results.get, None)
         process.join()
-    return here
+    return call
 
 
 @pytest.fixture
 def engines(monkeypatch):
+    """(an engine that generates in the forked process, an engine that generates in this one)."""
     model, tokenizer, info = checkpoint.load_model("bundled:shakespeare")
     monkeypatch.setenv("SPACES_ZERO_GPU", "true")
     monkeypatch.setattr(zero, "events", in_a_fork(zero.events))
-    assert type(zero.engine(info["path"], model, tokenizer, "auto")) is Engine, "a small model writes on the CPU"
+    small_model_engine = zero.engine(info["path"], model, tokenizer, "auto")
+    assert type(small_model_engine) is Engine, "a small model runs on the CPU"
     monkeypatch.setattr(zero, "LARGE_MODEL", 1)
     return zero.engine(info["path"], model, tokenizer, "auto"), Engine(model, tokenizer)
 
 
-def test_a_large_model_writes_in_the_decorated_call_what_it_writes_here(engines):
-    there, here = engines
+def test_a_large_model_generates_the_same_texts_in_the_other_process(engines):
+    remote, local = engines
     options = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 20, "seed": 5}
-    assert there.generate("ROMEO:", n=2, **options) == here.generate("ROMEO:", n=2, **options)
-    assert there.scheduler.thread is None, "nothing was computed in this process"
+    expected = local.generate("ROMEO:", n=2, **options)
+    assert remote.generate("ROMEO:", n=2, **options) == expected
+    assert remote.scheduler.thread is None, "nothing was computed in this process"
 
 
-def test_a_stop_string_ends_one_text_and_not_the_others(engines):
-    there, here = engines
+def test_a_stop_string_ends_one_sample_and_not_the_others(engines):
+    remote, local = engines
     options = {"max_new_tokens": 40, "seed": 3, "stop": ("\n",)}
-    assert there.generate("ROMEO:\nWhat", n=3, **options) == here.generate("ROMEO:\nWhat", n=3, **options)
-    assert list(there.stream("ROMEO:", max_new_tokens=4, seed=1)) == list(here.stream("ROMEO:", max_new_tokens=4, seed=1))
+    expected = local.generate("ROMEO:\nWhat", n=3, **options)
+    assert remote.generate("ROMEO:\nWhat", n=3, **options) == expected
+    expected = list(local.stream("ROMEO:", max_new_tokens=4, seed=1))
+    assert list(remote.stream("ROMEO:", max_new_tokens=4, seed=1)) == expected
