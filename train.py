@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 
-# Let idle OpenMP threads sleep: spinning ones slow a busy machine down. Read when torch is imported.
+# Let idle OpenMP threads sleep instead of spin, which slows a busy machine (set before torch loads)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -89,19 +89,18 @@ def train(config: TrainConfig, world: ddp.World):
         run = set_up(config, world)
         if run is None:  # a dry run
             return
-        loop(run, signals)
+        with tqdm(total=config.max_steps, initial=run.first_step, unit="step",
+                  disable=not world.is_main) as progress:
+            loop(run, signals, progress)
     if world.is_main:
         print(f"{folder} is complete at step {config.max_steps}: python app.py --model {folder}")
 
 
-def loop(run: TrainingRun, signals: runlog.StopSignals):
+def loop(run: TrainingRun, signals: runlog.StopSignals, progress: tqdm):
     """Takes the steps of a run. At the top of the loop, `step` updates have been taken."""
     config, world = run.config, run.world
     meter = Meter(run)
     stop_request = StopRequest(world, signals)
-    progress = tqdm(total=config.max_steps, initial=run.first_step, unit="step",
-                    disable=not world.is_main)
-
     for step in range(run.first_step, config.max_steps + 1):
         last_step = step == config.max_steps
 
@@ -131,7 +130,6 @@ def loop(run: TrainingRun, signals: runlog.StopSignals):
         # log
         meter.stop(step, loss, grad_norm, lr, progress, pause_follows=any(due(config, step + 1)))
         progress.update()
-    progress.close()
 
 
 def train_step(run: TrainingRun, x, y, step: int):

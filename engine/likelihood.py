@@ -184,6 +184,7 @@ def packed_length(part: SharedPrefix) -> int:
 
 
 def pack(part: SharedPrefix) -> PackedSequence:
+    """The context once, followed by the inputs of each continuation as a branch of its own."""
     T = len(part.context)
     sequence = PackedSequence(list(part.context), list(range(T)), [0] * T, [], [], [])
     for branch, continuation in enumerate(part.continuations, 1):

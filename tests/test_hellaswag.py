@@ -153,8 +153,8 @@ def test_the_harness_protocol_equals_lm_evaluation_harness(kind, tmp_path):
     save_huggingface(tmp_path, gpt, tokenizer, torch.float32)
 
     # their task on our examples
-    config = load_yaml(f"{tasks.__path__[0]}/hellaswag/hellaswag.yaml")
-    del config["tag"]
+    config = dict(load_yaml(f"{tasks.__path__[0]}/hellaswag/hellaswag.yaml"))
+    config.pop("tag", None)
     config["training_split"] = None
     config["num_fewshot"] = 0
     config["custom_dataset"] = lambda **_: {"validation": Dataset.from_list(EXAMPLES)}

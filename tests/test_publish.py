@@ -95,7 +95,8 @@ def test_an_export_has_the_chat_template_that_it_is_given_and_later_exports_keep
 def test_a_chat_template_that_is_not_there_gets_one_sentence(command):
     done = command("publish.py", "export", "bundled:shakespeare", "out", "--chat-template",
                    "nothing.jinja", check=False)
-    assert done.returncode == 2 and done.stderr == "error: nothing.jinja: No such file or directory.\n"
+    assert done.returncode == 2
+    assert done.stderr == "error: nothing.jinja: No such file or directory.\n"
 
 
 def test_gguf_is_written_for_byte_level_bpes_and_refused_in_one_sentence_for_others(tmp_path):
