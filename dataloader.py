@@ -48,10 +48,11 @@ class DataLoader:
 
     def __init__(self, data, split: str, batch_size: int, block_size: int, seed: int = 0,
                  rank: int = 0, world: int = 1,
-                 order: Literal["shuffled", "sequential"] = "shuffled"):
+                 order: Literal["shuffled", "sequential"] = "shuffled",
+                 manifest: dict | None = None):
         self.data = data
-        self.shards = Shards(data, split)
-        self.vocab_size = read_tokenizer(data).vocab_size
+        self.shards = Shards(data, split, manifest)
+        self.vocab_size = read_tokenizer(data, manifest).vocab_size
         self.batch_size = batch_size
         self.block_size = block_size
         self.seed = seed

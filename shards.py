@@ -36,12 +36,14 @@ LLMC_HEADER_BYTES = 1024
 class Shards:
     """The tokens of one split as one stream: `len()` and `read(start, stop)`.
 
-    Raises UserError if the folder has no shards of this split, or if one is missing or cut off.
+    Pass the folder's manifest if it has been read already. Raises UserError if the folder has no
+    shards of this split, or if one is missing or cut off.
     """
 
-    def __init__(self, folder, split: str):
+    def __init__(self, folder, split: str, manifest: dict | None = None):
         folder = Path(folder)
-        manifest = read_manifest(folder)
+        if manifest is None:
+            manifest = read_manifest(folder)
         unfinished = any(folder.glob("progress*.json")) or any(folder.glob("manifest_p*.json"))
         if not manifest and unfinished:
             raise UserError(f"{folder} is not finished: run the command that prepares it again.")
@@ -127,12 +129,13 @@ def is_valid_manifest(manifest: dict) -> bool:
             and 0 < len(files) == len(manifest["shards"]))
 
 
-def read_tokenizer(folder) -> Tokenizer:
-    """Return the tokenizer of the folder's shards.
+def read_tokenizer(folder, manifest: dict | None = None) -> Tokenizer:
+    """Return the tokenizer of the folder's shards, from its manifest, read here if not passed.
 
     Without a manifest it is that of nanoGPT's meta.pkl, if present, else GPT-2's.
     """
-    manifest = read_manifest(folder)
+    if manifest is None:
+        manifest = read_manifest(folder)
     if manifest:
         return load_tokenizer(manifest["tokenizer"])
     has_meta = (Path(folder) / "meta.pkl").exists()

@@ -97,19 +97,18 @@ class Tokenizer:
             special[end_of_text] = self.eot
 
         # render the template
-        messages = [
-            {key: remove_all(special, value) if isinstance(value, str) else value
-             for key, value in message.items()} for message in messages]
         try:
             text = compile_template(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
+                messages=remove_words(special, messages),
+                add_generation_prompt=add_generation_prompt,
                 bos_token=end_of_text, eos_token=end_of_text)
         except Exception as error:  # a template can raise any exception
             raise UserError(f"The chat template failed ({type(error).__name__}: {error}): "
                             "correct chat_template in tokenizer_config.json.") from None
 
-        # encode the text between special tokens
-        pattern = "|".join(map(re.escape, special)) or "(?!)"  # (?!) never matches
+        # encode the text between special tokens; the longest match wins, as in transformers
+        longest_first = sorted(special, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) never matches
         ids = []
         for piece in re.split(f"({pattern})", text):
             ids += [special[piece]] if piece in special else self.encode(piece)
@@ -133,12 +132,20 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def remove_all(words: Iterable[str], text: str) -> str:
-    """Remove the words from the text, also those that a removal puts together."""
-    while any(word in text for word in words):
-        for word in words:
-            text = text.replace(word, "")
-    return text
+def remove_words(words: Iterable[str], value):
+    """Remove the words from a string, or from all strings in nested lists and dicts.
+
+    Words that a removal puts together are removed, too.
+    """
+    if isinstance(value, dict):
+        return {key: remove_words(words, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [remove_words(words, item) for item in value]
+    if isinstance(value, str):
+        while any(word in value for word in words):
+            for word in words:
+                value = value.replace(word, "")
+    return value
 
 
 @functools.lru_cache

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 
-# Let idle OpenMP threads sleep instead of spin, which slows a busy machine (set before torch loads)
+# Let idle OpenMP threads sleep instead of spin, which slows a busy machine. Must precede torch
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -32,19 +32,19 @@ from generate import Engine
 from model import GPT
 from tokenizer import Tokenizer
 from training import optim, plan, runlog, sharding
-from training.config import TrainConfig, check, run_description, run_fingerprint
+from training.config import TrainConfig, run_description, run_fingerprint, validate
 from training.loss import cross_entropy
 from training.meter import Meter
-from training.presets import PRESETS, RECIPES
+from training.presets import PRESETS, fast_recipe
 from training.setup import TrainingRun, autocast, model_sizes, set_up
-from training.signals import StopRequest
+from training.signals import StopSignals
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
 
 def main(argv: list[str]):
-    # a preset comes first, if one is named
+    # the first argument may name a preset
     if argv and not argv[0].startswith("-"):
         preset, *argv = argv
     else:
@@ -52,14 +52,14 @@ def main(argv: list[str]):
     if preset not in PRESETS:
         raise UserError(f"Unknown preset {preset!r}. The presets are: {', '.join(PRESETS)}.")
 
-    # options over the preset's defaults; a recipe changes those defaults
+    # options override the preset's defaults; a recipe changes those defaults first
     defaults = dataclasses.replace(PRESETS[preset], name=preset)
     config = parse_options(preset, defaults, argv)
-    if config.recipe != defaults.recipe:
-        config = parse_options(preset, RECIPES[config.recipe](defaults), argv)
-    check(config)
+    if config.recipe == "fast":
+        config = parse_options(preset, fast_recipe(defaults), argv)
+    validate(config)
 
-    # a plan needs no data if the vocabulary is known
+    # a dry run needs no data if it knows the size of the vocabulary
     if config.dry_run and not config.data.is_dir() and config.vocab_size and not config.init_from:
         with torch.device("meta"):
             model = GPT(model_sizes(config, config.vocab_size))
@@ -85,7 +85,7 @@ def train(config: TrainConfig, world: ddp.World):
     folder = checkpoint.LOG / config.name
     writes_files = world.is_main and not config.dry_run
     lock = runlog.locked(folder) if writes_files else contextlib.nullcontext()
-    with lock, runlog.StopSignals() as signals:
+    with lock, StopSignals(world) as signals:
         run = set_up(config, world)
         if run is None:  # a dry run
             return
@@ -96,22 +96,19 @@ def train(config: TrainConfig, world: ddp.World):
         print(f"{folder} is complete at step {config.max_steps}: python app.py --model {folder}")
 
 
-def loop(run: TrainingRun, signals: runlog.StopSignals, progress: tqdm):
-    """Takes the steps of a run. At the top of the loop, `step` updates have been taken."""
-    config, world = run.config, run.world
+def loop(run: TrainingRun, signals: StopSignals, progress: tqdm):
+    """Trains from run.first_step to max_steps. An iteration starts after `step` updates."""
+    config = run.config
     meter = Meter(run)
-    stop_request = StopRequest(world, signals)
     for step in range(run.first_step, config.max_steps + 1):
-        last_step = step == config.max_steps
-
-        # a signal: save this step on all ranks and exit
-        if signal_number := stop_request.signal_number(step):
+        # save and exit if any rank has received a signal
+        if signal_number := signals.exchange(step):
             save_and_exit(run, step, signal_number)
 
+        # evaluate, sample and save once in a while, but not twice at the step of a resumed run;
+        # eager, because torch.compile would compile anew for the shapes of these batches
         if step > run.first_step or not run.first_step_is_evaluated:
             evaluate_now, sample_now, save_now = due(config, step)
-
-            # evaluate, sample and save once in a while; these batches are not worth compiling for
             with torch.compiler.set_stance("force_eager"):
                 if evaluate_now:
                     val_loss = evaluate_and_log(run, step)
@@ -119,7 +116,7 @@ def loop(run: TrainingRun, signals: runlog.StopSignals, progress: tqdm):
                     sample_and_log(run, step)
                 if save_now:
                     save(run, step, val_loss)
-        if last_step:
+        if step == config.max_steps:
             break
 
         # one training step
@@ -127,16 +124,16 @@ def loop(run: TrainingRun, signals: runlog.StopSignals, progress: tqdm):
         x, y = next(run.batches)  # (B / world, T) each
         loss, grad_norm, lr = train_step(run, x, y, step)
 
-        # log
+        # log every log_every steps
         meter.stop(step, loss, grad_norm, lr, progress, pause_follows=any(due(config, step + 1)))
         progress.update()
 
 
 def train_step(run: TrainingRun, x, y, step: int):
-    """One update from this rank's sequences x, y (B / world, T).
+    """Updates the model once, with this rank's inputs x and targets y, (B / world, T) each.
 
     Returns this rank's mean loss and the gradient's norm before clipping, both still on the device,
-    and the learning rate. If the gradient is not finite, all ranks skip the update alike.
+    and the learning rate. If the gradient is not finite, every rank skips the update.
     """
     config, world, model = run.config, run.world, run.ddp_model
     model.train()
@@ -146,7 +143,7 @@ def train_step(run: TrainingRun, x, y, step: int):
     loss = torch.zeros((), device=world.device)
     micro_batches = list(zip(x.split(config.micro_batch), y.split(config.micro_batch)))
     for i, (x_part, y_part) in enumerate(micro_batches):
-        # DDP averages gradients over the ranks only with the last micro-batch
+        # let DDP average the gradients over the ranks once, after the last micro-batch
         last = i == len(micro_batches) - 1
         skip_sync = world.size > 1 and not config.shard and not last
         sync = model.no_sync() if skip_sync else contextlib.nullcontext()
@@ -156,19 +153,19 @@ def train_step(run: TrainingRun, x, y, step: int):
             part_loss.backward()
         loss += part_loss.detach()
 
-    # clip
+    # clip the gradient
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
     if config.shard:
         grad_norm = grad_norm.full_tensor()
 
-    # learning rate
+    # set the learning rate
     lr = optim.learning_rate(
         step, peak=config.learning_rate, schedule=config.schedule, min_ratio=config.min_lr_ratio,
         warmup_steps=config.warmup_steps, max_steps=config.max_steps)
     optim.set_learning_rate(run.optimizers, lr)
 
-    # optimizer
-    found_inf = (~grad_norm.isfinite()).float()  # read on the device, so that no step waits for it
+    # update the weights; the optimizers read found_inf on the device, so the CPU need not wait
+    found_inf = (~grad_norm.isfinite()).float()  # 1 skips the update
     for optimizer in run.optimizers:
         optimizer.found_inf = found_inf
         optimizer.step()
@@ -181,7 +178,7 @@ def train_step(run: TrainingRun, x, y, step: int):
 
 
 def due(config: TrainConfig, step: int) -> tuple[bool, bool, bool]:
-    """Whether to evaluate, sample and save after `step` updates. What is saved is evaluated."""
+    """Whether to evaluate, sample and save after `step` updates. Saving implies evaluating."""
     last_step = step == config.max_steps
     save_now = step > 0 and (step % config.save_every == 0 or last_step)
     evaluate_now = save_now or step % config.eval_every == 0
@@ -190,7 +187,7 @@ def due(config: TrainConfig, step: int) -> tuple[bool, bool, bool]:
 
 
 def evaluate_and_log(run: TrainingRun, step: int) -> float:
-    """The validation loss; HellaSwag's accuracy is logged with it if the run has its examples."""
+    """Computes and logs the validation loss, and HellaSwag's accuracy if the run has examples."""
     config = run.config
     val_loss = evaluate(run.model, run.val_loader, run.tokenizer.vocab_size, config, run.world)
     accuracy = {}
@@ -211,19 +208,20 @@ def evaluate(model: GPT, val_loader: DataLoader, vocab_size: int, config: TrainC
              world: ddp.World) -> float:
     """Mean loss in nats per token over the first eval_tokens of the validation split.
 
-    The ranks divide the same sequences whatever their number. Probabilities are over the
-    tokenizer's vocab_size ids, without the padding of the model's vocabulary.
+    The ranks divide the sequences among themselves. Probabilities are over the tokenizer's
+    vocab_size ids, without the padding of the model's vocabulary.
     """
     model.eval()
     n_sequences = min(val_loader.sequences, max(1, config.eval_tokens // config.block_size))
     total_loss, n_scored = 0.0, 0
-    stride = world.size * config.micro_batch
-    offset = world.rank * config.micro_batch
-    for first in range(offset, n_sequences + offset, stride):
+    for start in range(0, n_sequences, world.size * config.micro_batch):
+        # take this rank's sequences; at the end of the split there may be none
+        first = start + world.rank * config.micro_batch
         sequences = range(first, min(first + config.micro_batch, n_sequences))
         if not sequences and not config.shard:
             break
-        # the ranks of a sharded model run equally many passes; one without sequences repeats one
+
+        # score them; with none, a rank of a sharded model runs the forward pass for the others
         x, y = val_loader.read(sequences or range(1))  # (micro_batch, T) each
         x, y = x.to(world.device), y.to(world.device)
         with autocast(config, world):
@@ -237,7 +235,7 @@ def evaluate(model: GPT, val_loader: DataLoader, vocab_size: int, config: TrainC
 
 
 def sample_and_log(run: TrainingRun, step: int):
-    """Continues the sample prompt, on the main process or on all ranks of a sharded model."""
+    """Samples and logs texts, on the main process or on all ranks of a sharded model."""
     if run.config.shard:
         texts = sharding.draw_together(run.model, run.tokenizer, run.config)
     elif run.log:
@@ -258,22 +256,23 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[
 
 
 def save(run: TrainingRun, step: int, val_loss: float | None):
-    """Writes a checkpoint; val_loss is None for a step that was not evaluated.
+    """Writes a checkpoint. val_loss is None after a signal, when there is no time to evaluate.
 
-    A full disk costs this checkpoint, not the run, unless no step follows.
+    If that fails, for example on a full disk, training continues without this checkpoint. Raises
+    UserError if it was the last one.
     """
     config = run.config
     if not run.log and not config.shard:
         return
     if config.shard:
-        run.model.reshard()  # free what validation gathered
+        run.model.reshard()  # free the weights that validation gathered
     try:
         checkpoint.save(run.folder, step, run.model, optim.named_state(run.model, run.optimizers),
                         run.tokenizer, run_fingerprint(config, run.manifest, step), val_loss,
                         run.world)
     except checkpoint.SaveError as error:
-        no_step_follows = val_loss is None or step == config.max_steps
-        if no_step_follows:
+        is_last_checkpoint = val_loss is None or step == config.max_steps
+        if is_last_checkpoint:
             raise UserError(f"{error}. Free some disk space and run the same command again to "
                             "resume from the last checkpoint.") from None
         if run.log:
@@ -281,12 +280,12 @@ def save(run: TrainingRun, step: int, val_loss: float | None):
 
 
 def save_and_exit(run: TrainingRun, step: int, signal_number: int):
-    """Saves the step that a signal interrupts and exits with the code that the signal has."""
+    """Saves the current step and exits with the signal's exit code."""
     if step > run.first_step:
         save(run, step, None)
         if run.log:
-            tqdm.write(f"stopped after step {step:,} and saved it; run the same command to resume")
-    ddp.sum_over_ranks(run.world, 0)  # wait for all: a rank that leaves early breaks the others
+            tqdm.write(f"saved step {step:,} and stopped; run the same command again to resume")
+    ddp.sum_over_ranks(run.world, 0)  # wait: a rank that exits early would break the others
     sys.exit(128 + signal_number)
 
 

@@ -641,7 +641,7 @@ def test_a_visitor_who_leaves_leaves_nothing_behind():
     with concurrent.futures.ThreadPoolExecutor(1) as thread:  # playwright's loop runs in this one
         thread.submit(asyncio.run, leave_all(models)).result()
     time.sleep(0.5)
-    assert not scheduler.running and not scheduler.waiting
+    assert scheduler.load() == (0, 0)
     assert sum(cache.kv.nbytes for _, cache in scheduler.prefixes.entries) <= 2**26
 
 

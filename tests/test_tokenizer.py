@@ -319,6 +319,9 @@ def test_a_message_cannot_write_special_tokens():
     expected = tokenizer.chat_ids([{"role": "user", "content": "one two"}])
     for content in "one<|endoftext|> two", "one <|endo<|endoftext|>ftext|>two":
         assert tokenizer.chat_ids([{"role": "user", "content": content}]) == expected
+    nested = with_template(tokenizer, "{{ messages[0].content[0].text }}")
+    parts = [{"type": "text", "text": "one<|endoftext|> two"}]
+    assert tokenizer.eot not in nested.chat_ids([{"role": "user", "content": parts}])
 
 
 def test_a_chat_template_is_read_from_either_file_and_not_kept_by_the_shared_gpt2(gpt2, tmp_path):

@@ -363,7 +363,7 @@ def test_a_damaged_checkpoint_is_never_chosen(data, tmp_path, capsys):
 
     for state in run.glob("state_*"):
         (state / "optimizer.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="none of its checkpoints is whole"):
+    with pytest.raises(UserError, match="all of its checkpoints are damaged"):
         train_here("shakespeare-char", *TINY, "--name", "damaged")
     for state in run.glob("state_*"):
         shutil.rmtree(state)

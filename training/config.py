@@ -1,4 +1,4 @@
-"""The configuration of a run: every option of train.py, and which of them make two runs the same.
+"""The configuration of a run: the options of train.py, their checks, and a run's fingerprint.
 
 `TrainConfig` is flat: each field is one command-line option, and its docstring is the help text.
 """
@@ -17,20 +17,20 @@ from training import optim
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A run: its data, model, optimization, and what is evaluated, sampled and saved."""
+    """The options of a run. The defaults are those of GPT-2 124M on FineWeb-Edu."""
 
     data: Path = Path("edu_fineweb10B")
     """Folder of token shards, as prepare.py writes it."""
     name: Annotated[str, tyro.conf.arg(aliases=["--run"])] = ""
     """Name of the run, whose folder is log/<name>. Defaults to the preset's name."""
     resume: Literal["auto", "none"] = "auto"
-    """auto resumes from the newest checkpoint of the run. none starts a new run, and refuses a
-    folder that already holds one."""
+    """auto resumes from the newest checkpoint of the run. none starts a new run, and fails if the
+    folder already holds one."""
     init_from: str | None = None
-    """Model whose weights and sizes the run starts from: bundled, a run, a file, a folder or a Hub
+    """Model to start from, with its weights and sizes: bundled, a run, a file, a folder or a Hub
     id."""
     order: Literal["shuffled", "sequential"] = "shuffled"
-    """Order of the sequences: a new permutation each epoch, or as they stand in the text."""
+    """Order of the sequences: a new permutation each epoch, or the order of the text."""
     seed: int = 1337
 
     # the model
@@ -38,27 +38,27 @@ class TrainConfig:
     n_head: int = 12
     n_embd: int = 768
     block_size: int = 1024
-    """Context in tokens, of the model and of a training sequence."""
+    """Context length in tokens, also that of a training sequence."""
     vocab_size: int | None = None
-    """Defaults to the tokenizer's."""
+    """Defaults to the size of the tokenizer's vocabulary."""
     dropout: float = 0.0
 
     # the batch
     batch_tokens: int = 2**19
     """Tokens per step, over all processes and micro-batches."""
     micro_batch: int | Literal["auto"] = 64
-    """Sequences that a process takes at a time; gradients accumulate until its share of the batch
-    is done. auto halves that share until it fits in memory."""
+    """Sequences that a process computes at a time, accumulating gradients over its share of the
+    batch. auto halves that share until it fits in memory."""
 
     # the optimization
     recipe: Literal["preset", "fast"] = "preset"
-    """fast trains in half of the preset's steps, with Muon and other learning rates (see
+    """fast trains with Muon and higher learning rates, in half of the preset's steps (see
     benchmarks/recipes)."""
     max_steps: int = 19_073
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 6e-4
     embedding_rate: float = 1.0
-    """Learning rate of the embeddings, as a multiple of the others'."""
+    """Learning rate of the embeddings, as a multiple of --learning-rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 715
     min_lr_ratio: float = 0.1
@@ -67,21 +67,21 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
+    """Maximum norm of the gradient; 0 turns clipping off."""
 
     # evaluation, samples, checkpoints and the log, all in steps
     eval_every: int = 250
     eval_tokens: int = 20 * 2**19
-    """Validation tokens to score each time: the first of the split, at most this many."""
+    """Number of validation tokens to score each time, from the start of the split."""
     hellaswag: str = "none"
-    """Score HellaSwag with each validation: a .jsonl or .jsonl.gz of its examples, auto (download
-    them) or none."""
+    """Examples of HellaSwag to score with each validation: a .jsonl or .jsonl.gz file, auto
+    (download them) or none."""
     sample_every: int = 250
     save_every: int = 1000
     log_every: int = 10
     sample_prompt: str = "Hello, I'm a language model,"
     samples: int = 1
-    """Continuations of the prompt to sample each time."""
+    """Number of continuations of the prompt to sample each time."""
 
     # the machine
     device: str = "auto"
@@ -90,21 +90,20 @@ class TrainConfig:
     """Precision of the matrix products; auto is bfloat16 on CUDA and float32 elsewhere. Weights are
     always float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the model with torch.compile; auto does on CUDA."""
+    """Compile the model with torch.compile; auto does so on CUDA."""
     shard: bool = False
     """Divide weights, gradients and optimizer state among the processes (FSDP2), for models that do
     not fit on one device."""
     recompute: Literal["auto", "on", "off"] = "auto"
-    """Recompute activations in the backward pass instead of keeping them; auto does with
-    --shard."""
+    """Recompute activations in the backward pass to save memory; auto does so with --shard."""
     deterministic: bool = False
-    """Use slower CUDA kernels that give the same bits each time."""
+    """Use only deterministic kernels, which may be slower, so that runs repeat bit for bit."""
     wait_s: float = 600
-    """Seconds that a process waits for another before it gives up."""
+    """Seconds to wait for another process before giving up."""
     track: Literal["none", "trackio", "wandb"] = "none"
-    """Send the log to this tracker too."""
+    """Send the metrics to this tracker too."""
     dry_run: bool = False
-    """Print the plan of the run, and stop."""
+    """Print the plan of the run and exit."""
 
     # assumptions of the plan, which do not change the run
     gpu: str | None = None
@@ -112,13 +111,13 @@ class TrainConfig:
     nproc: int | None = None
     """Number of devices to plan for. Defaults to the number of processes."""
     mfu: float = 0.5
-    """Assumed model FLOPs utilization: the fraction of the peak that the run reaches."""
+    """Assumed model FLOPs utilization (MFU), as a fraction of the device's peak."""
     price: float = 0.0
-    """Price of one device for an hour."""
+    """Price of one device per hour."""
 
     @property
     def recompute_activations(self) -> bool:
-        """What --recompute comes to."""
+        """The value of --recompute with "auto" resolved."""
         return self.recompute == "on" or (self.recompute == "auto" and self.shard)
 
 
@@ -128,8 +127,8 @@ NOT_NEGATIVE = ("max_steps", "price", "learning_rate", "embedding_rate", "warmup
                 "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip")
 
 
-def check(config: TrainConfig):
-    """Raises UserError for a value that no run can have."""
+def validate(config: TrainConfig):
+    """Raises UserError if a value is out of range, or if two options exclude each other."""
     for name in AT_LEAST_ONE:
         value = getattr(config, name)
         if value != "auto" and value < 1:
@@ -147,10 +146,11 @@ def check(config: TrainConfig):
     if config.nproc is not None and config.nproc < 1:
         raise UserError(f"--nproc must be at least 1, not {config.nproc}.")
     if config.shard and config.optimizer == "muon":
-        raise UserError("Muon needs whole matrices, which --shard divides: use only one of them.")
+        raise UserError("Muon needs whole matrices, which --shard divides: use --optimizer adamw "
+                        "or leave out --shard.")
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", config.name):
-        raise UserError("--name names a folder under log/ and may hold letters, digits, '.', '-' "
-                        f"and '_', so it cannot be {config.name!r}.")
+        raise UserError("--name names a folder under log/ and may contain letters, digits, '.', "
+                        f"'-' and '_' only, so it cannot be {config.name!r}.")
 
 
 def option(field: str) -> str:
@@ -159,10 +159,10 @@ def option(field: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# What makes two runs the same
+# What a run saves of its configuration
 
-# Options that may change when a run resumes: where it runs and what is shown, not what is computed.
-# (`run` is what `name` was called in older checkpoints.)
+# Options that may change when a run resumes, as they do not change what it computes. (`run` is what
+# `name` was called in older checkpoints.)
 MAY_CHANGE = {
     "name", "run", "recipe", "resume", "data", "micro_batch", "eval_every", "eval_tokens",
     "hellaswag", "sample_every", "save_every", "log_every", "sample_prompt", "samples", "device",
@@ -171,10 +171,10 @@ MAY_CHANGE = {
 
 
 def run_fingerprint(config: TrainConfig, manifest: dict, step: int) -> dict:
-    """The part of a configuration that a resumed run must share with its checkpoint at `step`.
+    """The values that must not change when a run resumes from its checkpoint at `step`.
 
-    Data are the same if their shards' checksums are. Before wsd's decay begins the rate does not
-    depend on max_steps, so until then such a run may be made longer or shorter.
+    Data are compared by the checksums of their shards. Before the decay of "wsd" begins, the
+    learning rate does not depend on max_steps, so max_steps may still change.
     """
     checksums = "".join(shard["sha256"] for shard in manifest.get("shards", ()))
     digest = hashlib.sha256(checksums.encode()).hexdigest()[:16]
@@ -187,7 +187,7 @@ def run_fingerprint(config: TrainConfig, manifest: dict, step: int) -> dict:
 
 
 def run_description(config: TrainConfig, manifest: dict) -> dict:
-    """The contents of a run's config.json: its configuration and what its data are."""
+    """The contents of a run's config.json: its configuration, and a description of its data."""
     corpus = {key: manifest[key] for key in ("source", "documents", "tokens") if key in manifest}
     return {**as_json(config), "corpus": corpus}
 

@@ -11,74 +11,80 @@ from common.errors import UserError
 from training import runlog
 from training.setup import TrainingRun
 
-MAX_SKIPPED_IN_A_ROW = 5  # a run whose gradients are not finite this often in a row has diverged
+MAX_SKIPPED_IN_A_ROW = 5  # a run that skips this many updates in a row has diverged
 
 
 class Meter:
-    """Loss, speed and skipped updates, read from the device every log_every steps.
+    """Measures the training steps and logs every log_every-th of them.
 
-    Only those steps wait for the device; the others leave their numbers on it.
+    Counts are kept on the device, so that only the logged steps wait for it.
     """
 
     def __init__(self, run: TrainingRun):
         self.run = run
-        self.device = find_device(ddp.device_name(run.world.device))
+        self.data_sheet = find_device(ddp.device_name(run.world.device))
         self.flops_per_token = run.model.flops_per_token(run.config.block_size)
-        self.seconds, self.tokens = 0.0, 0  # of training since the last line of the log
-        device = run.world.device
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # since the last line
-        self.in_a_row = torch.zeros_like(self.skipped)
-        self.longest_row = torch.zeros_like(self.skipped)
+
+        # since the last logged step
+        self.seconds = 0.0
+        self.tokens = 0
+        self.skipped = torch.zeros((), dtype=torch.int64, device=run.world.device)
+
+        # updates skipped in a row: now, and at most
+        self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.max_skipped_in_a_row = torch.zeros_like(self.skipped)
 
     def start(self):
         self.started = time.perf_counter()
 
     def stop(self, step: int, loss, grad_norm, lr: float, progress: tqdm, pause_follows: bool):
-        """Takes the results of update `step`, the first being 0, and logs them if it is time.
+        """Adds up update `step`, counted from 0, and logs it every log_every steps.
 
-        Waits for the device if an evaluation or a save follows, which would wait in its place.
+        If evaluation or a save follows, waits for the device first, so that the time of the step is
+        not counted as theirs. Raises UserError if the run has diverged.
         """
         config, world = self.run.config, self.run.world
 
         # count skipped updates on the device
-        not_finite = ~grad_norm.isfinite()
-        self.skipped += not_finite
-        self.in_a_row = (self.in_a_row + 1) * not_finite
-        self.longest_row = torch.maximum(self.longest_row, self.in_a_row)
+        is_skipped = ~grad_norm.isfinite()
+        self.skipped += is_skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * is_skipped
+        self.max_skipped_in_a_row = torch.maximum(self.max_skipped_in_a_row, self.skipped_in_a_row)
 
-        # count time and tokens
+        # add up time and tokens
         self.tokens += config.batch_tokens
         if pause_follows:
-            loss.item()
+            loss.item()  # waits for the device
         last_step = step + 1 == config.max_steps
         log_now = (step + 1) % config.log_every == 0 or last_step
         if not log_now:
             self.seconds += time.perf_counter() - self.started
             return
 
-        # average the loss over the ranks; this waits for the device
-        loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
+        # average the loss over the ranks, which waits for the device
+        mean_loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
         self.seconds += time.perf_counter() - self.started
-        tokens_per_s = self.tokens / self.seconds
-        n_skipped = self.skipped.item()
+
+        # log, then start counting anew
         if self.run.log:
-            self.write(step + 1, loss, grad_norm.item(), lr, tokens_per_s, n_skipped, progress)
-        if self.longest_row >= MAX_SKIPPED_IN_A_ROW:
+            self.write(step + 1, mean_loss, grad_norm.item(), lr, progress)
+        if self.max_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise self.diverged(step + 1)
-        self.seconds, self.tokens = 0.0, 0
+        self.seconds = 0.0
+        self.tokens = 0
         self.skipped.zero_()
 
-    def write(self, step: int, loss: float, grad_norm: float, lr: float, tokens_per_s: float,
-              n_skipped: int, progress: tqdm):
-        """One line in metrics.jsonl and on the progress bar."""
+    def write(self, step: int, loss: float, grad_norm: float, lr: float, progress: tqdm):
+        """Writes a line to metrics.jsonl and updates the progress bar."""
+        tokens_per_s = self.tokens / self.seconds
         values = {"train_loss": loss, "grad_norm": grad_norm, "learning_rate": lr,
                   "tokens_per_s": round(tokens_per_s)}
         mfu_text = "MFU n/a"
-        if self.device:
-            peak = self.run.world.size * self.device.flops
-            values["mfu"] = tokens_per_s * self.flops_per_token / peak
+        if self.data_sheet:
+            peak_flops = self.run.world.size * self.data_sheet.flops
+            values["mfu"] = tokens_per_s * self.flops_per_token / peak_flops
             mfu_text = f"MFU {values['mfu']:.0%}"
-        if n_skipped:
+        if n_skipped := self.skipped.item():
             values["skipped"] = n_skipped
             runlog.warn(f"step {step}: {n_skipped} of the last updates had a gradient that was not "
                         "finite and were skipped")

@@ -1,12 +1,12 @@
-"""The presets, each a set of defaults for train.py, and the recipes that change them."""
+"""The presets, each a set of defaults for train.py, and the recipe that speeds them up."""
 from dataclasses import replace
 from pathlib import Path
 
 from training.config import TrainConfig
 
-# GPT-3 paper, table 2.1 and appendix B: batches of 0.5M tokens, learning rate 6e-4, betas 0.9 and
-# 0.95, clipping at 1.0, weight decay 0.1. Its warm-up of 375M tokens is 715 steps; 19,073 steps are
-# 10B tokens.
+# GPT-3 paper (arXiv 2005.14165), table 2.1 and appendix B: batches of 0.5M tokens, learning rate
+# 6e-4, betas 0.9 and 0.95, clipping at 1.0, weight decay 0.1, and a warm-up of 375M tokens (715
+# steps). 10B tokens are 19,073 steps. All of these are TrainConfig's defaults.
 GPT2_124M = TrainConfig(vocab_size=50_304, hellaswag="auto", samples=4)
 
 # nanoGPT's baby GPT (with biases): 5,000 steps of 64 sequences of 256 characters.
@@ -16,7 +16,7 @@ SHAKESPEARE_CHAR = TrainConfig(
     batch_tokens=64 * 256, max_steps=5000, learning_rate=1e-3, warmup_steps=100, beta2=0.99,
     eval_every=250, sample_every=500, save_every=500, sample_prompt="ROMEO:\n")
 
-# The same text on two CPU cores: few layers, small batches and Muon lower the loss soonest.
+# The same text on two CPU cores, where few layers, small batches and Muon lower the loss fastest.
 SHAKESPEARE_CHAR_CPU = replace(
     SHAKESPEARE_CHAR,
     n_layer=2, n_head=3, n_embd=96, block_size=64, dropout=0.0,
@@ -36,7 +36,7 @@ FINETUNE = TrainConfig(
     learning_rate=3e-5, schedule="constant", warmup_steps=0,
     eval_every=20, sample_every=100, save_every=100)
 
-# Two epochs of tiny Shakespeare, as in nanoGPT, and three of tiny Pushkin, from OpenAI's GPT-2.
+# OpenAI's GPT-2 for two epochs of tiny Shakespeare, as in nanoGPT, or three of tiny Pushkin.
 FINETUNE_SHAKESPEARE = replace(
     FINETUNE, init_from="gpt2", data=Path("data/tiny_shakespeare_gpt2"), max_steps=20, eval_every=5)
 FINETUNE_PUSHKIN = replace(
@@ -79,14 +79,11 @@ PRESETS = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# Recipes
+# --recipe fast
 
 
-def fast(config: TrainConfig) -> TrainConfig:
-    """The recipe that won in benchmarks/recipes, for a configuration made for AdamW."""
+def fast_recipe(config: TrainConfig) -> TrainConfig:
+    """A preset for AdamW, changed to train with Muon in half of the steps (benchmarks/recipes)."""
     return replace(
         config, optimizer="muon", learning_rate=2 * config.learning_rate, embedding_rate=4.0,
         max_steps=round(0.5 * config.max_steps), warmup_steps=round(0.5 * config.warmup_steps))
-
-
-RECIPES = {"fast": fast}

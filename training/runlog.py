@@ -1,12 +1,10 @@
-"""A run's folder during training: its lock, its log files, and the signals that stop a run."""
+"""A run's folder during training: its lock and its log files."""
 import contextlib
 import importlib
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -32,34 +30,6 @@ def locked(folder: Path):
     finally:
         lock.release()
 
-
-class StopSignals:
-    """Within a `with` block, SIGTERM and SIGINT do not end the process but are kept in `received`.
-
-    The training loop can then finish its step and save. A second SIGINT (Ctrl-C) ends the process
-    at once.
-    """
-    received = 0  # the number of the signal, or 0
-
-    def __enter__(self):
-        self.previous_handlers = {}
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous_handlers[number] = signal.signal(number, self.handle)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, _frame):
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-
-# --------------------------------------------------------------------------------------------------
-# The log
 
 class Log:
     """Writes a run's config.json, metrics.jsonl and samples.jsonl.

@@ -25,65 +25,63 @@ from training.config import TrainConfig, run_description, run_fingerprint
 
 @dataclasses.dataclass
 class TrainingRun:
-    """What the loop works with, from the first step to the last."""
+    """Everything that the training loop uses."""
 
-    config: TrainConfig  # with the sizes and the micro-batch that set-up decided
+    config: TrainConfig  # with the actual sizes of the model and the micro-batch
     world: ddp.World
     folder: Path  # log/<name>
     manifest: dict  # of the data
     tokenizer: Tokenizer
     model: GPT
-    ddp_model: nn.Module  # the same, averaging gradients over the ranks
+    ddp_model: nn.Module  # the same model, wrapped to average gradients over the ranks
     optimizers: list[torch.optim.Optimizer]
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]]  # this rank's x, y (B / world, T) each
     val_loader: DataLoader
     hellaswag_examples: list[dict] | None
     first_step: int  # updates taken before this process started
-    first_step_is_evaluated: bool  # False also for a checkpoint that a signal made
-    log: runlog.Log | None  # None on ranks other than the first
+    first_step_is_evaluated: bool  # False for a new run, and if a signal ended the last one
+    log: runlog.Log | None  # on the main process only
 
 
 def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
-    """The run that `config` describes, resumed from its newest checkpoint if it has one.
+    """Prepares the run that `config` describes, and loads its newest checkpoint if it has one.
 
-    Returns None after printing the plan if config.dry_run is set. Raises UserError for data, models
-    or checkpoints that do not fit the configuration.
+    Returns None after printing the plan if config.dry_run is set. Raises UserError if the data, the
+    model of --init-from or the checkpoint do not fit the configuration.
     """
+    # find the checkpoint to resume from, the same on all ranks
     folder = checkpoint.LOG / config.name
-
-    # the checkpoint to resume from, the same on all ranks
     resume_step = find_checkpoint(config, folder, world)
+    first_step = resume_step or 0
 
-    # the data
+    # build the model on the meta device
     manifest = read_data_manifest(config)
+    model, initial_weights, tokenizer, config = build_model(config, manifest)
 
-    # the model on the meta device, and the weights of --init-from
-    model, initial_weights, tokenizer, config = build_model(config)
-
-    # the batches
+    # open the data
     sequences = config.batch_tokens // config.block_size
     train_loader = DataLoader(config.data, "train", sequences, config.block_size, config.seed,
-                              world.rank, world.size, config.order)
-    val_loader = DataLoader(config.data, "val", 1, config.block_size)
+                              world.rank, world.size, config.order, manifest)
+    val_loader = DataLoader(config.data, "val", 1, config.block_size, manifest=manifest)
 
-    # HellaSwag, which a dry run does not download
+    # read HellaSwag, which a dry run does not download
     skip_download = config.dry_run and config.hellaswag == "auto"
     examples = None if skip_download else read_hellaswag(config, world)
 
-    # the plan
+    # print the plan
     if world.is_main:
         device_name = ddp.device_name(world.device)
         print(plan.describe(config, model, train_loader, val_loader, device_name, world.size))
     if config.dry_run:
         return None
 
-    # weights on the device, and the micro-batch that fits beside them
+    # initialize the weights on the device, then find the micro-batch that fits beside them
     place_model(model, initial_weights, config, world)
     saved_run = folder if resume_step else None
-    config = dataclasses.replace(
-        config, micro_batch=choose_micro_batch(config, saved_run, model, world))
+    micro_batch = choose_micro_batch(config, saved_run, model, world)
+    config = dataclasses.replace(config, micro_batch=micro_batch)
 
-    # the optimizers, and their state and the weights of the checkpoint
+    # create the optimizers, then load the checkpoint into the model and into them
     optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay,
                                         (config.beta1, config.beta2), config.embedding_rate)
     is_evaluated = False
@@ -92,17 +90,18 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
         if world.is_main:
             print(f"resuming {folder} from step {resume_step:,}")
 
-    # the log
+    # open the log
     log = None
     if world.is_main:
         log = runlog.Log(folder, run_description(config, manifest), resume_step, is_evaluated,
                          config.track, device=ddp.device_name(world.device), processes=world.size)
 
-    first_step = resume_step or 0
     return TrainingRun(
-        config, world, folder, manifest, tokenizer, model, ddp.wrap(model, world), optimizers,
-        train_loader.batches(first_step, config.max_steps, world.device), val_loader, examples,
-        first_step, is_evaluated, log)
+        config=config, world=world, folder=folder, manifest=manifest, tokenizer=tokenizer,
+        model=model, ddp_model=ddp.wrap(model, world), optimizers=optimizers,
+        batches=train_loader.batches(first_step, config.max_steps, world.device),
+        val_loader=val_loader, hellaswag_examples=examples,
+        first_step=first_step, first_step_is_evaluated=is_evaluated, log=log)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,27 +109,31 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
 
 
 def find_checkpoint(config: TrainConfig, folder: Path, world: ddp.World) -> int | None:
-    """The step to resume from, or None to start, as the main process finds it.
+    """The step to resume from, or None to start a new run.
 
-    Raises UserError for a new run in a folder that holds one, whole or damaged.
+    The main process decides. Raises UserError if a new run would start in a folder that already
+    holds one.
     """
-    if not world.is_main:
-        step = int(ddp.sum_over_ranks(world, 0)[0])  # what the main process sends below
-        return None if step < 0 else step
-    step = checkpoint.newest(folder) if config.resume == "auto" else None
-    holds_run = checkpoint.saved_steps(folder) or checkpoint.model_steps(folder)
-    if step is None and holds_run:
-        reason = ("none of its checkpoints is whole" if config.resume == "auto" else
-                  "--resume auto continues it")
-        raise UserError(f"{folder} already holds a run ({reason}): choose another --name.")
-    ddp.sum_over_ranks(world, -1 if step is None else step)
-    return step
+    step = None
+    if world.is_main:
+        if config.resume == "auto":
+            step = checkpoint.newest(folder)
+        holds_run = checkpoint.saved_steps(folder) or checkpoint.model_steps(folder)
+        if step is None and holds_run:
+            reason = ("all of its checkpoints are damaged" if config.resume == "auto" else
+                      "--resume auto continues it")
+            raise UserError(f"{folder} already holds a run ({reason}): choose another --name.")
+
+    # send the step to the other ranks, as step + 1, so that 0 means a new run
+    sent = 0 if step is None else step + 1
+    received = int(ddp.sum_over_ranks(world, sent)[0])
+    return received - 1 if received else None
 
 
 def read_data_manifest(config: TrainConfig) -> dict:
-    """The manifest of the data, {} for shards of other programs.
+    """The manifest of the data, or {} if another program wrote the shards.
 
-    If there is no such folder, raises UserError with the command that creates it.
+    If the folder does not exist, raises UserError with the command that creates it.
     """
     data = config.data
     if data.is_dir():
@@ -151,7 +154,7 @@ def read_data_manifest(config: TrainConfig) -> dict:
 
 
 def read_hellaswag(config: TrainConfig, world: ddp.World) -> list[dict] | None:
-    """HellaSwag's examples, or None if they are not asked for or some rank cannot download them."""
+    """HellaSwag's examples; None if the run does not score them or a rank cannot download them."""
     if config.hellaswag == "none":
         return None
     if config.hellaswag != "auto":
@@ -170,12 +173,13 @@ def read_hellaswag(config: TrainConfig, world: ddp.World) -> list[dict] | None:
 # The model
 
 
-def build_model(config: TrainConfig) -> tuple[GPT, dict | None, Tokenizer, TrainConfig]:
-    """(model on the meta device, weights to start from or None, tokenizer of the data, config).
+def build_model(config: TrainConfig, manifest: dict
+                ) -> tuple[GPT, dict | None, Tokenizer, TrainConfig]:
+    """Returns (model on the meta device, initial weights or None, tokenizer of the data, config).
 
-    The returned configuration has the sizes that --init-from and the tokenizer decide.
+    The returned configuration has the actual sizes, which --init-from and the tokenizer may set.
     """
-    tokenizer = read_tokenizer(config.data)
+    tokenizer = read_tokenizer(config.data, manifest)
     if config.init_from:
         source = load_source(config, tokenizer)
         sizes = dataclasses.replace(source.config, dropout=config.dropout)
@@ -186,7 +190,7 @@ def build_model(config: TrainConfig) -> tuple[GPT, dict | None, Tokenizer, Train
     if sizes.vocab_size < tokenizer.vocab_size:
         raise UserError(f"A vocabulary of {sizes.vocab_size:,} is too small for the "
                         f"{tokenizer.vocab_size:,} ids of {config.data}: leave --vocab-size out.")
-    block_size = min(config.block_size, sizes.block_size)  # training may use less than the context
+    block_size = min(config.block_size, sizes.block_size)  # --init-from may have a longer context
     if config.batch_tokens % block_size:
         raise UserError(f"--batch-tokens {config.batch_tokens:,} is not a multiple of the sequence "
                         f"length of {block_size} tokens.")
@@ -204,12 +208,14 @@ def model_sizes(config: TrainConfig, vocab_size: int) -> GPTConfig:
 
 
 def load_source(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
-    """The model of --init-from. Raises UserError if data or options do not fit it."""
+    """Loads the model of --init-from. Raises UserError if the data or an option do not fit it."""
     name = config.init_from
     source, source_tokenizer, _ = checkpoint.load_model(name)
     if source_tokenizer.to_dict() != tokenizer.to_dict():
         raise UserError(f"{config.data} was prepared with another tokenizer than {name}'s: prepare "
                         f"it again with --tokenizer {name}.")
+
+    # an option with the default value counts as left out
     for size in ("n_layer", "n_head", "n_embd"):
         given, default = getattr(config, size), getattr(TrainConfig, size)
         actual = getattr(source.config, size)
@@ -222,11 +228,11 @@ def load_source(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
 
 
 def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, world: ddp.World):
-    """Moves a model from the meta device to this rank's device and gives it its first weights.
+    """Moves the model from the meta device to this rank's device and initializes its weights.
 
-    With --shard this rank holds only its part of each parameter.
+    With --shard, this rank holds only its part of each parameter.
     """
-    # numerics
+    # set how exactly matrix products are computed
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
         torch.use_deterministic_algorithms(True)
@@ -235,10 +241,10 @@ def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, w
         ddp.keep_freed_memory()
     model.recompute = config.recompute_activations
 
-    # compile and shard
+    # compile and shard the model
     compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
     if config.shard:
-        if torch_version() < (2, 9):
+        if torch.__version__ < (2, 9):
             raise UserError("--shard needs torch 2.9 or newer to save its checkpoints, and this is "
                             f"torch {torch.__version__}.")
         if world.size == 1:
@@ -250,7 +256,7 @@ def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, w
     elif compiled:
         model.compile()  # in place: parameters keep their names, and model.hidden stays eager
 
-    # weights
+    # initialize the weights
     model.to_empty(device=world.device)
     torch.manual_seed(derive_seed(config.seed, "init"))
     if initial_weights:
@@ -259,19 +265,14 @@ def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, w
         sharding.fill(model.initial_weights())
 
 
-def torch_version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 def uses_bfloat16(config: TrainConfig, world: ddp.World) -> bool:
     return config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
 
 
 def autocast(config: TrainConfig, world: ddp.World):
-    """The context in which a forward pass runs: bfloat16 matrix products if configured.
+    """The context for a forward pass: autocast to bfloat16 if the run uses it.
 
-    A sharded model gathers its weights in bfloat16 by itself and needs no autocast.
+    A sharded model does not need it, as it gathers its weights in bfloat16.
     """
     enabled = uses_bfloat16(config, world) and not config.shard
     return torch.autocast(world.device.type, torch.bfloat16, enabled=enabled)
@@ -283,19 +284,23 @@ def autocast(config: TrainConfig, world: ddp.World):
 
 def choose_micro_batch(config: TrainConfig, saved_run: Path | None, model: GPT,
                        world: ddp.World) -> int:
-    """The number of sequences that --micro-batch gives.
+    """The number of sequences that a process computes at a time.
 
-    For `auto`: what a resumed run already uses, else a rank's share of the batch, halved until it
-    fits on every rank.
+    For `--micro-batch auto` this is the number that a resumed run already uses, or else this rank's
+    share of the batch, halved until it fits on every rank.
     """
     if config.micro_batch != "auto":
         return config.micro_batch
+
+    # look for a resumed run's number, which the main process sends to the other ranks
     saved = 0
     if saved_run and world.is_main:
         saved = report.read_config(saved_run).get("micro_batch", 0)
     saved = int(ddp.sum_over_ranks(world, saved)[0])
     if saved:
         return saved
+
+    # halve this rank's share of the batch until it fits
     sequences = config.batch_tokens // config.block_size // world.size
     while sequences > 1 and ddp.any_rank(world, not fits_memory(sequences, config, model, world)):
         sequences = (sequences + 1) // 2
@@ -303,10 +308,10 @@ def choose_micro_batch(config: TrainConfig, saved_run: Path | None, model: GPT,
 
 
 def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.World) -> bool:
-    """Whether a step with so many sequences at a time fits in this rank's memory.
+    """Whether a micro-batch of this many sequences fits in this rank's memory.
 
-    On a GPU it is tried. Elsewhere, and for sharded models (whose ranks would not run out of memory
-    together), the plan's estimate must stay below 80% of the memory.
+    On a GPU this tries one. On other devices it requires that the plan's estimate be below 80% of
+    the memory; for sharded models too, as the other ranks would hang if one ran out of memory.
     """
     config = dataclasses.replace(config, micro_batch=sequences)
     if world.device.type != "cuda" or config.shard:
@@ -314,7 +319,7 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
         return sum(sizes.values()) < 0.8 * ddp.memory_bytes(world.device)
     reserved = idx = None
     try:
-        # what the optimizer will take, and a margin of 5%
+        # reserve the optimizer's memory and a margin of 5%, then run forward and backward
         size = plan.optimizer_bytes(config, model) + ddp.memory_bytes(world.device) // 20
         reserved = torch.empty(size, dtype=torch.uint8, device=world.device)
         idx = torch.zeros(sequences, config.block_size, dtype=torch.int64, device=world.device)
@@ -335,16 +340,17 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
 
 def load_checkpoint(folder: Path, step: int, config: TrainConfig, manifest: dict, model: GPT,
                     optimizers: list[torch.optim.Optimizer]) -> bool:
-    """Gives model and optimizers the state of the checkpoint at `step`.
+    """Loads the checkpoint of `step` into the model and the optimizers.
 
-    Returns whether validation had already run at that step. Raises UserError if the configuration
+    Returns whether validation has already run at that step. Raises UserError if the configuration
     differs from the checkpoint's.
     """
     saved = checkpoint.saved_config(folder, step)
     for name, value in run_fingerprint(config, manifest, step).items():
-        before = saved.get(name, getattr(TrainConfig, name, None))  # options added since: default
-        if before != value:
-            raise UserError(f"{folder} was started with {name} {before}, and this command has "
+        # a checkpoint older than an option was trained with the option's default
+        saved_value = saved.get(name, getattr(TrainConfig, name, None))
+        if saved_value != value:
+            raise UserError(f"{folder} was started with {name} {saved_value}, and this command has "
                             f"{value}: repeat the original value, or choose another --name.")
     optimizer_state, val_loss = checkpoint.load_state(folder, step, model)
     optim.load_named_state(model, optimizers, optimizer_state)

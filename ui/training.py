@@ -18,7 +18,7 @@ import checkpoint
 import report
 from common.errors import UserError
 from generate import Engine
-from training.config import check
+from training.config import validate
 from training.presets import PRESETS
 from training.runlog import locked
 from ui.models import Models, show_user_errors
@@ -258,7 +258,7 @@ class TrainingProcess:
                                 "is complete.")
             if preset not in SMALL_PRESETS:
                 raise UserError("Choose a preset from the list.")
-            check(dataclasses.replace(PRESETS[preset], name=name or "", max_steps=steps or 1))
+            validate(dataclasses.replace(PRESETS[preset], name=name or "", max_steps=steps or 1))
         checkpoint.LOG.mkdir(exist_ok=True)
         self.name = name
         self.output = checkpoint.LOG / f".{name}.out"
