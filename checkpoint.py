@@ -7,9 +7,9 @@ A run is a folder `log/<run>/`. Each checkpoint in it is a pair:
     model_00250.pt    weights, configuration and tokenizer: all that is needed to use the model
     state_00250/      the rest of what resuming needs, and the checksums of both
 
-Both are written under temporary names, then the state is renamed, then the model. A crash at any
-moment leaves either a complete pair, a pair that `is_complete` can finish, or one that is ignored.
-No file is unpickled without restrictions, so loading a model cannot run code.
+Both are written under temporary names, then the state is renamed, then the model. A crash leaves a
+complete pair, a pair that `is_complete` can finish, or a pair that is ignored. Files are unpickled
+with restrictions only, so loading a model cannot run code.
 """
 import dataclasses
 import os
@@ -35,7 +35,7 @@ from weights.state import DAMAGE
 
 LOG = Path("log")
 KEEP = 2  # newest checkpoints of a run to keep, besides the best model
-MAX_PT_BYTES = 10e9  # a sharded model with more weights keeps them in its state, in parts
+MAX_PT_BYTES = 10e9  # a larger sharded model has its weights in the state, in parts
 
 BUNDLED = Path(__file__).parent / "assets" / "bundled"
 BUNDLED_ORDER = ("stories", "chat", "edu", "shakespeare", "pushkin")  # the default first
@@ -52,9 +52,9 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
          config: dict, val_loss: float | None, world: ddp.World = ddp.SINGLE_PROCESS):
     """Writes the checkpoint of `step` and deletes older ones.
 
-    Keeps the newest `KEEP` checkpoints, and the model with the run's best validation loss. A
-    complete checkpoint of the same step is not written again: a signal may have saved it before
-    validation ran. The main process calls this; if the model is sharded, every rank does.
+    Keeps the newest `KEEP` checkpoints, and the model with the run's best validation loss. Does not
+    replace a complete checkpoint of the same step, which a signal may have saved before validation
+    ran. Call it on the main process, or on every rank if the model is sharded.
 
     Raises SaveError if the files cannot be written.
     """
@@ -82,7 +82,7 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
         best_step = step
         write_json(run / "best.json", {"step": step, "val_loss": val_loss})
 
-    # delete old checkpoints, and those after `step`, which the run has gone back from
+    # delete old checkpoints, and those after `step`, which are left from before the run resumed
     keep = [other for other in saved_steps(run) if other <= step][-KEEP:]
     for other in saved_steps(run):
         is_best_model = other == best_step and holds_weights(state_path(run, other))
@@ -97,8 +97,8 @@ def write_checkpoint(run: Path, step: int, model: GPT, optimizer_state: dict, to
                      config: dict, val_loss: float | None, world: ddp.World):
     """Writes state and model under temporary names, then renames the state, then the model.
 
-    If the model is sharded, all ranks write its state. Its weights go into the state as well if
-    they exceed MAX_PT_BYTES; there is no `.pt` then.
+    If the model is sharded, all ranks write its state. If its weights exceed MAX_PT_BYTES too, they
+    are written into the state, and no `.pt` is written.
     """
     state = run / "state.tmp"
     description = {"format": 1, "config": dataclasses.asdict(model.config),
@@ -107,7 +107,7 @@ def write_checkpoint(run: Path, step: int, model: GPT, optimizer_state: dict, to
     is_sharded = ddp.is_sharded(model)
     fits_pt = not is_sharded or 4 * model.num_parameters() <= MAX_PT_BYTES
 
-    # remove what an interrupted attempt left
+    # remove the files of an interrupted attempt
     if world.is_main:
         shutil.rmtree(state, ignore_errors=True)
 
@@ -161,7 +161,7 @@ def temporary_model(run: Path, step: int) -> Path:
 
 
 def model_path(run: Path, step: int) -> Path:
-    """What holds the weights of a checkpoint: its `.pt`, or its state if they are too large."""
+    """The path of a checkpoint's weights: its `.pt`, or its state if they are too large for one."""
     state = state_path(run, step)
     return state if holds_weights(state) else model_file(run, step)
 
@@ -174,7 +174,7 @@ def holds_weights(state: Path) -> bool:
 def is_complete(run: Path, step: int) -> bool:
     """Whether both files of a checkpoint match their checksums.
 
-    If the process died between the two renames, this renames the model and so finishes the pair.
+    If the process died between the two renames, this renames the model to complete the pair.
     """
     state = state_path(run, step)
     temporary = temporary_model(run, step)
@@ -188,7 +188,7 @@ def is_complete(run: Path, step: int) -> bool:
 
 
 def compute_checksums(state: Path, model: Path) -> dict[str, str]:
-    """SHA-256 of the state's tensor files, by their names without the suffix, and of "model"."""
+    """SHA-256 of the state's tensor files, by name without suffix, and of the model ("model")."""
     files = {path.stem: path for path in state.glob("*.safetensors")}
     if model.exists():
         files["model"] = model
@@ -205,7 +205,7 @@ def saved_steps(run: Path) -> list[int]:
 def model_steps(run: Path) -> list[int]:
     """The steps at which the run has a model, in ascending order.
 
-    The best model stays when the state of its step is deleted, so it can be older than all of
+    The best model is kept when the state of its step is deleted, so it can be older than all
     `saved_steps`.
     """
     models = [path.stem for path in run.glob("model_*.pt")]
@@ -244,15 +244,14 @@ def saved_config(run: Path, step: int) -> dict:
 def load_state(run: Path, step: int, model: GPT) -> tuple[dict[str, torch.Tensor], float | None]:
     """Loads the weights of a checkpoint that `newest` returned into the model.
 
-    Returns the optimizer's tensors by name, and the validation loss, which is None if validation
-    had not run. The model may be sharded or not, and the number of ranks may differ from when the
-    checkpoint was written.
+    Returns the optimizer's tensors by name, and the validation loss, or None if validation had not
+    run. The model may be sharded, and the number of ranks may differ from when it was saved.
     """
     state = state_path(run, step)
     parameters = dict(model.named_parameters())
 
     def allocate(name: str, shape: torch.Size) -> torch.Tensor:
-        """An empty tensor; sharded as its parameter is if it has the same shape."""
+        """An empty tensor, sharded like its parameter if it has the parameter's shape."""
         p = parameters[name.rsplit("/", 1)[0]]
         return torch.empty_like(p.detach()) if p.shape == shape else torch.empty(shape)
 
@@ -306,7 +305,7 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
 
 
 def find_model(name: str | Path | None) -> Path:
-    """The `.pt` file, model folder or state that `name` means (see `load_model`)."""
+    """The `.pt` file, model folder or state that `name` stands for (see `load_model`)."""
     if name is None:
         runs = list_runs()
         name = runs[0] if runs else "bundled"
@@ -378,7 +377,7 @@ def load_sharded(state: Path) -> tuple[GPT, Tokenizer, dict]:
 
 
 def download(name: str) -> Path:
-    """Downloads a model from the Hugging Face Hub into its cache, or finds it there.
+    """Returns a model's folder in the Hugging Face Hub's cache, after downloading what is missing.
 
     Downloads only the files that `load_folder` reads.
     """
@@ -400,7 +399,7 @@ def download(name: str) -> Path:
     except LocalEntryNotFoundError:
         reason = ("it is not in the Hugging Face Hub's cache, and the Hub cannot be reached: check "
                   "the name and the network connection")
-    except Exception as error:  # the errors of the HTTP library depend on huggingface_hub's version
+    except Exception as error:  # each version of huggingface_hub raises other HTTP errors
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise UserError(f"The disk of {huggingface_hub.constants.HF_HUB_CACHE} became full "
                             f"while downloading {name}: free some space, then run the same command "
@@ -411,7 +410,7 @@ def download(name: str) -> Path:
 
 
 def sanitize_info(info: dict) -> dict:
-    """Keeps `step`, `val_loss` and `train_config` if their values are possible: files can lie."""
+    """Keeps `step`, `val_loss` and `train_config` if their values are valid; drops all others."""
     def is_number(x) -> bool:
         return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 1e15
 

@@ -10,14 +10,14 @@ Three steps lead to a batch of B sequences with T tokens each:
    the last of them is only a target. There are S = floor((N - 1) / T) sequences, and the few
    tokens after the last sequence are not used.
 2. An epoch reads each sequence once, in a permutation of range(S) that depends on (seed, epoch).
-   Training runs through one epoch after another: position p of this endless order is entry
-   p mod S of the permutation of epoch floor(p / S).
+   One epoch follows another: position p of this endless order is entry p mod S of the permutation
+   of epoch floor(p / S).
 3. Global batch `step` takes the positions step*B to step*B + B - 1. With W ranks, rank r takes the
    r-th of W equal parts of them.
 
 So a batch is a pure function of (seed, step, position), and ranks and micro-batches only divide it.
-1, 2, 4 and 8 processes see the same tokens in the same order, and a run can resume at any step, on
-any number of processes, without saved loader state.
+Any number of processes sees the same tokens in the same order, and a run can resume at any step, on
+any number of processes, without a saved state of the loader.
 
 The permutation is computed, not stored: see `permute`.
 """
@@ -41,9 +41,9 @@ ORDER_CHUNK = 4096  # positions of the order computed at a time
 class DataLoader:
     """The batches of one split. A batch has `batch_size` sequences over all ranks.
 
-    `order` is "shuffled", or "sequential" to read the sequences as they stand in the text.
-    Raises UserError if the data are missing, too short for one sequence, or if the batch does not
-    divide evenly among the `world` ranks.
+    `order` is "shuffled", or "sequential" to read the sequences in the order of the text. Raises
+    UserError if the data are missing or too short for one sequence, or if the batch does not divide
+    evenly among the `world` ranks.
     """
 
     def __init__(self, data, split: str, batch_size: int, block_size: int, seed: int = 0,
@@ -59,7 +59,7 @@ class DataLoader:
         self.rank = rank
         self.world = world
         self.order = order
-        # sequences in an epoch, and the tokens at the end that fill no sequence
+        # count the sequences of an epoch, and the tokens left over at the end
         self.sequences, self.tail = divmod(len(self.shards) - 1, block_size)
         if self.sequences < 1:
             raise UserError(
@@ -147,7 +147,7 @@ def shuffled_chunk(n: int, seed: int, chunk: int) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Applies the permutation of range(n) that `keys` choose: position -> sequence index.
+    """Applies the permutation of range(n) that `keys` select: position -> sequence index.
 
     positions: (P,) int64 in range(n). keys: (rounds, P), or (rounds, 1) for one permutation.
     No table of n entries is stored, so the cost is the same for any corpus and any step.
@@ -155,9 +155,9 @@ def permute(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     A Feistel network shuffles the numbers of 2h bits. It splits a number into two halves of h bits,
     and each round replaces (left, right) with (right, left XOR f(right)). A round can be undone,
     whatever f is, so the network is a permutation of range(4^h). We take the smallest h with
-    4^h >= n. If the network maps a number below n to one that is not, that one passes through the
-    network again, until the result is below n. This makes it a permutation of range(n), and is
-    called cycle walking (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    4^h >= n. A result that is not below n passes through the network again, until it is. This is
+    called cycle walking, and gives a permutation of range(n) (Black and Rogaway 2002, "Ciphers with
+    Arbitrary Finite Domains").
 
     Unlike shuffling within blocks, it can bring any two sequences together. Unlike the cheaper map
     (a * position + b) mod n, it leaves no regular pattern.
@@ -185,7 +185,7 @@ def round_keys(name: str) -> np.ndarray:
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """The round function f of `permute`: scrambles 64 bits, so each one depends on all of x.
+    """The round function f of `permute`: scrambles 64 bits, so that each depends on all bits of x.
 
     This is splitmix64's finalizer (Steele et al. 2014, "Fast Splittable Pseudorandom Number
     Generators").

@@ -1,4 +1,4 @@
-"""Processes and devices: what torchrun gives a process, and what the processes do together.
+"""Processes and devices: joins the processes that torchrun starts, and lets them communicate.
 
     torchrun --standalone --nproc_per_node=8 train.py
 
@@ -6,9 +6,9 @@
         model = wrap(model, world)          # averages gradients over all ranks (DDP)
         total = sum_over_ranks(world, value)[0]
 
-This file follows a process in time: it reads torchrun's variables, picks its device, finds the
-other processes, and joins their group. Without torchrun there is a single process, and the same
-calls cost nothing.
+The functions are in the order in which a process needs them: it reads torchrun's variables, picks
+its device, connects to the other processes and works with them. Without torchrun there is a single
+process, and the same calls cost nothing.
 
 With DDP each rank holds the whole model. For models too large for that, see training/sharding.py.
 """
@@ -49,7 +49,7 @@ SINGLE_PROCESS = World(0, 1, torch.device("cpu"))
 
 @contextlib.contextmanager
 def join_world(device: str = "auto", wait_s: float = 600):
-    """Joins the processes that torchrun started, and leaves them at the end of the `with` block.
+    """Joins the processes that torchrun started, and leaves them after the `with` block.
 
     The backend is NCCL on GPUs and gloo on CPUs. No process waits longer than `wait_s` for another.
     If a process exits early or stops responding, gloo raises UserError on the remaining ranks, and
@@ -78,7 +78,7 @@ def join_world(device: str = "auto", wait_s: float = 600):
                                 store=connect_store(rank, wait_s), rank=rank, world_size=size,
                                 timeout=datetime.timedelta(seconds=wait_s))
         yield World(rank, size, device)
-        dist.barrier()  # a process that leaves while another still works can crash both
+        dist.barrier()  # a process that leaves while another is still working can crash both
     except RuntimeError as error:
         is_network_error = isinstance(error, dist.DistError) or re.search(
             "gloo|[Cc]onnection|[Tt]imed? ?out", str(error))
@@ -127,11 +127,11 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def connect_store(rank: int, wait_s: float) -> dist.Store:
-    """Connects to the key-value store in which the processes exchange their addresses.
+    """Connects to the key-value store through which the processes exchange their addresses.
 
-    torchrun serves such a store itself, at MASTER_ADDR:MASTER_PORT. It keeps that store when it
-    restarts the processes, with the addresses of those that have exited. So at each start, rank 0
-    serves a new store, and the old one only tells the other ranks its port.
+    torchrun serves such a store at MASTER_ADDR:MASTER_PORT. When it restarts the processes, that
+    store still holds the addresses of those that exited. So rank 0 serves a new store at each
+    start, and torchrun's store only tells the other ranks its port.
     """
     host = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
@@ -147,12 +147,12 @@ def connect_store(rank: int, wait_s: float) -> dist.Store:
         torchrun_store.set("store_port", str(store.port))
         return store
 
-    # the others connect to it; they may first read the port of an earlier start, and then retry
+    # the other ranks connect to it; they retry, as they may first read the port of an earlier start
     deadline = time.monotonic() + wait_s
     while True:
         try:
             port = int(torchrun_store.get("store_port"))
-            # TCPStore itself would keep waiting for a server that is gone
+            # try the port first, as TCPStore would keep waiting for a server that has exited
             socket.create_connection((host, port), timeout=1).close()
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
         except OSError:
@@ -216,8 +216,8 @@ def memory_bytes(device: torch.device) -> int:
 def keep_freed_memory():
     """Makes glibc keep freed memory for the next step instead of returning it to the system.
 
-    The system zeroes every page it hands out, which takes longer than reusing a page. Does nothing
-    on systems without glibc.
+    The system zeroes every page it hands out, which is slower than reusing a page. Does nothing on
+    systems without glibc.
     """
     # CDLL(None) raises TypeError on Windows; macOS's C library has no mallopt
     with contextlib.suppress(OSError, AttributeError, TypeError):

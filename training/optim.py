@@ -6,13 +6,13 @@ import torch
 
 def build_optimizers(model, name: str, weight_decay: float, betas: tuple[float, float],
                      embedding_rate: float = 1.0) -> list[torch.optim.Optimizer]:
-    """The optimizers for all of the model's parameters: [AdamW], or [AdamW, Muon].
+    """Returns the optimizers for all of the model's parameters: [AdamW], or [AdamW, Muon].
 
-    "adamw": AdamW for every parameter, as GPT-3 was trained (arXiv 2005.14165, appendix B).
-    "muon": Muon for the weight matrices of the blocks, AdamW for embeddings, gains and biases.
+    "adamw": AdamW for all parameters, as in GPT-3 (arXiv 2005.14165, appendix B).
+    "muon": Muon for the weight matrices of the blocks; AdamW for embeddings, gains and biases.
 
-    Matrices and embeddings have weight decay; gains and biases have none. The learning rate of the
-    embeddings is `embedding_rate` times that of the other parameters.
+    Weight decay applies to matrices and embeddings, not to gains and biases. The learning rate of
+    the embeddings is `embedding_rate` times that of the other parameters.
     """
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
@@ -44,14 +44,14 @@ class Muon(torch.optim.Optimizer):
         W <- W - lr * weight_decay * W
         W <- W - lr * 0.2 sqrt(max(m, n)) * O
 
-    A few directions dominate a gradient matrix. Orthogonalized, the update has about the same size
-    in every direction (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). The factor
-    0.2 sqrt(max(m, n)) gives it the size of an AdamW update, so both optimizers can share a
-    learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    A few directions dominate a gradient matrix. Orthogonalizing gives the update about the same
+    size in every direction (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). The
+    factor 0.2 sqrt(max(m, n)) gives it the size of an AdamW update, so that both optimizers can
+    share a learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
 
-    This is torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which torch 2.8 lacks. One thing
-    differs: it computes in bfloat16 only on CUDA. torch's always does, and takes 20 times as long
-    on a CPU without bfloat16 instructions.
+    It equals torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which torch 2.8 lacks, except
+    that it uses bfloat16 on CUDA only. torch's version always uses bfloat16, which takes 20 times
+    as long on a CPU without bfloat16 instructions.
     """
 
     def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
@@ -59,8 +59,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        # found_inf is 1 if the gradient is not finite; torch's fused AdamW reads it too. The step
-        # is then multiplied by 0 on the device and changes nothing; the CPU need not wait for it.
+        # found_inf is 1 if the gradient is not finite (torch's fused AdamW reads it too). The step
+        # is then multiplied by 0 on the device, so the CPU need not wait for the value.
         found_inf = getattr(self, "found_inf", None)
         active = 1 if found_inf is None else 1 - found_inf
 
@@ -85,11 +85,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Brings all singular values of a matrix (m, n) near 1: about U V^T of its SVD U S V^T.
+    """Brings all singular values of a matrix (m, n) near 1: about U V^T, if its SVD is U S V^T.
 
-    Five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X. Each applies the polynomial
-    a s + b s^3 + c s^5 to every singular value s. The coefficients are Jordan et al.'s, chosen to
-    raise small singular values fast; the results lie between about 0.7 and 1.2.
+    It takes five Newton-Schulz steps X <- a X + b (X X^T) X + c (X X^T)^2 X. Each applies the
+    polynomial a s + b s^3 + c s^5 to every singular value s. The coefficients are Jordan et al.'s:
+    they raise small singular values fast, and the results lie between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrix.size(0) > matrix.size(1)
@@ -121,13 +121,14 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, max_steps: int,
                   min_ratio: float) -> float:
-    """The learning rate of update `step`, where 0 is the first.
+    """The learning rate of update `step`, counted from 0.
 
-    It rises linearly to `peak` over the warm-up. After that,
-    "constant" stays at the peak,
-    "cosine" falls along half a cosine to min_ratio * peak,
-    "wsd" (warm-up, stable, decay) stays at the peak and falls linearly to min_ratio * peak over the
-    last fifth of the steps (Hägele et al. 2024, arXiv 2405.18392).
+    The warm-up rises linearly to `peak`. After it, the schedules differ:
+
+    "constant": stays at the peak.
+    "cosine": falls along half a cosine to min_ratio * peak.
+    "wsd" (warm-up, stable, decay): stays at the peak, then falls linearly to min_ratio * peak over
+    the last fifth of the steps (Hägele et al. 2024, arXiv 2405.18392).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -135,14 +136,14 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, m
         return peak
     if schedule == "wsd":
         decay_steps = max(1e-9, max_steps - decay_start(warmup_steps, max_steps))
-        remaining = min(1.0, (max_steps - step) / decay_steps)  # 1 until the decay, then to 0
+        remaining = min(1.0, (max_steps - step) / decay_steps)  # 1 until the decay, 0 at its end
         return peak * (min_ratio + (1 - min_ratio) * remaining)
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 to 1
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def decay_start(warmup_steps: int, max_steps: int) -> float:
-    """The step at which the decay of "wsd" begins. Rates before it do not depend on max_steps."""
+    """The step at which "wsd" begins to decay. The rates before it do not depend on max_steps."""
     return max(warmup_steps, 0.8 * max_steps)
 
 
@@ -156,7 +157,7 @@ def set_learning_rate(optimizers, lr: float):
 # State in a checkpoint
 
 def named_state(model, optimizers) -> dict[str, torch.Tensor]:
-    """The optimizers' state as `<parameter name>/<key>` -> tensor, ready for a safetensors file.
+    """The state of the optimizers as {"<parameter name>/<key>": tensor}, to save as safetensors.
 
     For example, "transformer.wte.weight/exp_avg" is AdamW's first moment of the token embedding.
     """
@@ -170,7 +171,7 @@ def named_state(model, optimizers) -> dict[str, torch.Tensor]:
 
 
 def load_named_state(model, optimizers, tensors: dict[str, torch.Tensor]):
-    """Loads what `named_state` returned into the optimizers."""
+    """Loads a state that `named_state` returned into the optimizers."""
     # group the tensors by parameter name
     states: dict[str, dict] = {}
     for name, tensor in tensors.items():

@@ -1,8 +1,9 @@
 """The plan of a run, printed before it starts: data, memory, time, cost and energy.
 
-    python train.py gpt2-124m --dry-run --gpu a100 --nproc 8 --price 1.80   # needs no GPU, no data
+    python train.py gpt2-124m --dry-run --gpu a100 --nproc 8 --price 1.80   # needs no GPU or data
 
-All figures are estimates from the sizes of the model and the data sheets in common/devices.py.
+All figures are estimates, computed from the model's sizes and the data sheets in
+common/devices.py.
 """
 import dataclasses
 import math
@@ -51,7 +52,7 @@ def describe_data(config: TrainConfig, train_loader: DataLoader | None,
     tokens = config.max_steps * config.batch_tokens
     text = f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {tokens:,} tokens"
     if train_loader is None:
-        return f"{text}; there is no data in {config.data} yet"
+        return f"{text}; no data in {config.data} yet"
     epoch = train_loader.sequences * config.block_size
     text += (f": {tokens / epoch:.1f} epochs of {len(train_loader.shards):,} tokens "
              f"(the last {train_loader.tail} unused)")
@@ -84,15 +85,15 @@ def describe_memory(config: TrainConfig, model: GPT, processes: int, device: Dev
 
 def bytes_held(config: TrainConfig, model: GPT, processes: int,
                bfloat16: bool) -> dict[str, float]:
-    """Peak memory of one process by kind, with config.micro_batch sequences at a time."""
+    """Peak memory of one process by kind, for a micro-batch of config.micro_batch sequences."""
     tokens = config.micro_batch * config.block_size
     activations = activation_bytes(model, tokens, bfloat16, config.recompute_activations,
                                    "cuda" if bfloat16 else "cpu")
     parts = 1
     if config.shard:
         parts = processes
-        # besides its parts, a process holds the gathered embeddings and two gathered blocks, and
-        # the gradients of one block
+        # besides its own parts, a process holds the gathered weights of the embeddings and of two
+        # blocks, and the gradients of one block
         block = sum(p.numel() for p in model.transformer.h[0].parameters())
         gathered = 2 * model.transformer.wte.weight.numel() + 3 * block
         activations += (2 if bfloat16 else 4) * gathered
@@ -104,7 +105,7 @@ def bytes_held(config: TrainConfig, model: GPT, processes: int,
 
 
 def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
-    """AdamW keeps two float32 moments per parameter; Muon keeps one per hidden matrix entry."""
+    """AdamW keeps two float32 moments per parameter; Muon keeps one per entry of a matrix."""
     size = 8 * model.num_parameters()
     if config.optimizer == "muon":
         size -= 4 * sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
@@ -113,7 +114,7 @@ def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
 
 def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool = False,
                      device: str = "cpu") -> int:
-    """Peak memory of a step for `tokens` tokens, besides weights, gradients and optimizer state.
+    """Peak memory of a step for `tokens` tokens, without weights, gradients and optimizer state.
 
     The formula counts what autograd keeps, with C = n_embd and V = vocab_size. A test compares it
     with the measured peak.
@@ -144,8 +145,8 @@ def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool =
 
     if not recomputed:
         return n_layer * block + logits + kept + copies
-    # Recomputed, only the input of each block is kept, and one block or the loss is at work at a
-    # time.
+    # With recomputation only the input of each block is kept, and only one block or the loss is
+    # computed at a time.
     return max(block, logits) + kept + tokens * C * 4 * n_layer + copies // n_layer
 
 
@@ -153,17 +154,17 @@ def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool =
 # Time, cost, energy
 
 def describe_time(config: TrainConfig, model: GPT, processes: int, device: Device) -> list[str]:
-    """Two lines: time with cost, and energy. They leave out evaluation."""
+    """Two lines: time and cost, and energy. Both leave out evaluation."""
     if config.dtype == "float32":
-        return ["time: unknown, as the data sheets state the speed in bfloat16 only"]
+        return ["time: unknown, as the data sheets give the speed in bfloat16 only"]
 
-    # matrix products, at the assumed fraction of the peak
+    # compute at the assumed fraction of the peak
     flops = model.flops_per_token(config.block_size) * config.batch_tokens
     compute_s = flops / (processes * device.flops * config.mfu)
 
-    # Communication, as if it did not overlap with computing. A ring all-reduce of the float32
-    # gradients moves 8 bytes per parameter. FSDP2 moves as much for every micro-batch: it gathers
-    # the weights in bfloat16 twice, and scatters the gradients in float32.
+    # Communicate, without overlapping it with computing. A ring all-reduce of the float32 gradients
+    # moves 8 bytes per parameter. FSDP2 moves as much for each micro-batch: it gathers the weights
+    # in bfloat16 twice, and scatters the gradients in float32.
     passes = 1
     if config.shard and config.micro_batch != "auto":
         sequences = config.batch_tokens // config.block_size // processes

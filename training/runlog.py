@@ -34,9 +34,10 @@ def locked(folder: Path):
 class Log:
     """Writes a run's config.json, metrics.jsonl and samples.jsonl.
 
-    A new run starts new files. A resumed run appends to them, first a line with "event": "resume".
-    Readers then drop what an earlier attempt logged after the step of that line. "measured" in it
-    says whether validation had run at that step; if not, they drop that step's validation too.
+    A new run creates the files. A resumed run appends to them, starting with a line that has
+    "event": "resume" and its step. Readers drop what an earlier attempt logged after that step.
+    "measured" says whether validation has run at that step; if not, readers drop an earlier
+    validation of that step too.
     """
 
     def __init__(self, folder: Path, config: dict, resume_step: int | None, is_evaluated: bool,
@@ -53,7 +54,7 @@ class Log:
             self.append("metrics.jsonl", event="start", step=0, **machine)
             return
 
-        # a resumed run: end a line that was cut off, and say where the run resumes
+        # a resumed run: end a line that was cut off, and log the step at which the run resumes
         for name in ("metrics.jsonl", "samples.jsonl"):
             if not (folder / name).read_bytes().endswith(b"\n"):
                 with open(folder / name, "a") as file:
@@ -61,7 +62,7 @@ class Log:
             self.append(name, event="resume", step=resume_step, measured=is_evaluated, **machine)
 
     def metrics(self, **values):
-        """Logs the values of one step, and prints the validation loss if they have one."""
+        """Logs the values of one step, and prints the validation loss if it is among them."""
         self.append("metrics.jsonl", **values)
         if self.tracker:
             others = {name: value for name, value in values.items() if name != "step"}
@@ -82,7 +83,7 @@ class Log:
         tqdm.write(f"step {step}: {text}\n")
 
     def append(self, file_name: str, **fields):
-        """Appends one line of JSON. If the disk is full, warns and lets the run continue."""
+        """Appends one line of JSON. If that fails, as on a full disk, warns and continues."""
         line = {"time": round(time.time(), 3)}
         for name, value in fields.items():
             is_finite = not isinstance(value, float) or math.isfinite(value)
@@ -97,7 +98,7 @@ class Log:
 
 
 def start_tracker(package: str, run: str, config: dict):
-    """Starts or resumes this run in trackio or wandb, which share an API; None for "none"."""
+    """Starts or resumes the run in trackio or wandb, which share an API. None for "none"."""
     if package == "none":
         return None
     identity = {"name": run} if package == "trackio" else {"name": run, "id": run}
@@ -107,8 +108,8 @@ def start_tracker(package: str, run: str, config: dict):
     except ModuleNotFoundError:
         raise UserError(f"--track {package} needs a package: pip install {package}.") from None
     except Exception as error:  # a third-party service can raise anything
-        raise UserError(f"{package} did not start ({error}): train without it by leaving out "
-                        "--track.") from None
+        raise UserError(f"{package} did not start ({error}): fix this, or leave out --track to "
+                        "train without it.") from None
 
 
 def warn(message: str):

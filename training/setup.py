@@ -232,7 +232,7 @@ def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, w
 
     With --shard, this rank holds only its part of each parameter.
     """
-    # set how exactly matrix products are computed
+    # set the kernels and the precision of matrix products
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
         torch.use_deterministic_algorithms(True)

@@ -1,6 +1,6 @@
 """Models too large for one device: each rank holds a part of every parameter (FSDP2).
 
-In the order in which a run needs them:
+The functions, in the order in which a run calls them:
 
     shard(model, world, bfloat16)           divide the model among the ranks
     fill((parameter, values) pairs)         give each rank its part of the values
@@ -8,10 +8,11 @@ In the order in which a run needs them:
     whole(tensor, world)                    put a tensor together on the main process
     draw_together(model, …)                 sample, with every rank in every forward pass
 
-A sharded parameter is a DTensor: this rank's part, and how the whole is divided. Whatever needs the
-whole parameter, such as a forward pass, is a collective operation: all ranks must call it.
+A sharded parameter is a DTensor, which holds this rank's part and knows how the whole is divided.
+An operation that needs the whole parameter, such as a forward pass, is collective: all ranks must
+call it.
 
-Some imports stand inside functions: they take a second, and only sharded runs need them.
+Some imports are inside functions, as they take a second and only sharded runs need them.
 """
 import warnings
 from collections.abc import Callable, Iterable
@@ -31,9 +32,9 @@ from training.config import TrainConfig
 def shard(model, world: World, bfloat16: bool):
     """Divides every parameter of the model among all ranks, in place.
 
-    The forward and backward passes gather the weights of one block at a time, in bfloat16 or in
+    The forward and backward passes gather the weights of one block at a time, in bfloat16 or
     float32. The backward pass averages the gradients over the ranks in float32, and each rank keeps
-    its part of the result (FSDP2; Zhao et al. 2023, arXiv 2304.11277).
+    its part of the average (FSDP; Zhao et al. 2023, arXiv 2304.11277).
     """
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
     from torch.distributed.fsdp import (  # noqa: PLC0415
@@ -48,16 +49,16 @@ def shard(model, world: World, bfloat16: bool):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # the rest: embeddings and final LayerNorm
 
-    # these methods need gathered weights too, not only forward
+    # gather the weights for these methods too, not only for forward
     for name in ("hidden", "logits"):
         register_fsdp_forward_method(model, name)
 
 
 @torch.no_grad()
 def fill(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]):
-    """Copies values into parameters, given as (parameter, whole values) pairs.
+    """Copies values into parameters, given as pairs of a parameter and all of its values.
 
-    For a sharded parameter, each rank copies its part of the values.
+    For a sharded parameter, each rank copies its part only.
     """
     for p, values in pairs:
         if not hasattr(p, "placements"):  # not a DTensor
@@ -71,7 +72,7 @@ def fill(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def whole(tensor: torch.Tensor, world: World) -> torch.Tensor | None:
-    """Gathers a sharded tensor in the main process's memory; returns None on the other ranks."""
+    """Gathers a sharded tensor in the memory of the main process. None on the other ranks."""
     tensor = tensor.full_tensor()
     return tensor.cpu() if world.is_main else None
 
@@ -80,15 +81,15 @@ def whole(tensor: torch.Tensor, world: World) -> torch.Tensor | None:
 # Checkpoints
 
 def named_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names weights as a checkpoint's state does: `<parameter name>/weights`.
+    """Renames weights to `<parameter name>/weights`, their names in the state of a checkpoint.
 
-    The optimizer's state beside them is named `<parameter name>/<key>`.
+    The state also holds the optimizer's tensors, named `<parameter name>/<key>`.
     """
     return {f"{name}/weights": weight for name, weight in weights.items()}
 
 
 def write_shards(folder: Path, tensors: dict[str, torch.Tensor]):
-    """Creates a folder in which each rank writes its parts of the tensors, as safetensors.
+    """Creates a folder and writes the tensors into it as safetensors, each rank its own parts.
 
     If one rank fails, raises OSError on all ranks.
     """
@@ -102,10 +103,10 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor]):
 
 def read_shards(folder: Path, allocate: Callable[[str, torch.Size], torch.Tensor | None]
                 ) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a checkpoint's state, which any number of ranks may have written.
+    """Reads the tensors of a checkpoint's state, whatever the number of ranks that wrote it.
 
-    `allocate(name, shape)` returns the tensor to read into, or None to skip this name. If that
-    tensor is sharded, this rank reads its part only. Raises OSError if a file cannot be read.
+    `allocate(name, shape)` returns the tensor to read into, or None to skip it. If that tensor is
+    sharded, this rank reads its part only. Raises OSError if a file cannot be read.
     """
     import torch.distributed.checkpoint as dcp  # noqa: PLC0415
     reader = dcp.HuggingFaceStorageReader(str(folder))
@@ -115,7 +116,7 @@ def read_shards(folder: Path, allocate: Callable[[str, torch.Size], torch.Tensor
         if tensor is not None:
             tensors[name] = tensor
     with warnings.catch_warnings():
-        # one process may read without a process group
+        # a single process reads without a process group, which DCP warns about
         warnings.filterwarnings("ignore", "torch.distributed is")
         try:
             dcp.load(tensors, storage_reader=reader)
@@ -135,10 +136,10 @@ def first_failure(error) -> str:
 
 @torch.no_grad()
 def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
-    """Continuations of the sample prompt by a sharded model. All ranks must call it.
+    """Samples continuations of the sample prompt from a sharded model. All ranks must call it.
 
-    The ranks draw the same tokens from the same seed, so that all of them run the same forward
-    passes. It is plain sampling: temperature 0.8, top-k 200, 200 tokens, no KV cache.
+    The ranks draw the same tokens, from the same seed, so that all run the same forward passes.
+    Sampling uses temperature 0.8, top-k 200 and no KV cache, and draws 200 tokens.
     """
     model.eval()
     device = model.transformer.wte.weight.device

@@ -24,7 +24,7 @@ def build(models: Models):
             gr.Markdown(ABOUT.read_text(encoding="utf-8"))
     opened = gr.context.Context.root_block.load
     gr.on([opened, model.change], functools.partial(card, models), model, text,
-          api_visibility="private", show_progress="hidden")
+          api_visibility="private", show_progress="hidden", trigger_mode="always_last")
 
 
 def card(models: Models, name: str) -> str:

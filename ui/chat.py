@@ -71,7 +71,7 @@ def build(models: Models):
             )
             with gr.Row():
                 stop_button = gr.Button("Stop", variant="stop", min_width=90, elem_id="chat-stop")
-                clear_button = gr.Button("New conversation", min_width=90, elem_id="chat-clear")
+                clear_button = gr.Button("New chat", min_width=90, elem_id="chat-clear")
             figures = figures_box("chat-status", "Speed and length appear here after a reply.")
         with gr.Column(scale=3, min_width=300):
             model = model_box(models, "chat-", value=models.chat_model())
@@ -95,7 +95,8 @@ def build(models: Models):
     # say what kind of model it is as soon as it is loaded
     quiet = {"api_visibility": "private", "show_progress": "hidden"}
     opened = gr.context.Context.root_block.load
-    gr.on([opened, model.change], MethodType(describe, models), model, [note, speakers], **quiet)
+    gr.on([opened, model.change], MethodType(describe, models), model, [note, speakers],
+          trigger_mode="always_last", **quiet)
 
     run = {"outputs": [talk, message, figures], "concurrency_limit": None, **quiet}
     settings = [model, you, it, *sliders]

@@ -49,7 +49,7 @@ def build(models: Models):
                 names, value=models.names[0], label=f"Model {letter}", scale=3,
                 elem_id=f"compare-model-{i}"))
             dtypes.append(gr.Dropdown(
-                DTYPES, value=dtype, label=f"Precision {letter}", min_width=110,
+                DTYPES, value=dtype, label=f"Precision {letter}", min_width=130,
                 elem_id=f"compare-dtype-{i}"))
     with gr.Row():
         start_button = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
@@ -60,7 +60,7 @@ def build(models: Models):
                        min_width=300, buttons=["copy"], elem_id=f"side-{i}")
             for i, letter in enumerate("AB")
         ]
-    figures = figures_box("compare-status", "How long the two texts agree appears here.")
+    figures = figures_box("compare-status", "Shows where the two texts start to differ.")
 
     # all checkpoints of a run
     gr.Markdown("### How a run improves\n"

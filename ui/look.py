@@ -63,7 +63,7 @@ def build(models: Models) -> gr.Textbox:
             surprisal = gr.BarPlot(
                 x="token",
                 y="bits",
-                label="Surprisal in bits: the higher, the less the model expected the token",
+                label="Surprisal in bits (high: unexpected)",
                 x_title="position",
                 y_title="bits",
                 height=170,
@@ -88,18 +88,20 @@ def build(models: Models) -> gr.Textbox:
             token = plain_box("Token", "look-token")
             with gr.Row():
                 expected = gr.Label(
-                    label="The model's probabilities", min_width=150, elem_id="look-expected")
+                    label="Without the settings", show_heading=False, min_width=150,
+                    elem_id="look-expected")
                 sampled = gr.Label(
-                    label="With the settings", min_width=150, elem_id="look-sampled")
+                    label="With the settings", show_heading=False, min_width=150,
+                    elem_id="look-sampled")
             fork_text = gr.Textbox(
-                label="Fork: click an alternative to continue the text from it",
+                label="New text: click an alternative above",
                 lines=4,
                 max_lines=10,
                 interactive=False,
                 buttons=["copy"],
                 elem_id="look-fork",
             )
-            again = gr.Button("Look inside the fork", size="sm", elem_id="look-again")
+            again = gr.Button("Look inside the new text", size="sm", elem_id="look-again")
 
     def fork_at(choice: gr.SelectData, *values):
         yield from fork(models, str(choice.value), *values)

@@ -85,7 +85,7 @@ def model_box(models: Models, tab: str = "", value: str | None = None) -> gr.Dro
     box = gr.Dropdown(models.names, value=value or models.names[0], label="Model",
                       info="Loading …", elem_id=f"{tab}model")
     gr.on([gr.context.Context.root_block.load, box.change], describe, box, box,
-          api_visibility="private", show_progress="hidden")
+          api_visibility="private", show_progress="hidden", trigger_mode="always_last")
     return box
 
 
