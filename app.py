@@ -27,14 +27,8 @@ from ui import about, chat, compare, look, training, write
 from ui.models import Models
 
 MAX_SESSIONS = 200  # visitors whose page state is kept, 150 kB each; Gradio's default is 10,000
-TABS = {
-    "Write": write,
-    "Chat": chat,
-    "Look inside": look,
-    "Compare": compare,
-    "Training": training,
-    "About": about,
-}
+TABS = {"Write": write, "Chat": chat, "Look inside": look, "Compare": compare, "Training": training,
+        "About": about}
 
 
 @dataclasses.dataclass
@@ -73,12 +67,8 @@ def build(models: Models) -> gr.Blocks:
 
         # the button under Write hands its text to Look inside and opens that tab
         built["Write"].look_button.click(
-            lambda text: (text, gr.Tabs(selected="Look inside")),
-            inputs=built["Write"].text,
-            outputs=[built["Look inside"], tabs],
-            api_visibility="private",
-            show_progress="hidden",
-        )
+            lambda text: (text, gr.Tabs(selected="Look inside")), inputs=built["Write"].text,
+            outputs=[built["Look inside"], tabs], api_visibility="private", show_progress="hidden")
         gr.api(models.list_names, api_name="models")
     return page
 
@@ -92,21 +82,11 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     models.load_in_background()
     page.queue(max_size=64)
     api = serve.routes(models.names, models.engine)
-    page.launch(
-        server_name=config.host,
-        server_port=config.port,
-        share=config.share,
-        theme=gr.themes.Default(),
-        css="#about-card code { white-space: pre-wrap }",
-        footer_links=["api"],
-        ssr_mode=False,
-        run_history=False,
-        enable_monitoring=False,
-        max_threads=100,
-        state_session_capacity=MAX_SESSIONS,
-        app_kwargs={"routes": api.routes},
-        **launch_options,
-    )
+    page.launch(server_name=config.host, server_port=config.port, share=config.share,
+                theme=gr.themes.Default(), css="#about-card code { white-space: pre-wrap }",
+                footer_links=["api"], ssr_mode=False, run_history=False, enable_monitoring=False,
+                max_threads=100, state_session_capacity=MAX_SESSIONS,
+                app_kwargs={"routes": api.routes}, **launch_options)
     return page
 
 

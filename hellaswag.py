@@ -47,8 +47,7 @@ VALIDATION_EXAMPLES = 10_042
 # (acc, acc_norm) of both protocols, from the comments at the top of build-nanogpt's hellaswag.py
 PUBLISHED = {
     "nanogpt": {"OpenAI's GPT-2 124M": (0.2859, 0.2955), "OpenAI's GPT-2 XL": (0.3842, 0.4893)},
-    "harness": {"OpenAI's GPT-2 124M": (0.2892, 0.3114), "OpenAI's GPT-2 XL": (0.4004, 0.5089)},
-}
+    "harness": {"OpenAI's GPT-2 124M": (0.2892, 0.3114), "OpenAI's GPT-2 XL": (0.4004, 0.5089)}}
 GPT3_ACC_NORM = "0.337"  # GPT-3 paper, table H.1
 
 

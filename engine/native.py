@@ -87,12 +87,10 @@ def c_struct(name: str, fields: dict) -> type[ctypes.Structure]:
 
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 Norm = c_struct("Norm", {"weight": POINTER, "bias": POINTER})
-Matrix = c_struct("Matrix", {
-    "weight": POINTER, "bias": POINTER, "scale": POINTER, "start": POINTER,
-    "inputs": INTEGER, "outputs": INTEGER})
-Layer = c_struct("Layer", {
-    "ln_1": Norm, "c_attn": Matrix, "c_proj": Matrix,
-    "ln_2": Norm, "c_fc": Matrix, "mlp_c_proj": Matrix})
+Matrix = c_struct("Matrix", {"weight": POINTER, "bias": POINTER, "scale": POINTER, "start": POINTER,
+                             "inputs": INTEGER, "outputs": INTEGER})
+Layer = c_struct("Layer", {"ln_1": Norm, "c_attn": Matrix, "c_proj": Matrix, "ln_2": Norm,
+                           "c_fc": Matrix, "mlp_c_proj": Matrix})
 Model = c_struct("Model", {
     "n_layer": INTEGER, "n_head": INTEGER, "n_embd": INTEGER, "exact_gelu": INTEGER,
     "layers": ctypes.POINTER(Layer), "ln_f": Norm, "head": Matrix})

@@ -65,6 +65,22 @@ EDU_BUNDLED = TrainConfig(
     eval_every=100, eval_tokens=2**16, sample_every=500, save_every=50,
     sample_prompt="The history of")
 
+# Simple stories, read in the order of examples/bundled_text.py: some easy classics come first.
+STORIES_BUNDLED = replace(
+    EDU_BUNDLED,
+    data=Path("data/stories_bpe-4096"), order="sequential",
+    n_layer=4, n_head=4, n_embd=256, block_size=512, micro_batch=8,
+    max_steps=2400, embedding_rate=4.0,
+    eval_every=200, eval_tokens=2**15, sample_every=400, save_every=200,
+    sample_prompt="Once upon a time")
+
+# Small talk, from the storyteller's weights.
+CHAT_BUNDLED = replace(
+    STORIES_BUNDLED,
+    data=Path("data/chat_bpe-4096"), order="shuffled", init_from="bundled:stories", dropout=0.1,
+    max_steps=900, learning_rate=4e-3, warmup_steps=20,
+    eval_every=100, save_every=100, sample_every=300, sample_prompt="User: Hi! How are you?")
+
 PRESETS = {
     "gpt2-124m": GPT2_124M,
     "shakespeare-char": SHAKESPEARE_CHAR,
@@ -72,6 +88,8 @@ PRESETS = {
     "shakespeare-bundled": SHAKESPEARE_BUNDLED,
     "pushkin-char": PUSHKIN_CHAR,
     "pushkin-bundled": PUSHKIN_BUNDLED,
+    "stories-bundled": STORIES_BUNDLED,
+    "chat-bundled": CHAT_BUNDLED,
     "edu-bundled": EDU_BUNDLED,
     "finetune": FINETUNE,
     "finetune-shakespeare": FINETUNE_SHAKESPEARE,

@@ -51,24 +51,12 @@ def build(models: Models):
             talk = gr.Chatbot(
                 label="Conversation",
                 placeholder="Say something below. You can edit what you said and retry a reply.",
-                height=480,
-                editable="user",
-                render_markdown=False,
-                sanitize_html=True,
-                allow_tags=False,
-                feedback_options=None,
-                buttons=["copy", "copy_all"],
-                elem_id="talk",
-            )
-            message = gr.Textbox(
-                label="Your message",
-                placeholder="Hello! How was your day?",
-                lines=1,
-                max_lines=6,
-                max_length=MAX_BYTES,
-                submit_btn="Send",
-                elem_id="say",
-            )
+                height=480, editable="user", render_markdown=False, sanitize_html=True,
+                allow_tags=False, feedback_options=None, buttons=["copy", "copy_all"],
+                elem_id="talk")
+            message = gr.Textbox(label="Your message", placeholder="Hello! How was your day?",
+                                 lines=1, max_lines=6, max_length=MAX_BYTES, submit_btn="Send",
+                                 elem_id="say")
             with gr.Row():
                 stop_button = gr.Button("Stop", variant="stop", min_width=90, elem_id="chat-stop")
                 clear_button = gr.Button("New chat", min_width=90, elem_id="chat-clear")
@@ -85,12 +73,8 @@ def build(models: Models):
                             SPEAKERS[0], ("You are", "The model is"), ("chat-you", "chat-it"))
                     ]
                 gr.Examples(SPEAKERS, [you, it], label="Try other names")
-            sliders = [
-                slider("temperature", "chat-"),
-                slider("top_k", "chat-"),
-                slider("top_p", "chat-"),
-                slider("length", "chat-", value=LENGTH),
-            ]
+            sliders = [slider("temperature", "chat-"), slider("top_k", "chat-"),
+                       slider("top_p", "chat-"), slider("length", "chat-", value=LENGTH)]
 
     # say what kind of model it is as soon as it is loaded
     quiet = {"api_visibility": "private", "show_progress": "hidden"}
@@ -100,15 +84,12 @@ def build(models: Models):
 
     run = {"outputs": [talk, message, figures], "concurrency_limit": None, **quiet}
     settings = [model, you, it, *sliders]
-    running = [
-        message.submit(MethodType(say, models), [talk, message, *settings], **run),
-        talk.edit(MethodType(say_again, models), [talk, *settings], **run),
-        talk.retry(MethodType(say_again, models), [talk, *settings], **run),
-    ]
+    running = [message.submit(MethodType(say, models), [talk, message, *settings], **run),
+               talk.edit(MethodType(say_again, models), [talk, *settings], **run),
+               talk.retry(MethodType(say_again, models), [talk, *settings], **run)]
     stop_button.click(None, cancels=running)
-    clear_button.click(
-        lambda: ([], "", ""), None, [talk, message, figures], cancels=running,
-        api_visibility="private")
+    clear_button.click(lambda: ([], "", ""), None, [talk, message, figures], cancels=running,
+                       api_visibility="private")
     talk.undo(undo, talk, [talk, message], **quiet)
     gr.api(MethodType(chat, models), api_name="chat", concurrency_limit=None)
 
@@ -131,9 +112,8 @@ def transcript(messages: list[dict[str, str]], you: str, it: str) -> str:
     return "".join(turns) + f"{it}:\n"
 
 
-def build_prompt(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], you: str, it: str
-) -> tuple[str | list[int], int]:
+def build_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], you: str,
+                 it: str) -> tuple[str | list[int], int]:
     """The prompt for the model's next turn, and its length in tokens.
 
     It is a list of ids for a tokenizer with a chat template, else a transcript.
@@ -146,9 +126,8 @@ def build_prompt(
     return text, len(tokenizer.encode(known))
 
 
-def fit_prompt(
-    engine: Engine, messages: list[dict[str, str]], you: str, it: str, length: int
-) -> tuple[str | list[int], int]:
+def fit_prompt(engine: Engine, messages: list[dict[str, str]], you: str, it: str,
+               length: int) -> tuple[str | list[int], int]:
     """The prompt, and how many of the oldest messages it leaves out so that `length` new tokens
     fit into the context. Raises UserError if not even the last message fits."""
     for left_out, first in enumerate(messages):
@@ -187,19 +166,11 @@ def validate_names(*names: str):
 # --------------------------------------------------------------------------------------------------
 # Replies
 
-async def chat(
-    models: Models,
-    message: str,
-    history: list[dict[str, str]] | None = None,
-    model: str | None = None,
-    you: str = SPEAKERS[0][0],
-    it: str = SPEAKERS[0][1],
-    temperature: float = default_of("temperature"),
-    top_k: int = default_of("top_k"),
-    top_p: float = default_of("top_p"),
-    length: int = LENGTH,
-    seed: int | None = None,
-) -> dict:
+async def chat(models: Models, message: str, history: list[dict[str, str]] | None = None,
+               model: str | None = None, you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1],
+               temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
+               top_p: float = default_of("top_p"), length: int = LENGTH,
+               seed: int | None = None) -> dict:
     """Replies to a message and streams the reply.
 
     Args:
@@ -249,22 +220,16 @@ async def chat(
             writing.notices.append(
                 f"The model no longer reads the oldest messages ({left_out}): its context is full.")
         async for _ in follow(writing):
-            yield {
-                "text": writing.texts[0].strip(),
-                "left_out": left_out,
-                "figures": writing.figures(),
-            }
+            yield {"text": writing.texts[0].strip(), "left_out": left_out,
+                   "figures": writing.figures()}
 
 
 async def say(models: Models, talk: list[dict], message: str, *settings):
     """Runs `chat` for the page, and marks the messages that the model no longer reads."""
     history = [{"role": turn["role"], "content": content(turn)} for turn in talk]
     async for reply in chat(models, message or "", history, *settings):
-        turns = [
-            *history,
-            {"role": "user", "content": message},
-            {"role": "assistant", "content": reply["text"] or "…"},
-        ]
+        turns = [*history, {"role": "user", "content": message},
+                 {"role": "assistant", "content": reply["text"] or "…"}]
         # Gradio reads the content as HTML
         shown = [{**turn, "content": html.escape(turn["content"], quote=False)} for turn in turns]
         for turn in shown[:reply["left_out"]]:

@@ -32,25 +32,20 @@ def build(models: Models):
     prompt = gr.Textbox(models.first_prompt(), label="Prompt", lines=3, max_lines=10,
                         max_length=MAX_BYTES, elem_id="compare-prompt")
     with gr.Row():
-        sliders = [
-            slider("temperature", "compare-", info=None),
-            slider("top_k", "compare-", info=None),
-            slider("top_p", "compare-", info=None),
-            slider("length", "compare-", info=None, value=LENGTH),
-            slider("seed", "compare-", info=None),
-        ]
+        sliders = [slider("temperature", "compare-", info=None),
+                   slider("top_k", "compare-", info=None), slider("top_p", "compare-", info=None),
+                   slider("length", "compare-", info=None, value=LENGTH),
+                   slider("seed", "compare-", info=None)]
 
     # two texts side by side
     names = models.list_with_checkpoints()
     chosen, dtypes = [], []
     with gr.Row():
         for i, (letter, dtype) in enumerate((("A", "float32"), ("B", "int8"))):
-            chosen.append(gr.Dropdown(
-                names, value=models.names[0], label=f"Model {letter}", scale=3,
-                elem_id=f"compare-model-{i}"))
-            dtypes.append(gr.Dropdown(
-                DTYPES, value=dtype, label=f"Precision {letter}", min_width=130,
-                elem_id=f"compare-dtype-{i}"))
+            chosen.append(gr.Dropdown(names, value=models.names[0], label=f"Model {letter}",
+                                      scale=3, elem_id=f"compare-model-{i}"))
+            dtypes.append(gr.Dropdown(DTYPES, value=dtype, label=f"Precision {letter}",
+                                      min_width=130, elem_id=f"compare-dtype-{i}"))
     with gr.Row():
         start_button = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
         stop_button = gr.Button("Stop", variant="stop", min_width=120, elem_id="compare-stop")
@@ -68,23 +63,15 @@ def build(models: Models):
                 "settings and seed.")
     run = gr.Dropdown(list_runs(models), label="Run", elem_id="timeline-run")
     timeline_button = gr.Button("Write with every checkpoint", elem_id="timeline")
-    table = gr.Dataframe(
-        headers=["step", "loss", "text"],
-        column_widths=["20%", "20%", "60%"],
-        interactive=False,
-        wrap=True,
-        buttons=["copy"],
-        elem_id="timeline-table",
-    )
+    table = gr.Dataframe(headers=["step", "loss", "text"], column_widths=["20%", "20%", "60%"],
+                         interactive=False, wrap=True, buttons=["copy"], elem_id="timeline-table")
 
     quiet = {"api_visibility": "private", "show_progress": "hidden"}
     running = [
-        start_button.click(
-            MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
-            [*texts, figures], concurrency_limit=None, **quiet),
-        timeline_button.click(
-            MethodType(rows, models), [prompt, run, *sliders], table, concurrency_limit=None,
-            **quiet),
+        start_button.click(MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
+                           [*texts, figures], concurrency_limit=None, **quiet),
+        timeline_button.click(MethodType(rows, models), [prompt, run, *sliders], table,
+                              concurrency_limit=None, **quiet),
     ]
     stop_button.click(None, cancels=running)
 
@@ -92,11 +79,8 @@ def build(models: Models):
     def update_choices():
         names = models.list_with_checkpoints()
         runs = list_runs(models)
-        return (
-            gr.update(choices=names),
-            gr.update(choices=names),
-            gr.update(choices=runs, value=runs[0] if runs else None),
-        )
+        return (gr.update(choices=names), gr.update(choices=names),
+                gr.update(choices=runs, value=runs[0] if runs else None))
 
     page = gr.context.Context.root_block
     page.load(update_choices, None, [*chosen, run], **quiet)
@@ -113,19 +97,11 @@ def list_runs(models: Models) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # Two texts
 
-async def compare(
-    models: Models,
-    prompt: str,
-    model: str,
-    other_model: str,
-    dtype: str | None = None,
-    other_dtype: str | None = None,
-    temperature: float = default_of("temperature"),
-    top_k: int = default_of("top_k"),
-    top_p: float = default_of("top_p"),
-    length: int = LENGTH,
-    seed: int | None = None,
-) -> dict:
+async def compare(models: Models, prompt: str, model: str, other_model: str,
+                  dtype: str | None = None, other_dtype: str | None = None,
+                  temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
+                  top_p: float = default_of("top_p"), length: int = LENGTH,
+                  seed: int | None = None) -> dict:
     """Continues a text twice with the same random numbers and streams both results.
 
     Args:
@@ -160,11 +136,8 @@ async def compare(
         writings = [Writing(one, prompt, sampling) for one in loaded]
         async for _ in follow(*writings):
             texts = [writing.texts[0] for writing in writings]
-            yield {
-                "texts": texts,
-                "agree": common_length(*texts),
-                "figures": [writing.figures() for writing in writings],
-            }
+            yield {"texts": texts, "agree": common_length(*texts),
+                   "figures": [writing.figures() for writing in writings]}
 
 
 def common_length(a: str, b: str) -> int:
@@ -186,16 +159,10 @@ async def side_by_side(models: Models, prompt: str, *values):
 # --------------------------------------------------------------------------------------------------
 # All checkpoints of a run
 
-async def timeline(
-    models: Models,
-    prompt: str,
-    run: str,
-    temperature: float = default_of("temperature"),
-    top_k: int = default_of("top_k"),
-    top_p: float = default_of("top_p"),
-    length: int = 100,
-    seed: int | None = None,
-) -> list[dict]:
+async def timeline(models: Models, prompt: str, run: str,
+                   temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
+                   top_p: float = default_of("top_p"), length: int = 100,
+                   seed: int | None = None) -> list[dict]:
     """Continues a text with every checkpoint of a run, with the same random numbers, and streams
     the results.
 

@@ -43,33 +43,20 @@ def build(models: Models) -> gr.Textbox:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             text = gr.Textbox(
-                SAMPLE,
-                label="Text",
+                SAMPLE, label="Text",
                 info="Any text, written by a model or by you. The page updates as you type.",
-                lines=4,
-                max_lines=10,
-                max_length=MAX_TEXT,
-                elem_id="look-text",
-            )
+                lines=4, max_lines=10, max_length=MAX_TEXT, elem_id="look-text")
             model = gr.Dropdown(
                 models.names, value=models.names[0], label="Model", elem_id="look-model")
             summary = plain_box("Summary", "look-summary")
             tokens = gr.HighlightedText(
                 label="Tokens, coloured by their probability. Click one to see its alternatives.",
                 color_map={label: colour for label, (_, colour) in PROBABILITY_CLASSES.items()},
-                show_legend=True,
-                elem_id="look-tokens",
-            )
-            surprisal = gr.BarPlot(
-                x="token",
-                y="bits",
-                label="Surprisal in bits (high: unexpected)",
-                x_title="position",
-                y_title="bits",
-                height=170,
-                tooltip="all",
-                elem_id="look-surprisal",
-            )
+                show_legend=True, elem_id="look-tokens")
+            surprisal = gr.BarPlot(x="token", y="bits",
+                                   label="Surprisal in bits (high: unexpected)", x_title="position",
+                                   y_title="bits", height=170, tooltip="all",
+                                   elem_id="look-surprisal")
             with gr.Row():
                 narrow = {"min_width": 180, "buttons": [], "info": None}
                 temperature = slider("temperature", "look-", **narrow)
@@ -77,30 +64,18 @@ def build(models: Models) -> gr.Textbox:
                 top_p = slider("top_p", "look-", **narrow)
         with gr.Column(scale=4, min_width=320):
             position = gr.Number(
-                1,
-                label="Position",
+                1, label="Position",
                 info="The token to look at, counted from 1. The arrow keys move through the text.",
-                precision=0,
-                minimum=1,
-                maximum=MAX_TEXT,
-                elem_id="look-position",
-            )
+                precision=0, minimum=1, maximum=MAX_TEXT, elem_id="look-position")
             token = plain_box("Token", "look-token")
             with gr.Row():
-                expected = gr.Label(
-                    label="Without the settings", show_heading=False, min_width=150,
-                    elem_id="look-expected")
-                sampled = gr.Label(
-                    label="With the settings", show_heading=False, min_width=150,
-                    elem_id="look-sampled")
-            fork_text = gr.Textbox(
-                label="New text: click an alternative above",
-                lines=4,
-                max_lines=10,
-                interactive=False,
-                buttons=["copy"],
-                elem_id="look-fork",
-            )
+                expected = gr.Label(label="Without the settings", show_heading=False, min_width=150,
+                                    elem_id="look-expected")
+                sampled = gr.Label(label="With the settings", show_heading=False, min_width=150,
+                                   elem_id="look-sampled")
+            fork_text = gr.Textbox(label="New text: click an alternative above", lines=4,
+                                   max_lines=10, interactive=False, buttons=["copy"],
+                                   elem_id="look-fork")
             again = gr.Button("Look inside the new text", size="sm", elem_id="look-again")
 
     def fork_at(choice: gr.SelectData, *values):
@@ -109,40 +84,17 @@ def build(models: Models) -> gr.Textbox:
     settings = [text, model, position, temperature, top_k, top_p]
     opened = gr.context.Context.root_block.load
     # while one request runs, remember only the last change
-    latest = {
-        "show_progress": "hidden",
-        "concurrency_limit": 2,
-        "concurrency_id": "look",
-        "trigger_mode": "always_last",
-    }
-    gr.on(
-        [opened, text.change, model.change],
-        functools.partial(inspect, models),
-        inputs=[text, model],
-        outputs=[summary, tokens, surprisal],
-        api_name="inspect",
-        **latest,
-    )
-    gr.on(
-        [opened, *(setting.change for setting in settings)],
-        functools.partial(alternatives, models),
-        inputs=settings,
-        outputs=[token, expected, sampled],
-        api_name="alternatives",
-        **latest,
-    )
-    tokens.select(
-        position_of, None, position, api_visibility="private", show_progress="hidden")
-    gr.on(
-        [expected.select, sampled.select],
-        fork_at,
-        inputs=settings,
-        outputs=fork_text,
-        api_visibility="private",
-        show_progress="hidden",
-        concurrency_limit=32,
-        concurrency_id="engine",
-    )
+    latest = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look",
+              "trigger_mode": "always_last"}
+    gr.on([opened, text.change, model.change], functools.partial(inspect, models),
+          inputs=[text, model], outputs=[summary, tokens, surprisal], api_name="inspect", **latest)
+    gr.on([opened, *(setting.change for setting in settings)],
+          functools.partial(alternatives, models), inputs=settings,
+          outputs=[token, expected, sampled], api_name="alternatives", **latest)
+    tokens.select(position_of, None, position, api_visibility="private", show_progress="hidden")
+    gr.on([expected.select, sampled.select], fork_at, inputs=settings, outputs=fork_text,
+          api_visibility="private", show_progress="hidden", concurrency_limit=32,
+          concurrency_id="engine")
     # the browser copies the fork into the text box
     again.click(None, fork_text, text, js="fork => fork", api_visibility="private")
     return text
@@ -270,15 +222,8 @@ def most_likely(engine: Engine, logprobs) -> dict[str, int]:
     return {visible(engine, int(i)): int(i) for i in ids[::-1]}
 
 
-def alternatives(
-    models: Models,
-    text: str,
-    model: str,
-    position: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-):
+def alternatives(models: Models, text: str, model: str, position: int, temperature: float,
+                 top_k: int, top_p: float):
     """Returns a sentence about the token at the position, and the most likely tokens there with two
     probabilities: the model's, and the one with which the settings sample them."""
     with show_user_errors():
@@ -303,23 +248,12 @@ def alternatives(
             f"With the settings it is sampled with probability {sampled[token]:.2%}; "
             f"candidates: {candidates:,}.")
     names = most_likely(place.engine, logprobs)
-    return (
-        sentence,
-        {name: float(expected[i]) for name, i in names.items()},
-        {name: float(sampled[i]) for name, i in names.items()},
-    )
+    return (sentence, {name: float(expected[i]) for name, i in names.items()},
+            {name: float(sampled[i]) for name, i in names.items()})
 
 
-def fork(
-    models: Models,
-    choice: str,
-    text: str,
-    model: str,
-    position: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-):
+def fork(models: Models, choice: str, text: str, model: str, position: int, temperature: float,
+         top_k: int, top_p: float):
     """Streams the text up to the position, the chosen token, and the model's continuation."""
     with show_user_errors():
         place = locate(models, text, model, position)
@@ -329,9 +263,8 @@ def fork(
             raise UserError("Choose one of the alternatives.")
         prompt = [*place.start, *place.before, token]
         written = engine.tokenizer.decode([*place.before, token])
-        pieces = engine.stream(
-            prompt, max_new_tokens=FORK_LENGTH, temperature=temperature, top_k=top_k or None,
-            top_p=top_p)
+        pieces = engine.stream(prompt, max_new_tokens=FORK_LENGTH, temperature=temperature,
+                               top_k=top_k or None, top_p=top_p)
         for count, piece in enumerate(pieces):
             written += piece
             if count % REFRESH_TOKENS == 0:

@@ -25,22 +25,14 @@ CHAT_MODEL = "bundled:chat"
 
 # Prompts that resemble what each bundled model was trained on.
 BEGINNINGS = {
-    "bundled:stories": [
-        "Once upon a time, there was a little fox who",
-        "One day, Lily found a",
-        "Tom and his dog",
-    ],
-    "bundled:edu": [
-        "The history of",
-        "Photosynthesis is the process by which",
-        "It was a cold evening, and the old man",
-    ],
+    "bundled:stories": ["Once upon a time, there was a little fox who", "One day, Lily found a",
+                        "Tom and his dog"],
+    "bundled:edu": ["The history of", "Photosynthesis is the process by which",
+                    "It was a cold evening, and the old man"],
     "bundled:pushkin": ["Я вас любил", "Мороз и солнце; "],
-    "bundled:shakespeare": [
-        "ROMEO:\n",
-        "First Citizen:\nBefore we proceed any further, hear me speak.\n",
-        "KING RICHARD III:\nNow is the",
-    ],
+    "bundled:shakespeare": ["ROMEO:\n",
+                            "First Citizen:\nBefore we proceed any further, hear me speak.\n",
+                            "KING RICHARD III:\nNow is the"],
 }
 
 

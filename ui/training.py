@@ -35,14 +35,10 @@ TRAIN = Path(__file__).parent.parent / "train.py"
 SMALL_PRESETS = [name for name, preset in PRESETS.items() if preset.n_embd <= 192]
 
 # column of metrics.jsonl -> title of its plot
-CURVES = {
-    "val_loss": "validation loss, nats per token",
-    "train_loss": "training loss, nats per token",
-    "hellaswag": "HellaSwag, acc_norm",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "tokens_per_s": "tokens per second",
-}
+CURVES = {"val_loss": "validation loss, nats per token",
+          "train_loss": "training loss, nats per token", "hellaswag": "HellaSwag, acc_norm",
+          "learning_rate": "learning rate", "grad_norm": "gradient norm",
+          "tokens_per_s": "tokens per second"}
 
 # --------------------------------------------------------------------------------------------------
 # The page
@@ -76,13 +72,8 @@ def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
     runs = gr.Dropdown(all_runs, value=all_runs[:1], label="Runs", multiselect=True,
                        info="Choose several to compare their curves.", allow_custom_value=True,
                        elem_id="runs")
-    progress = gr.Dataframe(
-        headers=["run", "step", "state", "validation loss", "tokens/s"],
-        label="Progress",
-        interactive=False,
-        wrap=True,
-        elem_id="runs-progress",
-    )
+    progress = gr.Dataframe(headers=["run", "step", "state", "validation loss", "tokens/s"],
+                            label="Progress", interactive=False, wrap=True, elem_id="runs-progress")
     plots = []
     columns = list(CURVES)
     for row in columns[:3], columns[3:]:
@@ -90,15 +81,10 @@ def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
             for column in row:
                 plots.append(gr.Plot(show_label=False, min_width=300, visible=False,
                                      elem_id=f"plot-{column}"))
-    samples = gr.Dataframe(
-        headers=["run", "step", "text"],
-        label="Samples written during training, newest first",
-        column_widths=["20%", "12%", "68%"],
-        max_height=320,
-        interactive=False,
-        wrap=True,
-        elem_id="runs-samples",
-    )
+    samples = gr.Dataframe(headers=["run", "step", "text"],
+                           label="Samples written during training, newest first",
+                           column_widths=["20%", "12%", "68%"], max_height=320, interactive=False,
+                           wrap=True, elem_id="runs-samples")
     with gr.Row():
         with gr.Column(scale=2, min_width=240):
             prompt = gr.Textbox(label="Prompt", placeholder="Leave empty for the run's own prompt.",
@@ -130,14 +116,8 @@ def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     runs.change(show, runs, shown, api_name="runs", **in_order)
     timer = gr.Timer(POLL_S)
-    gr.on(
-        [gr.context.Context.root_block.load, timer.tick],
-        update,
-        inputs=[runs, seen],
-        outputs=[status, runs, seen, *shown],
-        api_visibility="private",
-        **in_order,
-    )
+    gr.on([gr.context.Context.root_block.load, timer.tick], update, inputs=[runs, seen],
+          outputs=[status, runs, seen, *shown], api_visibility="private", **in_order)
     write_button.click(functools.partial(write_sample, models), [runs, prompt], text,
                        concurrency_limit=4, **quiet)
     if training:

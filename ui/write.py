@@ -29,9 +29,7 @@ WARNING = (
     "The model continues your text; it does not answer questions. What it writes is made up and "
     "can be false or offensive."
 )
-SETTINGS = [
-    "model", "dtype", "temperature", "top_k", "top_p", "length", "seed", "versions", "stop",
-]
+SETTINGS = ["model", "dtype", "temperature", "top_k", "top_p", "length", "seed", "versions", "stop"]
 MAX_VERSIONS = RANGES["versions"].maximum
 
 # --------------------------------------------------------------------------------------------------
@@ -113,18 +111,11 @@ def build(models: Models) -> Tab:
     """Lays out the tab and connects its events."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            text = gr.Textbox(
-                models.first_prompt(),
-                label="Text",
-                info="Edit it as you like. Shift+Enter generates, Escape stops.",
-                placeholder="Write the beginning of a text. The model continues it.",
-                lines=14,
-                max_lines=28,
-                max_length=MAX_BYTES,
-                autofocus=True,
-                buttons=["copy"],
-                elem_id="text",
-            )
+            text = gr.Textbox(models.first_prompt(), label="Text",
+                              info="Edit it as you like. Shift+Enter generates, Escape stops.",
+                              placeholder="Write the beginning of a text. The model continues it.",
+                              lines=14, max_lines=28, max_length=MAX_BYTES, autofocus=True,
+                              buttons=["copy"], elem_id="text")
             with gr.Row():
                 generate_button = gr.Button(
                     "Generate", variant="primary", min_width=120, elem_id="generate")
@@ -136,15 +127,9 @@ def build(models: Models) -> Tab:
             with gr.Row():
                 use_buttons = [gr.Button("Use", size="sm") for _ in range(MAX_VERSIONS)]
                 versions = [
-                    gr.Textbox(
-                        visible=False,
-                        lines=8,
-                        max_lines=16,
-                        min_width=220,
-                        interactive=False,
-                        buttons=["copy", use_button],
-                        elem_id=f"version-{i}",
-                    )
+                    gr.Textbox(visible=False, lines=8, max_lines=16, min_width=220,
+                               interactive=False, buttons=["copy", use_button],
+                               elem_id=f"version-{i}")
                     for i, use_button in enumerate(use_buttons)
                 ]
             look_button = gr.Button("Look inside this text", size="sm", elem_id="look")
@@ -162,19 +147,13 @@ def build(models: Models) -> Tab:
                 stop = gr.Textbox(
                     label="Stop strings",
                     info="One per line, \\n for a line break. The text ends before the first one.",
-                    lines=2,
-                    elem_id="stops",
-                )
+                    lines=2, elem_id="stops")
                 dtype = gr.Dropdown(DTYPES, value=models.dtype, label="Precision", elem_id="dtype")
             with gr.Accordion("Save or share", open=False, elem_id="save"):
                 link = gr.Textbox(
                     label="Link",
                     info="Contains prompt, settings and seed, and writes the same text again.",
-                    buttons=["copy"],
-                    interactive=False,
-                    max_lines=2,
-                    elem_id="link",
-                )
+                    buttons=["copy"], interactive=False, max_lines=2, elem_id="link")
                 with gr.Row():
                     download_buttons = {
                         kind: gr.Button(f"Download {kind}", size="sm") for kind in ("txt", "json")
@@ -184,19 +163,12 @@ def build(models: Models) -> Tab:
 
     # generating: the browser picks prompt and seed, then the server streams the text
     settings = [model, dtype, *sliders, seed, version_count, stop]
-    run = {
-        "fn": MethodType(show, models),
-        "inputs": [text, *settings],
-        "outputs": [text, figures, request, *versions],
-        "api_visibility": "private",
-        "show_progress": "hidden",
-        "concurrency_limit": None,
-    }
-    starts = [
-        ([generate_button.click, text.submit], start_js(restart=True, seed=CHOSEN_SEED)),
-        ([continue_button.click], start_js(restart=False, seed=CHOSEN_SEED)),
-        ([regenerate_button.click], start_js(restart=True, seed=RANDOM_SEED)),
-    ]
+    run = {"fn": MethodType(show, models), "inputs": [text, *settings],
+           "outputs": [text, figures, request, *versions], "api_visibility": "private",
+           "show_progress": "hidden", "concurrency_limit": None}
+    starts = [([generate_button.click, text.submit], start_js(restart=True, seed=CHOSEN_SEED)),
+              ([continue_button.click], start_js(restart=False, seed=CHOSEN_SEED)),
+              ([regenerate_button.click], start_js(restart=True, seed=RANDOM_SEED))]
     running = [opened_link.change(**run)]
     for triggers, js in starts:
         picked = gr.on(triggers, None, [text, request, seed, new_seed], [text, seed], js=js)
@@ -216,19 +188,11 @@ def build(models: Models) -> Tab:
     return Tab(text, look_button)
 
 
-async def write(
-    models: Models,
-    prompt: str = "",
-    model: str | None = None,
-    dtype: str | None = None,
-    temperature: float = default_of("temperature"),
-    top_k: int = default_of("top_k"),
-    top_p: float = default_of("top_p"),
-    length: int = default_of("length"),
-    seed: int | None = None,
-    versions: int = default_of("versions"),
-    stop: list[str] | None = None,
-) -> dict:
+async def write(models: Models, prompt: str = "", model: str | None = None,
+                dtype: str | None = None, temperature: float = default_of("temperature"),
+                top_k: int = default_of("top_k"), top_p: float = default_of("top_p"),
+                length: int = default_of("length"), seed: int | None = None,
+                versions: int = default_of("versions"), stop: list[str] | None = None) -> dict:
     """Continues a text and streams the result.
 
     Args:
@@ -256,43 +220,26 @@ async def write(
         model = model or models.names[0]
         seed = secrets.randbits(32) if seed is None else seed
         stop = stop or []
-        sampling = validate_settings(
-            prompt, stop, temperature=temperature, top_k=top_k, top_p=top_p, length=length,
-            seed=seed, versions=versions)
+        sampling = validate_settings(prompt, stop, temperature=temperature, top_k=top_k,
+                                     top_p=top_p, length=length, seed=seed, versions=versions)
         if not models.future(model, dtype).done():
             yield {"text": prompt, "versions": [], "figures": "Loading the model …", "settings": {}}
         loaded = await models.wait_for(model, dtype)
         writing = Writing(loaded, prompt, sampling, versions)
-        settings = {
-            "prompt": prompt,
-            "model": model,
-            "dtype": loaded.engine.dtype,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "length": length,
-            "seed": seed,
-            "versions": versions,
-            "stop": stop,
-        }
+        settings = {"prompt": prompt, "model": model, "dtype": loaded.engine.dtype,
+                    "temperature": temperature, "top_k": top_k, "top_p": top_p, "length": length,
+                    "seed": seed, "versions": versions, "stop": stop}
         async for _ in follow(writing):
             results = [
-                {
-                    "text": writing.texts[i],
-                    "tokens": writing.tokens[i],
-                    "reason": writing.reasons[i],
-                    "mean_logprob": writing.mean_logprob(i) if versions > 1 else None,
-                }
+                {"text": writing.texts[i], "tokens": writing.tokens[i],
+                 "reason": writing.reasons[i],
+                 "mean_logprob": writing.mean_logprob(i) if versions > 1 else None}
                 for i in writing.ranked()
             ]
             # several versions have a winner only once all have ended
             best = results[0]["text"] if versions == 1 or writing.done else ""
-            yield {
-                "text": prompt + best,
-                "versions": results,
-                "figures": writing.figures(),
-                "settings": settings,
-            }
+            yield {"text": prompt + best, "versions": results, "figures": writing.figures(),
+                   "settings": settings}
 
 
 async def show(models: Models, prompt: str, *values):
