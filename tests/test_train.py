@@ -824,6 +824,7 @@ def test_max_steps_of_wsd_may_change_until_its_decay_begins(data, monkeypatch):
         train_tiny(*wsd, "--max-steps", 1000, "--name", "shortened")
     train_tiny(*wsd, "--max-steps", 10, "--name", "shortened")
     assert_same_run(LOG / "shortened", LOG / "whole", tolerance=0, last_step=10)
+    assert report.read_config(LOG / "shortened")["max_steps"] == 10
     with pytest.raises(UserError, match="was started with max_steps 10, and this command has"):
         train_tiny(*wsd, "--max-steps", 1000, "--name", "shortened")
 

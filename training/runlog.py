@@ -45,12 +45,12 @@ class Log:
         self.folder = folder
         self.tracker = start_tracker(track, folder.name, config)
         folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config)  # a resumed run may have another max_steps
 
         # a new run: remove the log of an attempt that saved no checkpoint
         if resume_step is None:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
                 (folder / name).unlink(missing_ok=True)
-            write_json(folder / "config.json", config)
             self.append("metrics.jsonl", event="start", step=0, **machine)
             return
 
