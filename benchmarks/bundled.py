@@ -29,14 +29,14 @@ CHAT_LINES = Path(__file__).with_name("chat_lines.txt")
 def main(name: tyro.conf.Positional[str], data: tyro.conf.Positional[Path],
          examples: tyro.conf.Positional[Path | None] = None, prompt: str = "",
          text: Path | None = None, against: str = "bundled:edu", corpus: Path | None = None,
-         temperature: float = 0.8, top_k: int = 50, max_new_tokens: int = 120):
+         temperature: float = 0.7, top_p: float = 0.9, max_new_tokens: int = 150):
     readme = BUNDLED / name / "README.md"
     if not readme.exists() or not FIGURES.search(readme.read_text()):
         raise UserError(f"{readme} has no lines `<!-- figures -->` and `<!-- end of figures -->`: "
                         "add them where the figures belong.")
     model, tokenizer, info = load_model(f"bundled:{name}")
     engine = Engine(model, tokenizer)
-    settings = {"temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
+    settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
 
     # the loss
     result = measure(f"bundled:{name}", data)
@@ -78,7 +78,7 @@ def main(name: tyro.conf.Positional[str], data: tyro.conf.Positional[Path],
             f"acc_norm {score['acc_norm']:.4f} ± {score['stderr']:.4f} |")
 
     # samples
-    how = f"temperature {temperature}, top-k {top_k}, at most {max_new_tokens} tokens"
+    how = f"temperature {temperature}, top-p {top_p}, at most {max_new_tokens} tokens"
     if tokenizer.chat_template:
         lines += ["", f"Ten conversations, not selected: {how}."]
         samples = conversations(engine, settings)

@@ -30,7 +30,7 @@ from weights.huggingface import save_huggingface
 MARKUP = "<img src=x onerror=alert(1)>"
 TABS = ["Write", "Chat", "Compare"]
 BEGINNING = BEGINNINGS["bundled:shakespeare"][0]
-DEFAULTS = {"temperature": 0.8, "top_p": 0.9}  # of the page
+DEFAULTS = {"temperature": 0.7, "top_p": 0.9}  # of the page
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"

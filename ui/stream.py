@@ -35,7 +35,7 @@ class Range(NamedTuple):
 
 RANGES = {
     "temperature": Range(
-        0.1, 2.0, 0.05, 0.8, "Temperature",
+        0.1, 2.0, 0.05, 0.7, "Temperature",
         "Lower is more predictable, higher is more surprising."),
     "top_k": Range(
         0, 200, 1, 0, "Top-k",
