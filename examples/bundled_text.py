@@ -23,8 +23,9 @@ UNCERTAIN = {"mlschmitt/classic-books-markdown"}  # its licence is only the repo
 CLASSIC_CHARACTERS = 6e6  # from the easiest classics
 SIMPLE_PASSES = 4
 TURN_CHARACTERS = 200  # conversations with longer turns on average are left out
-UNSUITABLE = re.compile(r"\b(trump|obama|clinton|biden|democrats?|republicans?|politic\w*|hitler"
-                        r"|nazi\w*|sex\w*|porn\w*|drunk|drugs?|suicid\w*|kill\w*|murder\w*|rape\w*|guns?)\b")
+UNSUITABLE = re.compile(
+    r"\b(trump|obama|clinton|biden|democrats?|republicans?|politic\w*|hitler|nazi\w*|sex\w*|porn\w*"
+    r"|drunk|drugs?|suicid\w*|kill\w*|murder\w*|rape\w*|guns?)\b")
 
 
 def read_jsonl(path: Path) -> list[dict]:
