@@ -132,6 +132,7 @@ class PieceStream:
         try:
             if not self.connected:
                 self.connect()
+            await asyncio.sleep(0)  # other tasks run even if there is always something new
             batch = self.take()
             if batch:
                 return batch

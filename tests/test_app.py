@@ -548,7 +548,8 @@ def test_a_base_model_continues_a_transcript(client, bundled):
         seed=3, api_name="/chat")
     transcript = "A:\nGood morrow.\n\nB:\nAnd to thee.\n\nA:\nWhat news?\n\nB:\n"
     text = bundled.generate(
-        transcript, max_new_tokens=30, temperature=0.8, seed=3, stop=("\nA:", "\nB:"))[0]
+        transcript, max_new_tokens=30, temperature=DEFAULTS["temperature"], seed=3,
+        stop=("\nA:", "\nB:"))[0]
     assert result["text"] == text.strip()
     long = client.predict(
         "What news?", HISTORY * 20, model="bundled:shakespeare", length=30, api_name="/chat")
@@ -559,7 +560,8 @@ def test_a_model_with_a_chat_template_gets_the_conversation_in_that_form(client,
     options = {"top_p": 1.0, "length": 30, "seed": 3, "api_name": "/chat"}
     messages = [*HISTORY, {"role": "user", "content": "What news?"}]
     ids = chat_engine.tokenizer.chat_ids(messages)
-    text = chat_engine.generate(ids, max_new_tokens=30, temperature=0.8, seed=3)[0]
+    text = chat_engine.generate(ids, max_new_tokens=30, temperature=DEFAULTS["temperature"],
+                                seed=3)[0]
     # it is the default model; the speakers' names make no difference
     for names in {}, {"you": "A", "it": "B"}, {"you": "", "it": ""}:
         result = client.predict("What news?", HISTORY, **names, **options)
