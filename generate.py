@@ -138,8 +138,10 @@ class PieceStream:
                 return batch
             if all(reader.done for reader in self.readers):
                 raise StopAsyncIteration
+            # not wait_for, which in Python 3.11 loses a cancellation if there is something new
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.arrived.wait(), self.idle_s)
+                async with asyncio.timeout(self.idle_s):
+                    await self.arrived.wait()
             return self.take()
         except BaseException:  # the end, an error of a request, or the consumer is cancelled
             self.close()

@@ -510,8 +510,9 @@ def test_a_piece_stream_ends_without_another_wait(char_engine, monkeypatch):
     request = char_engine.submit(**settings)
     while char_engine.scheduler.load() != (0, 0):
         time.sleep(0.01)
-    monkeypatch.setattr(asyncio, "wait_for", no_wait)
-    assert asyncio.run(read_texts(stream_of(char_engine, request), 1)) == expected
+    stream = stream_of(char_engine, request)
+    monkeypatch.setattr(stream.arrived, "wait", no_wait)
+    assert asyncio.run(read_texts(stream, 1)) == expected
 
 
 def test_a_piece_stream_gives_an_empty_batch_if_nothing_arrives():
