@@ -22,11 +22,9 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import tiktoken
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from common.errors import UserError
@@ -149,7 +147,9 @@ def remove_words(words: Iterable[str], value):
 
 
 @functools.lru_cache
-def compile_template(source: str) -> jinja2.Template:
+def compile_template(source: str):
+    """Return the jinja2.Template."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415 (only chats need it)
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source)
 
