@@ -45,16 +45,22 @@ class Log:
         self.folder = folder
         self.tracker = start_tracker(track, folder.name, config)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", config)  # a resumed run may have another max_steps
 
         # a new run: remove the log of an attempt that saved no checkpoint
         if resume_step is None:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
                 (folder / name).unlink(missing_ok=True)
+            write_json(folder / "config.json", config)
             self.append("metrics.jsonl", event="start", step=0, **machine)
             return
 
-        # a resumed run: end a line that was cut off, and log the step at which the run resumes
+        # a resumed run may have another max_steps; a full disk does not end it
+        try:
+            write_json(folder / "config.json", config)
+        except OSError as error:
+            warn(f"{error.filename} could not be written ({error.strerror})")
+
+        # end a line that was cut off, and log the step at which the run resumes
         for name in ("metrics.jsonl", "samples.jsonl"):
             if not (folder / name).read_bytes().endswith(b"\n"):
                 with open(folder / name, "a") as file:
