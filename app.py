@@ -8,6 +8,7 @@ under /v1 (serve.py). The page loads nothing from other servers and sends no tel
 """
 import dataclasses
 import os
+from pathlib import Path
 
 # Gradio reads these when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -26,6 +27,7 @@ from generate import Dtype
 from ui import about, chat, compare, look, training, write
 from ui.models import Models
 
+STATIC = Path(__file__).parent / "ui" / "static"
 MAX_SESSIONS = 200  # visitors whose page state is kept, 150 kB each; Gradio's default is 10,000
 TABS = {"Write": write, "Chat": chat, "Look inside": look, "Compare": compare, "Training": training,
         "About": about}
@@ -82,8 +84,11 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     models.load_in_background()
     page.queue(max_size=64)
     api = serve.routes(models.names, models.engine)
+    # page.js first: the others add to what it defines
+    scripts = sorted(STATIC.glob("*.js"), key=lambda path: (path.stem != "page", path.stem))
+    head = "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in scripts)
     page.launch(server_name=config.host, server_port=config.port, share=config.share,
-                theme=gr.themes.Default(), css="#about-card code { white-space: pre-wrap }",
+                theme=gr.themes.Default(), head=head, css_paths=sorted(STATIC.glob("*.css")),
                 footer_links=["api"], ssr_mode=False, run_history=False, enable_monitoring=False,
                 max_threads=100, state_session_capacity=MAX_SESSIONS,
                 app_kwargs={"routes": api.routes}, **launch_options)
