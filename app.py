@@ -19,8 +19,10 @@ os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
 
 import gradio as gr
 import tyro
+from starlette.middleware import Middleware
 
 import serve
+from api.guard import Access, Guard
 from common.errors import report_user_errors
 from engine.packed import use_allowed_cores
 from generate import Dtype
@@ -51,6 +53,7 @@ class AppConfig:
     dtype: Dtype = "auto"
     """auto is bfloat16 on CUDA. On a CPU it is int8 for models of 20 million parameters or more,
     float32 for smaller ones."""
+    access: tyro.conf.OmitArgPrefixes[Access] = dataclasses.field(default_factory=Access)
 
 
 def build(models: Models) -> gr.Blocks:
@@ -84,6 +87,10 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     models.load_in_background()
     page.queue(max_size=64)
     api = serve.routes(models.names, models.engine)
+    access = config.access
+    if config.share:  # the public link is a name below gradio.live
+        access = dataclasses.replace(access, allow_host=(*access.allow_host, "*.gradio.live"))
+    guard = Middleware(Guard, access=access, host=config.host)
     # page.js first: the others add to what it defines
     scripts = sorted(STATIC.glob("*.js"), key=lambda path: (path.stem != "page", path.stem))
     head = "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in scripts)
@@ -91,7 +98,7 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
                 theme=gr.themes.Default(), head=head, css_paths=sorted(STATIC.glob("*.css")),
                 footer_links=["api"], ssr_mode=False, run_history=False, enable_monitoring=False,
                 max_threads=100, state_session_capacity=MAX_SESSIONS,
-                app_kwargs={"routes": api.routes}, **launch_options)
+                app_kwargs={"routes": api.routes, "middleware": [guard]}, **launch_options)
     return page
 
 

@@ -6,6 +6,9 @@ one chunk at most. Sequences join and leave between steps (continuous batching).
 
 A sequence depends only on its own prompt, settings and seed: the rows of a step do not depend on
 each other (see forward.py), and each sequence has its own random stream.
+
+Clients share the places fairly: a free one goes to the client that has the fewest, and some stay
+free for clients that have none.
 """
 import atexit
 import bisect
@@ -27,6 +30,7 @@ from engine.sampling import Sampling, penalize, sample, top_ids
 
 IDLE_PREFILL_TOKENS = 8 * CHUNK  # prompt tokens in a step in which no sequence is decoding
 IDLE_S = 2  # the thread ends after this many seconds without work
+SHARE = 3  # a client can have this many times as many places as it leaves free: 24 of 32
 
 
 class Busy(UserError):
@@ -131,15 +135,20 @@ class Request:
 
     Iterating waits for events and yields them as they arrive, until all samples have ended. An
     event is (sample index, Token), or (sample index, finish reason) at the end of a sample: "stop"
-    at `<|endoftext|>`, "length", or "deadline".
+    at `<|endoftext|>`, "length", or "deadline". The token `<|endoftext|>` comes only with logprobs.
     """
 
-    def __init__(self, scheduler: "Scheduler", ids: list[int], n: int, sampling: Sampling):
+    def __init__(self, scheduler: "Scheduler", ids: list[int], n: int, sampling: Sampling,
+                 client: str | None = None, batch: str | None = None):
         self.scheduler, self.n, self.sampling = scheduler, n, sampling
+        self.client = client or id(self)
+        self.batch = batch or id(self)
         self.ids = ids[-scheduler.block_size:]
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self.deadline = time.monotonic() + scheduler.deadline_s
         self.active = set(range(n))  # indices of samples that are neither ended nor cancelled
+        self.started = 0  # samples
+        self.prefilled: tuple[KVCache, np.ndarray] | None = None  # with the prompt's logits (V,)
         self.events = queue.SimpleQueue()
         self.wake = None  # called after each new event, in the scheduler's thread
         self.first_event_at = self.last_event_at = None  # time.perf_counter()
@@ -186,9 +195,9 @@ class Request:
             self.active.discard(index)
 
     def queue_position(self) -> int:
-        """The position in the queue, from 1; 0 once the request has left the queue."""
+        """The position in the queue, from 1; 0 once a sample has started."""
         with self.scheduler.lock:
-            waiting = self.scheduler.waiting
+            waiting = self.scheduler.queued()
             return waiting.index(self) + 1 if self in waiting else 0
 
 
@@ -198,9 +207,10 @@ class Request:
 class Scheduler:
     """Generates the sequences of all requests to one model, in a thread that ends when idle.
 
-    At most `max_running` sequences run at once; up to `max_waiting` more requests wait in order of
-    arrival. A request gets `Busy` if the queue is full, or if it still waits after `deadline_s`
-    seconds; a sequence that is still running by then ends with the reason "deadline".
+    At most `max_running` sequences run at once; up to `max_waiting` more requests wait, and a
+    client's can fill half of that queue. A request gets `Busy` if the queue is full, or if it still
+    waits after `deadline_s` seconds; a sequence that is still running by then ends with the reason
+    "deadline".
     """
 
     def __init__(self, forward: Forward, vocab_size: int, eot: int | None, block_size: int,
@@ -214,29 +224,29 @@ class Scheduler:
         self.turn = 0  # which prompt is prefilled first in a step
         # `lock` guards the next four; only the thread changes `running`
         self.lock = threading.Condition()
-        self.waiting: collections.deque[Request] = collections.deque()
+        self.waiting: list[Request] = []  # those with samples to start
         self.running: list[Sequence] = []
         self.thread: threading.Thread | None = None
         self.closed = False
 
-    def submit(self, ids: list[int], n: int = 1, sampling: Sampling | None = None) -> Request:
-        """Requests n continuations of a prompt. Raises UserError for bad arguments, and Busy."""
+    def submit(self, ids: list[int], n: int = 1, sampling: Sampling | None = None,
+               client: str | None = None, batch: str | None = None) -> Request:
+        """Requests n continuations of a prompt. Raises UserError for bad arguments, and Busy.
+
+        The requests of one `client` share its places; without one, a request counts as a client and
+        can have all places. Requests of one `batch` count as one in the queue.
+        """
         if not ids:
             raise UserError("The prompt has no tokens: give at least one.")
         if not 1 <= n <= self.max_running:
             raise UserError(f"The number of samples must be from 1 to {self.max_running}, not {n}.")
-        request = Request(self, ids, n, sampling or Sampling())
+        request = Request(self, ids, n, sampling or Sampling(), client, batch)
         if request.sampling.max_new_tokens == 0:
             for i in range(n):
                 request.put((i, "length"))
             return request
         with self.lock:
-            # requests that can start at once do not count as queued
-            position = len(self.waiting) + 1 - (self.max_running - len(self.running))
-            if position > self.max_waiting:
-                raise Busy(f"Busy: {len(self.running)} texts are being generated, and this request "
-                           f"would be number {position} in the queue, which holds "
-                           f"{self.max_waiting}; try again later.")
+            self.check_queue(request)
             self.waiting.append(request)
             if self.thread is None:
                 self.thread = threading.Thread(target=self.run, daemon=True, name="scheduler")
@@ -245,10 +255,28 @@ class Scheduler:
             self.lock.notify()
         return request
 
+    def check_queue(self, request: Request):
+        """Raises Busy if the queue, or the client's share of it, is full."""
+        batches = {waiting.batch: waiting.client for waiting in self.queued()}
+        of_client = sum(client == request.client for client in batches.values())
+        # requests that can start at once do not count as queued
+        free = self.max_running - len(self.running)
+        half = max(1, self.max_waiting // 2)
+        for others, size in (len(batches), self.max_waiting), (of_client, half):
+            position = others + 1 - free
+            if position > size and request.batch not in batches:
+                raise Busy(f"Busy: {len(self.running)} texts are being generated, and this request "
+                           f"would be number {position} in the queue, which holds {size}; "
+                           "try again later.")
+
+    def queued(self) -> list[Request]:
+        """The requests of which no sample has started, in order of arrival."""
+        return [request for request in self.waiting if not request.started]
+
     def load(self) -> tuple[int, int]:
         """(the number of running sequences, the number of waiting requests)."""
         with self.lock:
-            return len(self.running), len(self.waiting)
+            return len(self.running), len(self.queued())
 
     def close(self):
         """Ends the thread and what it generates; Python cannot exit while the thread computes."""
@@ -267,10 +295,12 @@ class Scheduler:
                     self.step()
                     continue
             except Exception as error:  # report it to all readers, and keep serving new requests
-                for request in {sequence.request for sequence in self.running}:
-                    request.put(error)
+                failed = {sequence.request for sequence in self.running}
                 with self.lock:
                     self.running.clear()
+                    self.waiting = [request for request in self.waiting if request not in failed]
+                for request in failed:
+                    request.put(error)
             with self.lock:
                 if not self.lock.wait_for(lambda: self.waiting or self.closed, timeout=IDLE_S):
                     self.thread = None
@@ -278,34 +308,57 @@ class Scheduler:
                     return
 
     def admit_and_remove(self):
-        """Removes cancelled and overdue sequences, then admits requests while there is room."""
+        """Removes cancelled and overdue sequences, then admits others while there is room."""
         now = time.monotonic()
-        # remove running sequences
+        # remove running sequences, but not one whose prompt the request's other samples wait for
         for sequence in list(self.running):
-            if sequence.index not in sequence.request.active:
+            request = sequence.request
+            needed = request.active and not sequence.generated
+            if sequence.index not in request.active and not needed:
                 self.end(sequence, None)
-            elif now > sequence.request.deadline:
+            elif now > request.deadline:
                 self.end(sequence, "deadline")
         with self.lock:
             # remove waiting requests
             for position, request in enumerate(list(self.waiting), 1):
-                if not request.active:
-                    self.waiting.remove(request)
-                elif now > request.deadline:
-                    self.waiting.remove(request)
+                if request.active and now <= request.deadline:
+                    continue
+                self.waiting.remove(request)
+                if request.active and not request.started:
                     request.put(Busy(f"Busy: after {self.deadline_s:g} s this request was still "
                                      f"number {position} in the queue; try again later."))
-            # admit requests in order; each starts with one sequence and forks the others later
-            while self.waiting:
-                needed = len(self.running) + self.reserved() + self.waiting[0].n
-                if needed > self.max_running:
-                    break
-                self.running.append(Sequence(self.waiting.popleft(), 0))
+                for i in range(request.started, request.n) if request.started else ():
+                    request.put((i, "deadline"))
+            # admit samples, one by one
+            while request := self.next_request():
+                self.start_sample(request)
 
-    def reserved(self) -> int:
-        """The number of sequences that will be forked once their prompt is prefilled."""
-        return sum(sequence.request.n - 1 for sequence in self.running
-                   if sequence.index == 0 and not sequence.generated)
+    def next_request(self) -> Request | None:
+        """The request that starts the next sample: that of the client with the fewest places."""
+        free = self.max_running - len(self.running)
+        places = collections.Counter(sequence.request.client for sequence in self.running)
+        ready = []
+        for request in self.waiting if free else ():
+            # the other samples start from the prompt that the first one has prefilled
+            first_or_prefilled = not request.started or request.prefilled
+            alone = request.client == id(request)
+            if first_or_prefilled and (alone or places[request.client] < SHARE * free):
+                ready.append(request)
+        return min(ready, key=lambda request: places[request.client], default=None)
+
+    def start_sample(self, request: Request):
+        sequence = Sequence(request, request.started)
+        self.running.append(sequence)
+        request.started += 1
+        prefilled = request.prefilled
+        if request.started == request.n:
+            self.waiting.remove(request)
+            request.prefilled = None
+        if prefilled:
+            cache, logits = prefilled
+            sequence.cache = cache.copy(cache.length)
+            sequence.prefilling = False
+            self.append_token(sequence, sequence.next_token(logits))
 
     @torch.inference_mode()
     def step(self):
@@ -314,9 +367,10 @@ class Scheduler:
         rows = [row for _, row in ready]
         logits = self.forward(segments, rows)[:, :self.vocab_size]  # (rows, V), no padding ids
         sampled = []
-        for (first, _), row_logits in zip(ready, logits.numpy()):
-            for sequence in self.fork(first):
-                sampled.append((sequence, sequence.next_token(row_logits)))
+        for (sequence, _), row_logits in zip(ready, logits.numpy()):
+            if sequence.prefilling:
+                self.end_prefill(sequence, row_logits)
+            sampled.append((sequence, sequence.next_token(row_logits)))
         # deliver all tokens at the end: readers can process them during the next step
         for sequence, token in sampled:
             self.append_token(sequence, token)
@@ -357,31 +411,24 @@ class Scheduler:
                 ready.append((sequence, rows - 1))
         return segments, ready
 
-    def fork(self, sequence: Sequence) -> list[Sequence]:
-        """The sequences that sample from this one's logits.
-
-        After the prompt's prefill these are all samples of the request, each with a copy of the
-        cache; otherwise only the sequence itself.
-        """
-        siblings = []
-        if sequence.prefilling and not sequence.generated:
-            self.prefixes.add(sequence.window, sequence.cache)
-            for i in range(1, sequence.request.n):
-                sibling = Sequence(sequence.request, i)
-                sibling.cache = sequence.cache.copy(sequence.cache.length)
-                sibling.prefilling = False
-                siblings.append(sibling)
-            with self.lock:
-                self.running += siblings
+    def end_prefill(self, sequence: Sequence, logits: np.ndarray):
+        """Keeps a prompt's cache and logits (V,) for the request's other samples, and for others'
+        prompts."""
         sequence.prefilling = False
-        return [sequence, *siblings]
+        if sequence.generated:  # not the prompt, but the last half of a full context
+            return
+        self.prefixes.add(sequence.window, sequence.cache)
+        if sequence.request.n > 1:
+            cache = sequence.cache.copy(sequence.cache.length)
+            sequence.request.prefilled = cache, logits.copy()
 
     def append_token(self, sequence: Sequence, token: Token):
         """Adds a token to a sequence and delivers it; ends the sequence if it is complete."""
+        request = sequence.request
+        if token.id != self.eot or token.logprob is not None:
+            request.put((sequence.index, token))
         if token.id == self.eot:
             return self.end(sequence, "stop")
-        request = sequence.request
-        request.put((sequence.index, token))
         if sequence.generated == request.sampling.max_new_tokens:
             return self.end(sequence, "length")
         sequence.window.append(token.id)

@@ -1,22 +1,40 @@
 import asyncio
 import concurrent.futures
+import contextlib
+import copy
 import gc
+import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import openai
 import pytest
 import requests
+import torch
 import uvicorn
-from conftest import tiny_gpt
+from conftest import ROOT, tiny_gpt
 from fastapi import FastAPI
 
 import app
 import serve
+from api import completions, guard, schema
+from api.conversation import SPEAKERS, transcript
+from api.guard import MAX_BODY_BYTES, Access, Guard
+from api.schema import MAX_TEXTS, CompletionRequest
+from common.errors import UserError
 from engine.scheduler import Token
 from generate import Engine
 from tokenizer import CharTokenizer, load_tokenizer
+
+CHARS = CharTokenizer("\n ,.:STabcdefghijklmnopqrstuvwxyz")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
 def free_port() -> int:
@@ -28,18 +46,37 @@ def free_port() -> int:
 def engines():
     chars = CharTokenizer("\n ,.abcdefghijklmnopqrstuvwxyz")
     gpt2 = load_tokenizer("gpt2")
+    chat = copy.copy(gpt2)
+    chat.chat_template = CHAT_TEMPLATE
     return {
         "char": Engine(tiny_gpt(vocab_size=32, block_size=64), chars),
         "gpt2": Engine(tiny_gpt(vocab_size=50304, block_size=64), gpt2),
+        "chat": Engine(tiny_gpt(vocab_size=50304, block_size=64), chat),
+        "base": Engine(tiny_gpt(vocab_size=33, block_size=200), CHARS),
+        "ends": Engine(tiny_gpt_that_ends(), gpt2),
         "crowded": Engine(tiny_gpt(vocab_size=32), chars, max_running=1, max_waiting=1),
+        "bundled:stories": Engine(tiny_gpt(vocab_size=32), chars),
     }
 
 
-@pytest.fixture(scope="module")
-def url(engines):
-    """The API on loopback, for three models."""
+def tiny_gpt_that_ends():
+    """A model that always predicts <|endoftext|>."""
+    model = tiny_gpt(vocab_size=50304, block_size=64)
+    weights = model.transformer
+    with torch.no_grad():
+        weights.ln_f.weight.zero_()
+        weights.ln_f.bias.fill_(1.0)
+        weights.wte.weight[:, :] = 0.0
+        weights.wte.weight[50256] = 1.0
+    return model
+
+
+@contextlib.contextmanager
+def serving(engines, access=None):
+    """Serves the API on loopback behind the guard; yields its address."""
     application, port = FastAPI(), free_port()
     application.include_router(serve.routes(list(engines), engines.__getitem__))
+    application.add_middleware(Guard, access=access or Access(), host="127.0.0.1")
     server = uvicorn.Server(uvicorn.Config(application, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -51,8 +88,21 @@ def url(engines):
 
 
 @pytest.fixture(scope="module")
+def url(engines):
+    with serving(engines) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
 def client(url):
     return openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+
+
+def post(address: str, body, **headers) -> requests.Response:
+    """Posts a body, as JSON unless it is text already."""
+    text = body if isinstance(body, str | bytes) else json.dumps(body)
+    headers = {"Content-Type": "application/json", **headers}
+    return requests.post(address, data=text, headers=headers, timeout=20)
 
 
 def wait_until_idle(engine: Engine):
@@ -140,11 +190,235 @@ def test_several_prompts_and_prompts_of_ids(client):
     assert [choice.text for choice in of_text.choices] == [choice.text for choice in of_ids.choices]
 
 
+def test_offsets_point_into_the_text_in_a_stream_too(client, engines):
+    # characters of several tokens, and a stop string that is held back twice before it occurs
+    options = {"model": "gpt2", "prompt": "Ünïcödé 🦊 fox", "max_tokens": 40, "logprobs": 0,
+               "temperature": 2, "echo": True, "seed": 2}
+    text = client.completions.create(**options).choices[0].text
+    options["stop"] = text[-6:]
+    whole = client.completions.create(**options).choices[0]
+    offsets, parts = [], ""
+    for chunk in client.completions.create(**options, stream=True):
+        offsets += chunk.choices[0].logprobs.text_offset
+        parts += chunk.choices[0].text
+    assert parts == whole.text and offsets == whole.logprobs.text_offset
+
+    # the prompt's and the continuation's bytes are decoded separately
+    tokenizer = engines["gpt2"].tokenizer
+    prompt = tokenizer.encode(options["prompt"])
+    decode, offset = tokenizer.stream_decoder(), 0
+    for number, i in enumerate(prompt):
+        assert offsets[number] == offset
+        offset += len(decode([i]))
+    assert offset == len(options["prompt"]) == offsets[len(prompt)]
+    for token, start in zip(whole.logprobs.tokens, offsets):
+        if "\ufffd" not in token and start + len(token) <= len(whole.text):
+            assert whole.text[start:start + len(token)] == token
+
+
+def test_the_end_of_a_text_has_a_logprob_and_no_text(client):
+    options = {"model": "ends", "prompt": "Hello", "max_tokens": 5, "logprobs": 1}
+    completion = client.completions.create(**options)
+    choice = completion.choices[0]
+    assert choice.text == "" and choice.finish_reason == "stop"
+    assert choice.logprobs.tokens == ["<|endoftext|>"]
+    assert choice.logprobs.token_logprobs[0] == max(choice.logprobs.top_logprobs[0].values())
+    assert completion.usage.completion_tokens == 0
+    # lm-eval drops the last entry, which must be the sampled one
+    echo = client.completions.create(**options, echo=True).choices[0]
+    assert echo.logprobs.tokens == ["Hello", "<|endoftext|>"] and echo.text == "Hello"
+    chunks = list(client.completions.create(**options, stream=True))
+    assert [token for chunk in chunks for token in chunk.choices[0].logprobs.tokens] == [
+        "<|endoftext|>"]
+
+
+def test_a_prompt_longer_than_the_context_is_refused_unless_truncation_is_asked_for(
+        client, engines):
+    ids = list(range(100))
+    for prompt in "a b " * 40, ids:
+        with pytest.raises(openai.BadRequestError, match="context is 64 tokens") as caught:
+            client.completions.create(model="gpt2", prompt=prompt)
+        assert caught.value.code == "context_length_exceeded"
+    options = {"model": "gpt2", "max_tokens": 9, "seed": 1, "echo": True, "logprobs": 0}
+    for kept, truncation in (64, -1), (10, 10), (64, 99):
+        cut = client.completions.create(
+            prompt=ids, extra_body={"truncate_prompt_tokens": truncation}, **options)
+        same = client.completions.create(prompt=ids[-kept:], **options)
+        assert cut.choices == same.choices and cut.usage == same.usage
+
+
+def test_an_echo_shows_the_text_of_the_tokens_that_the_model_read(client):
+    options = {"model": "char", "prompt": "fЖox", "max_tokens": 0, "logprobs": 0, "echo": True}
+    choice = client.completions.create(**options).choices[0]
+    assert choice.text == "f ox" == "".join(choice.logprobs.tokens)
+
+
+def test_more_texts_than_places_are_the_texts_that_each_would_be_alone(client):
+    options = {"model": "char", "max_tokens": 5, "seed": 3}
+    prompts = ["abcdefghijklmnopqrstuvwxyz"[i % 26:] for i in range(80)]
+    choices = client.completions.create(prompt=prompts, n=2, **options).choices
+    for i in 0, 41, 79:
+        alone = client.completions.create(prompt=prompts[i], n=2, **options).choices
+        assert [choice.text for choice in choices[2 * i:2 * i + 2]] == [
+            choice.text for choice in alone]
+
+
+def test_bundled_is_short_for_the_first_bundled_model(client):
+    assert client.models.retrieve("bundled").id == "bundled:stories"
+    assert client.completions.create(model="bundled", prompt="a", max_tokens=1).choices
+
+
+@pytest.mark.parametrize("fields", [
+    {"top_k": 0}, {"top_k": -1}, {"min_p": 0}, {"store": True}, {"metadata": {"a": "b"}},
+    {"service_tier": "auto"}, {"logit_bias": {}}, {"presence_penalty": 0.0}, {"best_of": 1},
+    {"suffix": None, "temperature": None, "n": None, "max_tokens": None, "unheard_of": None},
+    {"stream_options": {"include_obfuscation": False}}, {"user": "me"}])
+def test_fields_that_ask_for_nothing_change_nothing(client, fields):
+    options = {"model": "char", "prompt": "abc", "seed": 1}
+    plain = client.completions.create(**options).choices
+    assert client.completions.create(**options, extra_body=fields).choices == plain
+
+
+def test_a_text_that_ran_out_of_time_says_so(engines):
+    engine = Engine(engines["char"].model, engines["char"].tokenizer, deadline_s=0.1)
+    body = CompletionRequest(model="char", prompt="abc", max_tokens=50_000, n=2)
+
+    async def connected():
+        return False
+
+    answer = asyncio.run(completions.Completion(engine, body).whole(connected))
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["deadline"] * 2
+
+
 def test_the_models_are_listed(client):
-    assert [model.id for model in client.models.list()] == ["char", "gpt2", "crowded"]
+    assert [model.id for model in client.models.list()][:2] == ["char", "gpt2"]
     assert client.models.retrieve("gpt2").object == "model"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt5")
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat completions
+
+HISTORY = [
+    {"role": "system", "content": "two friends talk."},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "good day"},
+    {"role": "user", "content": "how are you"},
+]
+
+
+def test_a_base_model_continues_a_transcript(client, engines):
+    options = {"model": "base", "temperature": 0.9, "top_p": 0.9, "seed": 5}
+    chat = client.chat.completions.create(messages=HISTORY, max_tokens=60, n=2, **options)
+    prompt = ("two friends talk.\n\nStudent:\nhello\n\nTeacher:\ngood day\n\n"
+              "Student:\nhow are you\n\nTeacher:\n")
+    expected = engines["base"].generate(
+        prompt, n=2, max_new_tokens=60, temperature=0.9, top_p=0.9, seed=5,
+        stop=("\n\nStudent:", "\nStudent:", "\n\nTeacher:", "\nTeacher:"))
+    assert [choice.message.content for choice in chat.choices] == expected
+    assert chat.choices[0].message.role == "assistant" and chat.object == "chat.completion"
+    assert chat.usage.prompt_tokens == len(prompt) and chat.left_out == 0
+
+
+def test_a_model_with_a_template_gets_its_own_format(client, engines):
+    parts = [{"type": "text", "text": "how are "}, {"type": "text", "text": "you"}]
+    messages = [{**HISTORY[0], "role": "developer"}, *HISTORY[1:3],
+                {"role": "user", "content": parts, "name": "ann"}]
+    chat = client.chat.completions.create(
+        model="chat", messages=messages, max_completion_tokens=20, max_tokens=3, seed=1)
+    ids = engines["chat"].tokenizer.chat_ids(HISTORY)
+    assert chat.choices[0].message.content == engines["chat"].generate(
+        ids, max_new_tokens=20, seed=1)[0]
+    assert chat.usage.prompt_tokens == len(ids) and chat.usage.completion_tokens == 20
+
+
+def test_the_parts_of_a_chat_join_to_the_whole_reply(client):
+    options = {"model": "chat", "messages": HISTORY, "max_tokens": 25, "seed": 3, "n": 2,
+               "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**options)
+    texts, tokens, reasons, roles, usage = ["", ""], [[], []], [None] * 2, [], None
+    for chunk in client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}):
+        assert chunk.object == "chat.completion.chunk" and chunk.left_out == 0
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            roles += [choice.delta.role] if choice.delta.role else []
+            texts[choice.index] += choice.delta.content or ""
+            tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert tokens == [choice.logprobs.content for choice in whole.choices]
+    assert roles == ["assistant"] * 2 and reasons == ["length"] * 2
+    assert usage == whole.usage and usage.completion_tokens == 50
+    for token in tokens[0]:
+        assert token.bytes == list(token.token.encode()) and len(token.top_logprobs) == 2
+
+
+def test_stop_strings_of_a_chat_come_before_the_template(client):
+    options = {"model": "base", "messages": HISTORY, "max_tokens": 60, "seed": 5}
+    full = client.chat.completions.create(**options).choices[0].message.content
+    choice = client.chat.completions.create(**options, stop=full[8:11]).choices[0]
+    assert choice.message.content == full[:full.find(full[8:11])]
+    assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("model", ["base", "chat"])
+def test_the_oldest_turns_leave_a_full_context_and_the_answer_says_so(client, engines, model):
+    engine = engines[model]
+    messages = [HISTORY[0], *HISTORY[1:3] * 12, HISTORY[3]]
+    chat = client.chat.completions.create(model=model, messages=messages, max_tokens=30, seed=2)
+    assert 0 < chat.left_out < 24
+    kept = [messages[0], *messages[1 + chat.left_out:]]
+    same = client.chat.completions.create(model=model, messages=kept, max_tokens=30, seed=2)
+    assert same.choices == chat.choices and same.left_out == 0
+    # one turn more, or with a template one exchange more, does not fit
+    more = [messages[0], *messages[chat.left_out - (model == "chat"):]]
+    if model == "base":
+        tokens = len(transcript(more, *SPEAKERS))
+    else:
+        assert kept[1]["role"] == "user"
+        tokens = len(engine.tokenizer.chat_ids(more))
+    assert tokens + 30 > engine.block_size
+
+    with pytest.raises(openai.BadRequestError, match="too long") as caught:
+        client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "a b " * 100}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("change, param", [
+    ({"messages": []}, "messages"),
+    ({"messages": HISTORY[:1]}, "messages"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    ({"top_logprobs": 2}, "logprobs"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"extra_body": {"echo": True}}, "echo"),
+])
+def test_bad_chat_requests_name_the_parameter(client, change, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "base", "messages": HISTORY, **change})
+    assert caught.value.param == param and caught.value.body["message"]
+
+
+def test_forty_streams_at_once_are_the_texts_that_each_would_be_alone(client, url):
+    options = {"model": "base", "messages": HISTORY, "max_tokens": 15}
+
+    async def stream(client, seed):
+        parts = await client.chat.completions.create(**options, seed=seed, stream=True)
+        return "".join([part.choices[0].delta.content or "" async for part in parts])
+
+    async def all_at_once():
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as opened:
+            return await asyncio.gather(*(stream(opened, seed) for seed in range(40)))
+
+    texts = asyncio.run(all_at_once())
+    assert len(set(texts)) > 30
+    for seed in 0, 17, 39:
+        alone = client.chat.completions.create(**options, seed=seed)
+        assert texts[seed] == alone.choices[0].message.content
 
 
 # --------------------------------------------------------------------------------------------------
@@ -161,7 +435,14 @@ def test_the_models_are_listed(client):
     ({"extra_body": {"tempreature": 1}}, "tempreature"),
     ({"prompt": [99]}, None),
     ({"n": 100}, None),
-    ({"stop": [""]}, None),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": "a" * 101}, "stop"),
+    ({"seed": 2**64}, "seed"),
+    ({"n": 8, "max_tokens": 50_000}, None),
+    ({"prompt": ["a"] * (MAX_TEXTS + 1)}, None),
+    ({"extra_body": {"min_p": 0.1}}, "min_p"),
+    ({"extra_body": {"stream_options": {"chunks": 2}}}, "stream_options"),
     ({"prompt": {"a": 1}}, "prompt"),
 ])
 def test_bad_requests_get_errors_in_openais_format(client, change, param):
@@ -172,7 +453,7 @@ def test_bad_requests_get_errors_in_openais_format(client, change, param):
 
 
 def test_invalid_json_and_unknown_models_are_errors_too(client, url):
-    answer = requests.post(f"{url}/completions", data="not json", timeout=10)
+    answer = post(f"{url}/completions", "not json")
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
     with pytest.raises(openai.NotFoundError) as caught:
@@ -180,11 +461,38 @@ def test_invalid_json_and_unknown_models_are_errors_too(client, url):
     assert caught.value.code == "model_not_found"
 
 
+def test_other_methods_and_paths_get_openais_errors(url):
+    for method, path, status in (("GET", "completions", 405), ("PUT", "models", 405),
+                                 ("DELETE", "models/char", 405), ("POST", "embeddings", 404),
+                                 ("PATCH", "nothing", 404)):
+        answer = requests.request(method, f"{url}/{path}", json={}, timeout=10)
+        assert answer.status_code == status, path
+        assert answer.json()["error"]["message"].startswith(f"/v1/{path} does not")
+
+
+@pytest.mark.parametrize("body", [
+    "[" * 100_000, '{"a":' * 50_000, "[]", "7", b'{"prompt": "\xff"}',
+    r'{"model": "char", "prompt": "\ud800", "echo": true}',
+    r'{"model": "\udfff", "prompt": "a"}', '{"model": "char", "temperature": NaN}'])
+def test_hostile_bodies_are_bad_requests(url, body):
+    answer = post(f"{url}/completions", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_bug_is_an_error_in_openais_format_and_its_log_holds_no_prompt(caplog):
+    with caplog.at_level("ERROR"):
+        answer = schema.error_answer(ValueError("secret prompt"))
+    assert answer.status_code == 500 and b"secret" not in answer.body
+    assert "ValueError" in caplog.text and "secret" not in caplog.text
+
+
 def test_a_full_server_is_busy_and_names_the_position_in_the_queue(client, engines):
     running = [engines["crowded"].submit("abc", max_new_tokens=100_000) for _ in range(2)]
     with pytest.raises(openai.RateLimitError, match="number 2 in the queue") as caught:
         client.completions.create(model="crowded", prompt="abc")
     assert caught.value.code == "busy"
+    assert int(caught.value.response.headers["Retry-After"]) > 0
     for request in running:
         request.cancel()
 
@@ -209,8 +517,8 @@ def test_a_client_that_disconnects_before_the_whole_text_ends_it(engines, url):
 
 
 def test_a_stream_that_is_never_read_ends_its_text(engines):
-    body = serve.CompletionRequest(model="char", prompt="abc", max_tokens=100_000, stream=True)
-    events = serve.Completion(engines["char"], body).server_sent_events()
+    body = CompletionRequest(model="char", prompt="abc", max_tokens=100_000, stream=True)
+    events = completions.Completion(engines["char"], body).server_sent_events()
     assert sum(engines["char"].scheduler.load()) == 1
     del events
     gc.collect()
@@ -222,10 +530,10 @@ def test_a_text_that_has_ended_is_answered_without_another_wait(engines, monkeyp
         raise AssertionError("waited although all texts have ended")
 
     async def answer():
-        body = serve.CompletionRequest(model="char", prompt="abc", max_tokens=5, seed=1)
-        completion = serve.Completion(engines["char"], body)
+        body = CompletionRequest(model="char", prompt="abc", max_tokens=5, seed=1)
+        completion = completions.Completion(engines["char"], body)
         wait_until_idle(engines["char"])
-        monkeypatch.setattr(asyncio, "wait_for", no_wait)
+        monkeypatch.setattr(asyncio, "timeout", no_wait)
         return await completion.whole(is_disconnected=None)
 
     assert len(asyncio.run(answer())["choices"][0]["text"]) == 5
@@ -242,6 +550,150 @@ def test_many_clients_get_the_texts_that_each_would_get_alone(client):
         assert list(pool.map(write, range(12))) == alone
 
 
+def test_one_client_cannot_hold_all_places(url, engines):
+    engine = engines["char"]
+    greedy = [engine.submit("abc", 8, client="greedy", max_new_tokens=10**6) for _ in range(6)]
+    while engine.scheduler.load()[0] < 24:
+        time.sleep(0.01)
+    body = {"model": "char", "prompt": "abc", "max_tokens": 20, "seed": 1}
+    answer = post(f"{url}/completions", body)
+    assert answer.json()["usage"]["completion_tokens"] == 20
+    assert engine.scheduler.load()[0] == 24, "some places stay free for clients that have none"
+    for request in greedy:
+        request.cancel()
+    wait_until_idle(engine)
+
+
+# --------------------------------------------------------------------------------------------------
+# Health, metrics, the guard
+
+def test_health_and_metrics_tell_how_the_server_does(client, url, engines):
+    root = url.removesuffix("/v1")
+    assert requests.get(f"{root}/health", timeout=10).json() == {"status": "ok"}
+
+    def values():
+        lines = requests.get(f"{root}/metrics", timeout=10).text.splitlines()
+        return {name: float(value) for name, _, value in
+                (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+    client.completions.create(model="gpt2", prompt="a")
+    before = values()
+    client.chat.completions.create(model="gpt2", messages=HISTORY[1:2], max_tokens=7)
+    running = engines["gpt2"].submit("a", max_new_tokens=10**6)
+    next(iter(running.events.get, None))
+    after = values()
+    running.cancel()
+    changes = {name: after[name] - before.get(name, 0) for name in after}
+    assert changes['gpt2_requests_total{endpoint="chat/completions",status="200"}'] == 1
+    assert changes['gpt2_generated_tokens_total{model="gpt2"}'] == 7
+    assert changes['gpt2_prompt_tokens_total{model="gpt2"}'] > 5
+    assert changes['gpt2_time_to_first_token_seconds_count{model="gpt2"}'] == 1
+    assert after['gpt2_running_texts{model="gpt2"}'] == 1
+    assert after['gpt2_waiting_requests{model="gpt2"}'] == 0
+
+
+BODY = {"model": "char", "prompt": "abc", "max_tokens": 1}
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({}, 200),
+    ({"Host": "localhost:80"}, 200),
+    ({"Host": "192.168.1.5"}, 200),
+    ({"Host": "[::1]:80"}, 200),
+    ({"Host": "[::"}, 403),
+    ({"Host": "evil.example"}, 403),
+    ({"Host": "localhost.evil.example"}, 403),
+    ({"Origin": "http://evil.example"}, 403),
+    ({"Origin": "null"}, 403),
+    ({"Host": "localhost", "Origin": "http://localhost"}, 200),
+    ({"Origin": "https://my.example", "X-Forwarded-Host": "my.example"}, 200),
+    ({"Content-Type": "text/plain"}, 415),
+    ({"Content-Type": "application/json; charset=utf-8"}, 200),
+])
+def test_pages_of_other_sites_cannot_use_a_local_server(url, headers, status):
+    answer = post(f"{url}/completions", BODY, **headers)
+    assert answer.status_code == status
+    assert "access-control-allow-origin" not in answer.headers
+    if status != 200:
+        assert answer.json()["error"]["message"]
+
+
+def test_hosts_and_origins_can_be_allowed(engines):
+    access = Access(allow_host=("*.my.example",), allow_origin=("https://app.example",))
+    with serving(engines, access) as url:
+        assert post(f"{url}/completions", BODY, Host="a.my.example").status_code == 200
+        origin = {"Origin": "https://app.example"}
+        answer = post(f"{url}/completions", BODY, **origin)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        preflight = requests.options(f"{url}/completions", timeout=10, headers={
+            **origin, "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type"})
+        assert preflight.status_code == 200
+        assert post(f"{url}/completions", BODY, Origin="http://evil.example").status_code == 403
+
+
+def test_a_space_is_open_to_all_sites(engines, monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "me/space")
+    with serving(engines) as url:
+        headers = {"Host": "me-space.hf.space", "Origin": "https://huggingface.co"}
+        assert post(f"{url}/completions", BODY, **headers).status_code == 200
+
+
+def test_a_server_with_a_key_answers_only_those_who_send_it(engines, monkeypatch):
+    monkeypatch.setenv("API_KEY", "söcret")
+    with serving(engines) as url:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            openai.OpenAI(base_url=url, api_key="wrong").models.list()
+        assert caught.value.code == "invalid_api_key"
+        assert requests.get(url.replace("v1", "metrics"), timeout=10).status_code == 401
+        assert requests.get(url.replace("v1", "health"), timeout=10).status_code == 200
+    with serving(engines, Access(api_key="key")) as url:
+        assert openai.OpenAI(base_url=url, api_key="key").models.list().data
+
+
+def test_a_body_that_is_too_large_is_not_read(url):
+    address = f"{url}/completions"
+    assert post(address, "x" * (MAX_BODY_BYTES + 1)).status_code == 413
+
+    def chunks():
+        for _ in range(2 * MAX_BODY_BYTES // 2**16):
+            yield b"x" * 2**16
+
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(address, data=chunks(), headers=headers, timeout=20)
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("headers, client, local", [
+    ({"host": "localhost:7860"}, "127.0.0.1", True),
+    ({"host": "[::1]:7860"}, "::1", True),
+    ({"host": "192.168.1.5:7860"}, "192.168.1.9", False),
+    ({"host": "localhost"}, "192.168.1.9", False),
+    ({"host": "abc.gradio.live"}, "127.0.0.1", False),
+    ({"host": "localhost", "x-forwarded-for": "127.0.0.1"}, "127.0.0.1", False),
+])
+def test_only_this_machine_can_train(headers, client, local):
+    request = SimpleNamespace(headers=headers, client=SimpleNamespace(host=client))
+    with contextlib.nullcontext() if local else pytest.raises(UserError, match="own browser"):
+        guard.require_local(request)
+
+
+def test_a_signal_ends_a_server_that_streams_and_its_log_holds_no_prompt(tmp_path):
+    port = free_port()
+    command = [sys.executable, ROOT / "serve.py", "-m", "bundled:shakespeare", "--port", str(port)]
+    log = tmp_path / "log"
+    with open(log, "w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=8)
+    stream = client.completions.create(
+        model="bundled:shakespeare", prompt="sécret 🦊", max_tokens=100_000, stream=True)
+    next(iter(stream))
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(20) is not None
+    assert "cret" not in log.read_text() and "🦊" not in log.read_text()
+
+
 def test_the_page_serves_the_api_too():
     port = free_port()
     config = app.AppConfig(model="bundled:shakespeare", port=port)
@@ -253,5 +705,18 @@ def test_the_page_serves_the_api_too():
         completion = client.completions.create(model=name, prompt="ROMEO:", max_tokens=20)
         assert len(completion.choices[0].text) == 20
         assert "gradio" in requests.get(f"{url}/", timeout=10).text
+        assert client.chat.completions.create(
+            model="bundled:shakespeare", max_tokens=5, messages=HISTORY[1:2]).choices
+        assert client.models.retrieve("bundled").id.startswith("bundled:")
+        assert requests.get(f"{url}/health", timeout=10).json() == {"status": "ok"}
+
+        # the guard stands before the page, too
+        upload = {"files": ("file.txt", b"x" * 100)}
+        for path, options in (("config", {"headers": {"Host": "evil.example"}}),
+                              ("gradio_api/queue/join", {"headers": {"Origin": "http://evil"}}),
+                              ("gradio_api/upload", {"files": upload})):
+            assert requests.post(f"{url}/{path}", timeout=10, **options).status_code == 403
+        large = requests.post(f"{url}/gradio_api/queue/join", timeout=10, data=b"x" * 2**22)
+        assert large.status_code == 413
     finally:
         page.close()

@@ -2,6 +2,7 @@
 import json
 import re
 import socket
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
@@ -22,6 +23,8 @@ from ui.training import TrainingProcess
 MARKUP = "<img src=x onerror=window.hacked=1>"
 TEXT = "the fox went out on a chilly night"
 PRESET = training.SMALL_PRESETS[0]
+LOCAL = SimpleNamespace(headers={"host": "localhost:7860"},
+                        client=SimpleNamespace(host="127.0.0.1"))  # a request
 
 
 @pytest.fixture(scope="module")
@@ -261,14 +264,14 @@ def test_a_request_names_runs_from_the_list_and_no_paths(client, folder):
 def test_the_settings_of_a_new_run_are_checked(preset, name, sentence):
     process = TrainingProcess()
     with pytest.raises(gr.Error, match=sentence):
-        process.start(preset, name, 5, [])
+        process.start(preset, name, 5, [], LOCAL)
     assert process.process is None
 
 
 def test_a_run_that_cannot_start_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "LOG", tmp_path / "log")
     process = TrainingProcess()
-    process.start(PRESET, "-x", 5, [])
+    process.start(PRESET, "-x", 5, [], LOCAL)
     process.process.wait()
     assert re.search("No data found in .* Create it with:", process.status())
 

@@ -11,9 +11,8 @@ from types import MethodType
 
 import gradio as gr
 
+from api.conversation import fit_prompt, turn_ends
 from common.errors import UserError
-from generate import Engine
-from tokenizer import Tokenizer
 from ui.models import Models, show_user_errors
 from ui.stream import (
     MAX_BYTES,
@@ -102,46 +101,7 @@ def describe(models: Models, name: str):
 
 
 # --------------------------------------------------------------------------------------------------
-# Prompts
-
-def transcript(messages: list[dict[str, str]], you: str, it: str) -> str:
-    """The text that a base model continues: each turn under its speaker's name, then the name of
-    the model's speaker."""
-    names = {"user": you, "assistant": it}
-    turns = [f"{names[message['role']]}:\n{message['content']}\n\n" for message in messages]
-    return "".join(turns) + f"{it}:\n"
-
-
-def build_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], you: str,
-                 it: str) -> tuple[str | list[int], int]:
-    """The prompt for the model's next turn, and its length in tokens.
-
-    It is a list of ids for a tokenizer with a chat template, else a transcript.
-    """
-    if tokenizer.chat_template is not None:
-        ids = tokenizer.chat_ids(messages)
-        return ids, len(ids)
-    text = transcript(messages, you, it)
-    known, _ = tokenizer.replace_unknown(text)
-    return text, len(tokenizer.encode(known))
-
-
-def fit_prompt(engine: Engine, messages: list[dict[str, str]], you: str, it: str,
-               length: int) -> tuple[str | list[int], int]:
-    """The prompt, and how many of the oldest messages it leaves out so that `length` new tokens
-    fit into the context. Raises UserError if not even the last message fits."""
-    for left_out, first in enumerate(messages):
-        # a shortened conversation with a chat template starts with the user
-        if left_out and engine.tokenizer.chat_template and first["role"] != "user":
-            continue
-        prompt, tokens = build_prompt(engine.tokenizer, messages[left_out:], you, it)
-        if tokens + length <= engine.block_size:
-            return prompt, left_out
-    raise UserError(
-        f"This message is too long: it takes {tokens:,} tokens and the reply up to {length:,}, but "
-        f"the model's context is {engine.block_size:,} tokens. Write a shorter message, choose a "
-        "shorter reply, or choose another model.")
-
+# Conversations
 
 def validate_messages(messages: list[dict[str, str]]):
     """Raises UserError for anything but texts of the user and the assistant."""
@@ -206,11 +166,9 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
         loaded = await models.wait_for(model)
         engine = loaded.engine
 
-        # with a chat template the model ends its turn itself, with <|endoftext|>
-        stop = ()
         if engine.tokenizer.chat_template is None:
             validate_names(you, it)
-            stop = (f"\n{you}:", f"\n{it}:")
+        stop = turn_ends(engine.tokenizer, you, it)
         length = min(length, engine.block_size // 2)
         sampling = dataclasses.replace(sampling, max_new_tokens=length, stop=stop)
 

@@ -145,7 +145,8 @@ class Models:
     def start_loading(self, name: str, dtype: str) -> concurrent.futures.Future[Loaded]:
         # a new thread for each load: OpenMP keeps its workers for every thread that has computed
         future = concurrent.futures.Future()
-        threading.Thread(target=self.load, args=(name, dtype, future), daemon=True).start()
+        # not a daemon: Python's exit waits for it, because torch aborts when a thread is cut off
+        threading.Thread(target=self.load, args=(name, dtype, future)).start()
         return future
 
     def load(self, name: str, dtype: str, future: concurrent.futures.Future[Loaded]):

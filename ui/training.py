@@ -16,6 +16,7 @@ import pandas as pd
 
 import checkpoint
 import report
+from api import guard
 from common.errors import UserError
 from generate import Engine
 from training.config import validate
@@ -230,9 +231,10 @@ class TrainingProcess:
     """The run that was started from the page, one at a time. It continues if the page is closed."""
     process = None
 
-    def start(self, preset: str, name: str, steps: int, runs: list[str]):
+    def start(self, preset: str, name: str, steps: int, runs: list[str], request: gr.Request):
         """Starts a run; returns the status and the list of runs with the new one first."""
         with show_user_errors():
+            guard.require_local(request)
             if self.process and self.process.poll() is None:
                 raise UserError(f"{self.name} is still training: stop it first, or wait until it "
                                 "is complete.")
@@ -252,8 +254,10 @@ class TrainingProcess:
         return f"{name} is starting.", gr.Dropdown(
             choices=choices, value=chosen, allow_custom_value=True)
 
-    def stop(self) -> str:
+    def stop(self, request: gr.Request) -> str:
         """Stops the run and waits until it has saved a checkpoint; returns the status."""
+        with show_user_errors():
+            guard.require_local(request)
         if self.process and self.process.poll() is None:
             self.process.terminate()
             self.process.wait()

@@ -68,7 +68,8 @@ class ZeroEngine(Engine):
     """Generates in the GPU's process; everything else, such as `inspect`, runs here on the CPU."""
     path: str
 
-    def submit(self, prompt: str | list[int], n: int = 1, **sampling) -> GPURequest:
+    def submit(self, prompt: str | list[int], n: int = 1, client: str | None = None,
+               batch: str | None = None, **sampling) -> GPURequest:
         ids = self.prompt_ids(prompt)
         return GPURequest(self.path, self.scheduler, ids, n, Sampling(**sampling))
 
