@@ -61,33 +61,12 @@ class Piece(NamedTuple):
     offset: int = 0  # where the token's text begins in the sample's, in characters
 
 
-class StopString:
-    """Finds a stop string in a text character by character (Knuth, Morris and Pratt 1977,
-    https://doi.org/10.1137/0206024), in time linear in both lengths."""
-
-    def __init__(self, stop: str):
-        self.stop = stop
-        # [i]: the length of the longest proper prefix of stop[:i + 1] that also ends it
-        self.shorter = [0]
-        for char in stop[1:]:
-            self.shorter.append(self.advance(self.shorter[-1], char))
-
-    def advance(self, matched: int, char: str) -> int:
-        """The length of the longest prefix that ends the text once `char` is added to it; before,
-        it was `matched`, which is less than the whole string."""
-        while matched and self.stop[matched] != char:
-            matched = self.shorter[matched - 1]
-        return matched + (self.stop[matched] == char)
-
-
 class Reader:
     """Decodes a request's events to text, and ends each sample before its first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, request: Request):
         self.request, self.eot = request, tokenizer.eot
         self.decoders = [tokenizer.stream_decoder() for _ in range(request.n)]
-        self.stops = [StopString(stop) for stop in request.sampling.stop]
-        self.matched = [[0] * len(self.stops) for _ in range(request.n)]  # characters of each stop
         self.held = [""] * request.n  # text held back, because it may begin a stop string
         self.lengths = [0] * request.n  # characters decoded
         self.ended = set()  # indices of samples
@@ -111,28 +90,30 @@ class Reader:
         offset = self.lengths[index]
         self.lengths[index] += len(new)
 
+        # cut the text at the first stop string
         text = self.held[index] + new
-        held, found = self.match_stops(index, new)
-        if found is not None:
-            text, reason = text[:len(text) - found], "stop"
+        stops = self.request.sampling.stop
+        positions = [text.find(stop) for stop in stops if stop in text]
+        if positions:
+            text, reason = text[:min(positions)], "stop"
+
+        # hold back an ending that may turn out to begin a stop string
+        held = 0
         if reason:
-            held = 0
             self.ended.add(index)
             self.request.cancel(index)
+        else:
+            held = max((partial_match(text, stop) for stop in stops), default=0)
         self.held[index] = text[len(text) - held:]
         return Piece(index, text[:len(text) - held], token, reason, offset)
 
-    def match_stops(self, index: int, new: str) -> tuple[int, int | None]:
-        """How much of the text's end to hold back because a stop string may begin there, and how
-        much to cut off because one does, if any; in characters."""
-        matched = self.matched[index]
-        for position, char in enumerate(new, 1):
-            matched[:] = [stop.advance(count, char) for stop, count in zip(self.stops, matched)]
-            complete = [count for stop, count in zip(self.stops, matched)
-                        if count == len(stop.stop)]
-            if complete:
-                return 0, max(complete) + len(new) - position
-        return max(matched, default=0), None
+
+def partial_match(text: str, stop: str) -> int:
+    """The length of the longest proper prefix of `stop` that ends the text."""
+    for length in range(len(stop) - 1, 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
 
 
 class PieceStream:
@@ -295,15 +276,15 @@ class Engine:
     # Generating
 
     def submit(self, prompt: str | list[int], n: int = 1, client: str | None = None,
-               batch: str | None = None, **sampling) -> Request:
+               **sampling) -> Request:
         """Requests n continuations of a prompt (text, or ids from `encode`) from the scheduler.
 
         Sample i has its own random stream, derived from (seed, i). It ends after max_new_tokens, or
-        before `<|endoftext|>`. The scheduler explains `client` and `batch`; the other options are
-        the fields of `Sampling`. Raises UserError for values out of range, and Busy.
+        before `<|endoftext|>`. Requests of one `client` share its places. The other options are the
+        fields of `Sampling`. Raises UserError for values out of range, and Busy.
         """
         sampling = Sampling(**sampling)
-        return self.scheduler.submit(self.prompt_ids(prompt), n, sampling, client, batch)
+        return self.scheduler.submit(self.prompt_ids(prompt), n, sampling, client)
 
     def pieces(self, request: Request) -> Iterator[Piece]:
         """The text of a request, piece by piece. On an event loop, use a `PieceStream` instead."""

@@ -7,6 +7,7 @@
 The endpoints are `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health` and `/metrics`;
 docs/api.md says what they add to OpenAI's. They are made of the files in api/.
 """
+import asyncio
 import dataclasses
 import errno
 import os
@@ -31,6 +32,7 @@ from ddp import pick_device
 from engine.packed import use_allowed_cores
 from generate import Dtype, Engine
 
+DISCONNECT_CHECK_S = 0.5  # how often to check that the client of a whole answer still waits
 GRACE_S = 3  # how long texts can continue after SIGTERM or Ctrl-C
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 GENERATE = {"completions": (CompletionRequest, Completion),
@@ -88,7 +90,13 @@ def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
         if body.stream:
             events = completion.server_sent_events()
             return StreamingResponse(events, media_type="text/event-stream")
-        return JSONResponse(await completion.whole(http.is_disconnected))
+        whole = asyncio.create_task(completion.whole())
+        try:
+            while not whole.done() and not await http.is_disconnected():
+                await asyncio.wait([whole], timeout=DISCONNECT_CHECK_S)
+            return JSONResponse(whole.result() if whole.done() else {})
+        finally:
+            whole.cancel()
 
     # the last route: it takes whatever the others do not
     @router.api_route("/v1/{endpoint:path}", methods=METHODS, include_in_schema=False)

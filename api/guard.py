@@ -5,12 +5,11 @@ names the site in the Origin header; a site whose name was pointed at this machi
 shows in the Host header. Both are checked, and bodies are bounded before they are read.
 """
 import dataclasses
-import fnmatch
 import hmac
-import ipaddress
 import os
+import re
 import socket
-from urllib.parse import urlsplit
+from fnmatch import fnmatch
 
 from fastapi import Request
 from starlette.middleware.cors import CORSMiddleware
@@ -19,6 +18,8 @@ from api.schema import RequestError, error_answer
 from common.errors import UserError
 
 MAX_BODY_BYTES = 2 * 2**20
+ADDRESS = re.compile(r"\[[\da-f:.]+\]|[\d.]+")  # as a Host header shows it
+LOOPBACK = {"localhost", "127.0.0.1", "[::1]", "::1"}
 
 
 @dataclasses.dataclass
@@ -34,6 +35,11 @@ class Access:
     """The key that clients of /v1 and /metrics must send. Default: the environment's API_KEY."""
 
 
+class TooLarge(RequestError):
+    def __init__(self):
+        super().__init__(f"The body must have at most {MAX_BODY_BYTES:,} bytes.", 413)
+
+
 class Guard:
     """ASGI middleware that refuses requests from foreign web sites, too large ones, and those
     without the API key.
@@ -42,15 +48,13 @@ class Guard:
     """
 
     def __init__(self, app, access: Access, host: str):
-        self.app = app
-        self.origins = set(access.allow_origin)
+        self.origins = access.allow_origin
         self.public = "SPACE_ID" in os.environ
         self.key = access.api_key or os.environ.get("API_KEY")
         name = socket.gethostname().lower()
         self.names = ["localhost", "*.localhost", host, name, f"{name}.local", *access.allow_host]
-        if self.origins:
-            self.app = CORSMiddleware(app, allow_origins=access.allow_origin, allow_methods=["*"],
-                                      allow_headers=["*"])
+        self.app = CORSMiddleware(app, allow_origins=self.origins, allow_methods=["*"],
+                                  allow_headers=["*"]) if self.origins else app
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -69,45 +73,39 @@ class Guard:
     def check_site(self, request: Request):
         """Refuses names that are not this server's, and pages of other sites."""
         host = request.headers.get("host", "")
-        if host and not self.is_own_name(host):
+        name = host_name(host)
+        # rebinding needs a name, so an address is safe
+        if host and not ADDRESS.fullmatch(name) and not any(fnmatch(name, own)
+                                                            for own in self.names):
             raise RequestError(f"{host!r:.100} is not a name of this server: start it with "
                                "--allow-host to allow the name.", 403)
-        origin = request.headers.get("origin")
+        origin = request.headers.get("origin", "")
         # a page cannot set X-Forwarded-Host without a preflight request, but a proxy can
         own = {host, request.headers.get("x-forwarded-host")}
-        if origin and origin.partition("://")[2] not in own and origin not in self.origins and (
-                "*" not in self.origins):
+        same = origin.partition("://")[2] in own
+        if origin and not same and not {origin, "*"} & set(self.origins):
             raise RequestError(f"Pages of {origin!r:.100} may not use this server: start it with "
                                "--allow-origin to allow them.", 403)
 
-    def is_own_name(self, host: str) -> bool:
-        name = host_name(host)
-        # rebinding needs a name, so an address is safe
-        return is_address(name) or any(fnmatch.fnmatch(name, own) for own in self.names)
-
     def check_body(self, request: Request):
-        path, headers = request.url.path, request.headers
+        path, headers = request.scope["path"], request.headers
         if path.startswith("/gradio_api/upload"):
             raise RequestError("This page takes no files.", 403)
         if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
-            raise too_large()
+            raise TooLarge
         # a page of another site can send other types without asking
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if path.startswith("/v1/") and request.method == "POST" and kind != "application/json":
             raise RequestError("Send the body with the header Content-Type: application/json.", 415)
 
     def check_key(self, request: Request):
-        private = request.url.path.startswith(("/v1/", "/metrics"))
+        private = request.scope["path"].startswith(("/v1/", "/metrics"))
         if not self.key or not private or request.method == "OPTIONS":
             return
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(sent.encode(), self.key.encode()):
             raise RequestError("Send the server's API key with the header Authorization: Bearer "
                                "KEY.", 401, code="invalid_api_key")
-
-
-def too_large() -> RequestError:
-    return RequestError(f"The body must have at most {MAX_BODY_BYTES:,} bytes.", 413)
 
 
 def bounded(receive):
@@ -119,7 +117,7 @@ def bounded(receive):
         message = await receive()
         size += len(message.get("body", b""))
         if size > MAX_BODY_BYTES:
-            raise too_large()
+            raise TooLarge
         return message
 
     return receive_bounded
@@ -127,24 +125,12 @@ def bounded(receive):
 
 def host_name(host: str) -> str:
     """The name or address in a Host header, without the port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
+    return re.sub(r":\d*$", "", host).lower()
 
 
 def require_local(request: Request):
     """Raises UserError unless the request comes from this machine, and not through a proxy."""
-    names = host_name(request.headers.get("host", "")), request.client.host
-    local = all(name == "localhost" or (is_address(name) and ipaddress.ip_address(name).is_loopback)
-                for name in names)
-    if not local or "x-forwarded-for" in request.headers:
+    names = {host_name(request.headers.get("host", "")), request.client.host}
+    if not names <= LOOPBACK or "x-forwarded-for" in request.headers:
         raise UserError("Only this machine's own browser can do this: open the page at "
                         "http://localhost, for example through an SSH tunnel.")

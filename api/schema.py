@@ -5,7 +5,7 @@ ones at their neutral value. Any other unknown field is an error.
 """
 import logging
 import traceback
-from typing import Annotated, Literal
+from typing import Literal
 
 import pydantic
 from fastapi.responses import JSONResponse
@@ -13,10 +13,8 @@ from fastapi.responses import JSONResponse
 from common.errors import UserError
 from engine.scheduler import Busy
 
-MAX_TEXTS = 256  # in one request, over all prompts
+MAX_PROMPTS = 128  # in one request
 MAX_NEW_TOKENS = 100_000  # in one request, over all texts
-MAX_STOPS = 4  # OpenAI's limit
-MAX_STOP_CHARS = 100  # in one stop string
 RETRY_AFTER_S = 5  # what a client of a busy server is told
 
 # fields that never change a text
@@ -51,9 +49,6 @@ class StreamOptions(Body):
     include_obfuscation: bool = False  # padding against eavesdroppers; there is none here
 
 
-StopString = Annotated[str, pydantic.Field(min_length=1, max_length=MAX_STOP_CHARS)]
-
-
 class GenerationRequest(Body):
     """What both kinds of request share. top_k and repetition_penalty are vLLM's extensions."""
     model: str
@@ -65,12 +60,13 @@ class GenerationRequest(Body):
     n: int = pydantic.Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: StopString | Annotated[list[StopString], pydantic.Field(max_length=MAX_STOPS)] = []
+    stop: str | list[str] = []
     seed: int | None = pydantic.Field(None, ge=-2**63, lt=2**63)
 
     def sampling(self) -> dict:
-        """The options for `Engine.submit`, without max_new_tokens and logprobs."""
+        """The options for `Engine.submit`, without logprobs."""
         return {
+            "max_new_tokens": 16 if self.max_tokens is None else self.max_tokens,
             "temperature": self.temperature,
             "top_k": self.top_k if self.top_k > 0 else None,
             "top_p": self.top_p,
@@ -118,6 +114,11 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = pydantic.Field(None, ge=0, le=MAX_NEW_TOKENS)
     logprobs: bool = False
     top_logprobs: int = pydantic.Field(0, ge=0, le=20)
+
+    def length(self, default: int) -> int:
+        """The most tokens of a reply."""
+        lengths = (self.max_completion_tokens, self.max_tokens, default)
+        return next(length for length in lengths if length is not None)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from common.errors import UserError
 
 BLOCK = 64  # the draw and the top-k search look at blocks of this many numbers first
 TOP_P_IDS = 512  # top-p first looks at this many likeliest tokens; sorting the vocabulary is slow
+MAX_STOPS = 8  # 4, as OpenAI's API takes, and those that end a turn
+MAX_STOP_CHARS = 100  # in one stop string
 MIN_TEMPERATURE = 1e-30  # close enough to greedy, and float32 can still divide by it
 
 
@@ -42,8 +44,9 @@ class Sampling:
             raise UserError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
         if self.logprobs is not None and self.logprobs < 0:
             raise UserError(f"logprobs must be 0 or more, not {self.logprobs}.")
-        if not all(self.stop):
-            raise UserError("A stop string must not be empty.")
+        if len(self.stop) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop):
+            raise UserError(f"Give at most {MAX_STOPS} stop strings of 1 to {MAX_STOP_CHARS} "
+                            "characters.")
 
 
 def penalize(logits, seen: set[int], penalty: float):

@@ -139,10 +139,9 @@ class Request:
     """
 
     def __init__(self, scheduler: "Scheduler", ids: list[int], n: int, sampling: Sampling,
-                 client: str | None = None, batch: str | None = None):
+                 client: str | None = None):
         self.scheduler, self.n, self.sampling = scheduler, n, sampling
         self.client = client or id(self)
-        self.batch = batch or id(self)
         self.ids = ids[-scheduler.block_size:]
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self.deadline = time.monotonic() + scheduler.deadline_s
@@ -214,7 +213,7 @@ class Scheduler:
     """
 
     def __init__(self, forward: Forward, vocab_size: int, eot: int | None, block_size: int,
-                 max_running: int = 32, max_waiting: int = 64, deadline_s: float = 600,
+                 max_running: int = 32, max_waiting: int = 256, deadline_s: float = 600,
                  prefix_bytes: int = 2**28):
         self.forward, self.block_size = forward, block_size
         self.vocab_size, self.eot = vocab_size, eot
@@ -230,17 +229,17 @@ class Scheduler:
         self.closed = False
 
     def submit(self, ids: list[int], n: int = 1, sampling: Sampling | None = None,
-               client: str | None = None, batch: str | None = None) -> Request:
+               client: str | None = None) -> Request:
         """Requests n continuations of a prompt. Raises UserError for bad arguments, and Busy.
 
         The requests of one `client` share its places; without one, a request counts as a client and
-        can have all places. Requests of one `batch` count as one in the queue.
+        can have all places.
         """
         if not ids:
             raise UserError("The prompt has no tokens: give at least one.")
         if not 1 <= n <= self.max_running:
             raise UserError(f"The number of samples must be from 1 to {self.max_running}, not {n}.")
-        request = Request(self, ids, n, sampling or Sampling(), client, batch)
+        request = Request(self, ids, n, sampling or Sampling(), client)
         if request.sampling.max_new_tokens == 0:
             for i in range(n):
                 request.put((i, "length"))
@@ -256,15 +255,15 @@ class Scheduler:
         return request
 
     def check_queue(self, request: Request):
-        """Raises Busy if the queue, or the client's share of it, is full."""
-        batches = {waiting.batch: waiting.client for waiting in self.queued()}
-        of_client = sum(client == request.client for client in batches.values())
+        """Raises Busy if the queue, or the client's half of it, is full."""
+        clients = [waiting.client for waiting in self.queued()]
+        limits = [(len(clients), self.max_waiting),
+                  (clients.count(request.client), max(1, self.max_waiting // 2))]
         # requests that can start at once do not count as queued
         free = self.max_running - len(self.running)
-        half = max(1, self.max_waiting // 2)
-        for others, size in (len(batches), self.max_waiting), (of_client, half):
+        for others, size in limits:
             position = others + 1 - free
-            if position > size and request.batch not in batches:
+            if position > size:
                 raise Busy(f"Busy: {len(self.running)} texts are being generated, and this request "
                            f"would be number {position} in the queue, which holds {size}; "
                            "try again later.")

@@ -25,7 +25,7 @@ import serve
 from api import completions, guard, schema
 from api.conversation import SPEAKERS, transcript
 from api.guard import MAX_BODY_BYTES, Access, Guard
-from api.schema import MAX_TEXTS, CompletionRequest
+from api.schema import MAX_PROMPTS, CompletionRequest
 from common.errors import UserError
 from engine.scheduler import Token
 from generate import Engine
@@ -141,7 +141,7 @@ def test_the_parts_of_a_stream_join_to_the_same_text(client):
             reasons[choice.index] = choice.finish_reason or reasons[choice.index]
     assert texts == [choice.text for choice in whole.choices]
     assert reasons == ["length", "length"]
-    assert parts >= 60 and usage.completion_tokens == 60
+    assert parts > 40 and usage.completion_tokens == 60
 
 
 def test_logprobs_and_echo_agree_with_inspect(client, engines):
@@ -282,11 +282,7 @@ def test_fields_that_ask_for_nothing_change_nothing(client, fields):
 def test_a_text_that_ran_out_of_time_says_so(engines):
     engine = Engine(engines["char"].model, engines["char"].tokenizer, deadline_s=0.1)
     body = CompletionRequest(model="char", prompt="abc", max_tokens=50_000, n=2)
-
-    async def connected():
-        return False
-
-    answer = asyncio.run(completions.Completion(engine, body).whole(connected))
+    answer = asyncio.run(completions.Completion(engine, body).whole())
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["deadline"] * 2
 
 
@@ -435,12 +431,12 @@ def test_forty_streams_at_once_are_the_texts_that_each_would_be_alone(client, ur
     ({"extra_body": {"tempreature": 1}}, "tempreature"),
     ({"prompt": [99]}, None),
     ({"n": 100}, None),
-    ({"stop": [""]}, "stop"),
-    ({"stop": ["a"] * 5}, "stop"),
-    ({"stop": "a" * 101}, "stop"),
+    ({"stop": [""]}, None),
+    ({"stop": ["a"] * 9}, None),
+    ({"stop": "a" * 101}, None),
     ({"seed": 2**64}, "seed"),
     ({"n": 8, "max_tokens": 50_000}, None),
-    ({"prompt": ["a"] * (MAX_TEXTS + 1)}, None),
+    ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, None),
     ({"extra_body": {"min_p": 0.1}}, "min_p"),
     ({"extra_body": {"stream_options": {"chunks": 2}}}, "stream_options"),
     ({"prompt": {"a": 1}}, "prompt"),
@@ -534,7 +530,7 @@ def test_a_text_that_has_ended_is_answered_without_another_wait(engines, monkeyp
         completion = completions.Completion(engines["char"], body)
         wait_until_idle(engines["char"])
         monkeypatch.setattr(asyncio, "timeout", no_wait)
-        return await completion.whole(is_disconnected=None)
+        return await completion.whole()
 
     assert len(asyncio.run(answer())["choices"][0]["text"]) == 5
 

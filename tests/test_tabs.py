@@ -80,7 +80,7 @@ def url(folder):
         page.launch(server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False,
                     run_history=False, max_threads=100)
         yield f"http://127.0.0.1:{port}/"
-        process.stop()
+        process.stop(LOCAL)
         page.close()
 
 

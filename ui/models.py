@@ -58,7 +58,7 @@ class Models:
         self.lock = threading.RLock()
         self.loaded = collections.OrderedDict()  # (name, dtype) -> Future of Loaded
         self.names = []
-        self.list_names()
+        self.default = self.list_names()[0]  # runs that start later do not change it
 
     # ----------------------------------------------------------------------------------------------
     # Names
@@ -109,16 +109,15 @@ class Models:
 
     def first_prompt(self) -> str:
         """A prompt for the default model."""
-        default = self.names[0]
-        if default in BEGINNINGS:
-            return BEGINNINGS[default][0]
+        if self.default in BEGINNINGS:
+            return BEGINNINGS[self.default][0]
         with contextlib.suppress(OSError, UserError, KeyError):  # not a run
-            return report.read_config(default)["sample_prompt"]
+            return report.read_config(self.default)["sample_prompt"]
         return TrainConfig.sample_prompt
 
     def chat_model(self) -> str:
         """The model that Chat opens with: the bundled chat model, if there is one."""
-        return CHAT_MODEL if CHAT_MODEL in self.names else self.names[0]
+        return CHAT_MODEL if CHAT_MODEL in self.names else self.default
 
     # ----------------------------------------------------------------------------------------------
     # Loading
@@ -183,13 +182,11 @@ class Models:
 
     def load_in_background(self):
         """Starts to load the default model, so that it is ready when the first visitor writes."""
-        name = self.names[0]
-
         def report_failure(future):
             if future.exception():
-                print(f"{name} could not be loaded: {future.exception()}", file=sys.stderr)
+                print(f"{self.default} could not be loaded: {future.exception()}", file=sys.stderr)
 
-        self.future(name).add_done_callback(report_failure)
+        self.future(self.default).add_done_callback(report_failure)
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ def model_box(models: Models, tab: str = "", value: str | None = None) -> gr.Dro
         with show_user_errors():
             return gr.update(info=models.describe(name), choices=models.list_names())
 
-    box = gr.Dropdown(models.names, value=value or models.names[0], label="Model",
+    box = gr.Dropdown(models.names, value=value or models.default, label="Model",
                       info="Loading …", elem_id=f"{tab}model")
     gr.on([gr.context.Context.root_block.load, box.change], describe, box, box,
           api_visibility="private", show_progress="hidden", trigger_mode="always_last")

@@ -217,7 +217,7 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
         "settings": The arguments that give the same result again.
     """
     with show_user_errors():
-        model = model or models.names[0]
+        model = model or models.default
         seed = secrets.randbits(32) if seed is None else seed
         stop = stop or []
         sampling = validate_settings(prompt, stop, temperature=temperature, top_k=top_k,

@@ -69,7 +69,7 @@ class ZeroEngine(Engine):
     path: str
 
     def submit(self, prompt: str | list[int], n: int = 1, client: str | None = None,
-               batch: str | None = None, **sampling) -> GPURequest:
+               **sampling) -> GPURequest:
         ids = self.prompt_ids(prompt)
         return GPURequest(self.path, self.scheduler, ids, n, Sampling(**sampling))
 
