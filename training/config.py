@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from common.errors import UserError
+from dataloader import Order
 from training import optim
 
 
@@ -29,8 +30,9 @@ class TrainConfig:
     init_from: str | None = None
     """Model to start from, with its weights and sizes: bundled, a run, a file, a folder or a Hub
     id."""
-    order: Literal["shuffled", "sequential"] = "shuffled"
-    """Order of the sequences: a new permutation each epoch, or the order of the text."""
+    order: Order = "shuffled"
+    """shuffled: each epoch has the sequences in a new order. documents: it first puts the documents
+    in a new order, so that the sequences change too. sequential: the order of the text."""
     seed: int = 1337
 
     # the model
