@@ -17,11 +17,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
 
+from common.errors import report_user_errors  # first, so that Ctrl-C is quiet
+
+# isort: split
 import gradio as gr
 import tyro
 
 import serve
-from common.errors import report_user_errors
 from engine.packed import use_allowed_cores
 from generate import Dtype
 from ui import about, chat, compare, look, training, write

@@ -19,6 +19,9 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Annotated, NamedTuple
 
+from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+
+# isort: split
 import pydantic
 import tyro
 import uvicorn
@@ -27,7 +30,6 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from checkpoint import describe, load_model
-from common.errors import UserError, report_user_errors
 from ddp import pick_device
 from engine.packed import use_allowed_cores
 from engine.scheduler import Busy
