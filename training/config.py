@@ -88,11 +88,12 @@ class TrainConfig:
     # the machine
     device: str = "auto"
     """auto, cuda, mps or cpu."""
-    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Precision of the matrix products; auto is bfloat16 on CUDA and float32 elsewhere. Weights are
-    always float32."""
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    """Precision of the matrix products; weights are always float32. auto is bfloat16 on hardware
+    that computes it (CUDA 8.0 and newer, CPUs with AVX512_BF16 or AMX), float16 on older CUDA
+    devices, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the model with torch.compile; auto does so on CUDA."""
+    """Compile the model with torch.compile; auto does so on CUDA devices that Triton supports."""
     shard: bool = False
     """Divide weights, gradients and optimizer state among the processes (FSDP2), for models that do
     not fit on one device."""
