@@ -17,13 +17,15 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
 
+from common.errors import report_user_errors  # first, so that Ctrl-C is quiet
+
+# isort: split
 import gradio as gr
 import tyro
 from starlette.middleware import Middleware
 
 import serve
 from api.guard import Access, Guard
-from common.errors import report_user_errors
 from engine.packed import use_allowed_cores
 from generate import Dtype
 from ui import about, chat, compare, look, training, write

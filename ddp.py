@@ -18,6 +18,7 @@ import dataclasses
 import datetime
 import os
 import re
+import signal
 import socket
 import time
 
@@ -34,6 +35,7 @@ class World:
     rank: int  # 0 to size - 1
     size: int  # number of processes
     device: torch.device  # the device this process computes on
+    received_signal: int = 0  # number of the signal that asked this process to stop, or 0
 
     @property
     def is_main(self) -> bool:
@@ -195,8 +197,38 @@ def any_rank(world: World, flag) -> bool:
     return sum_over_ranks(world, bool(flag))[0] > 0
 
 
+class Stopped(Exception):
+    """Raised on all ranks at the same point, once a signal has asked one of them to stop."""
+
+    def __init__(self, number: int):
+        self.number = number  # of the signal
+
+
+def check_signals(world: World):
+    """Raises Stopped if any rank has received a signal. All ranks must call it."""
+    terminated, interrupted = sum_over_ranks(
+        world, world.received_signal == signal.SIGTERM, world.received_signal == signal.SIGINT)
+    if terminated or interrupted:
+        raise Stopped(signal.SIGTERM if terminated else signal.SIGINT)
+
+
 # --------------------------------------------------------------------------------------------------
-# The device's name and memory
+# The device: precision, name and memory
+
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """The precision in which the device multiplies matrices fastest, without a loss in training.
+
+    bfloat16 if the hardware computes it, float16 on older NVIDIA GPUs (T4, V100), else float32.
+    torch.cuda.is_bf16_supported() is not asked, because it is also True for emulation.
+    """
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if device.type == "cpu":
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16
+    return torch.float32
+
 
 def device_name(device: torch.device) -> str:
     """The product name of a GPU, such as "NVIDIA A100-SXM4-80GB"; else "cpu" or "mps"."""

@@ -27,12 +27,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+
+# isort: split
 import torch
 import tyro
 
 from checkpoint import describe, load_model
-from common.errors import UserError, report_user_errors
-from ddp import pick_device
+from ddp import auto_dtype, pick_device
 from engine import native
 from engine.forward import CHUNK, Forward, Segment
 from engine.packed import supports_dtype, use_allowed_cores
@@ -191,8 +193,9 @@ class Engine:
     """Samples from a model and scores texts with it.
 
     Args:
-        dtype: "auto" is bfloat16 on CUDA. On a CPU it is int8 for models with 20 million parameters
-            or more, whose speed depends on the bytes read, and float32 for smaller ones.
+        dtype: "auto" is bfloat16 on CUDA, or float16 on GPUs without bfloat16. On a CPU it is int8
+            for models with 20 million parameters or more, whose speed depends on the bytes read,
+            and float32 for smaller ones.
         native: Use the C++ kernels if the machine supports them; otherwise torch computes all.
         limits: The scheduler's: `max_running`, `max_waiting`, `deadline_s`, `prefix_bytes`.
     """
@@ -205,10 +208,10 @@ class Engine:
         self.device = next(model.parameters()).device
         if dtype == "auto":
             large = model.num_parameters() >= LARGE_MODEL
-            if self.device.type == "cuda":
-                dtype = "bfloat16"
-            else:
+            if self.device.type == "cpu":
                 dtype = "int8" if large and supports_dtype("int8", self.device) else "float32"
+            else:
+                dtype = str(auto_dtype(self.device)).removeprefix("torch.")
         if not supports_dtype(dtype, self.device):
             raise UserError(f"{dtype} needs an x86 CPU, but the device is {self.device}: "
                             "choose another --dtype.")
@@ -415,7 +418,6 @@ def main(config: GenerateConfig):
             prompt = config.file.read_text(encoding="utf-8", errors="replace")
 
     # load the model
-    sys.stdout.reconfigure(errors="replace")  # some terminals cannot show every character
     use_allowed_cores()
     model, tokenizer, info = load_model(config.model, pick_device(config.device))
     engine = Engine(model, tokenizer, config.dtype)

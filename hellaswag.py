@@ -21,18 +21,20 @@ import gzip
 import json
 import math
 import re
-import sys
 import time
 import zlib
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+
+# isort: split
+import torch
 import tyro
 from tqdm import tqdm
 
 import ddp
 from checkpoint import describe, load_model
-from common.errors import UserError, report_user_errors
 from common.files import write_json
 from corpus.sources import DATA, fetch
 from engine.likelihood import encode, fit_to_context, log_likelihoods, perplexity
@@ -247,7 +249,7 @@ class HellaSwagConfig:
     batch_tokens: int | None = None
     """Tokens per forward pass. Default: 1,024 on a CPU, 65,536 elsewhere."""
     dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA and float32 elsewhere."""
+    """auto is bfloat16 on hardware that computes it, float16 on older GPUs, else float32."""
     json: Path | None = None
     """Write results, predictions and log-likelihoods to this file."""
     show: int = 0
@@ -260,27 +262,32 @@ class HellaSwagConfig:
 
 def main(config: HellaSwagConfig):
     validate(config)
-    sys.stdout.reconfigure(errors="replace")  # for characters that the terminal cannot show
-    # read the text or the examples first: their errors come before a model is loaded
+    # check the device, then read the text or the examples: errors come before a model is loaded
+    device = ddp.pick_device(config.device)
     if config.text:
         text = read_text(config.text)
     else:
         examples = read_examples(config.data or download(), config.limit)
         text = "".join(example["ctx"] + "".join(example["endings"]) for example in examples)
-    model, tokenizer, info = load_model(config.model, ddp.pick_device(config.device))
+    model, tokenizer, info = load_model(config.model, device)
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if next(model.parameters()).is_cuda else "float32"
+        dtype = str(ddp.auto_dtype(device)).removeprefix("torch.")
     engine = Engine(model, tokenizer, dtype)
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
     _, unknown = tokenizer.replace_unknown(text)
     if unknown:
         print("The model's alphabet lacks these characters, which were replaced or left out: "
               f"{unknown}")
-    if config.text:
-        results = score_text(engine, text, config)
-    else:
-        results = score_examples(engine, examples, info["name"], config)
+    # with bfloat16 units a CPU scores under autocast: the packed model has rounded weights only
+    has_units = device.type == "cpu" and ddp.auto_dtype(device) == torch.bfloat16
+    autocast = has_units and engine.dtype == "bfloat16"
+    model = engine.model if autocast else engine.packed
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        if config.text:
+            results = score_text(model, tokenizer, text, config)
+        else:
+            results = score_examples(model, tokenizer, examples, info["name"], config)
     if config.json:
         source = str(config.text or config.data or URL)
         header = {"model": info["name"], "dtype": engine.dtype, "data": source}
@@ -312,8 +319,8 @@ def read_text(path: Path) -> str:
                         "convert it first.") from None
 
 
-def score_text(engine: Engine, text: str, config: HellaSwagConfig) -> dict:
-    results = perplexity(engine.packed, engine.tokenizer, text, config.stride, config.batch_tokens,
+def score_text(model: GPT, tokenizer: Tokenizer, text: str, config: HellaSwagConfig) -> dict:
+    results = perplexity(model, tokenizer, text, config.stride, config.batch_tokens,
                          show_progress=True)
     for name, value in results.items():
         number = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
@@ -321,18 +328,18 @@ def score_text(engine: Engine, text: str, config: HellaSwagConfig) -> dict:
     return results
 
 
-def score_examples(engine: Engine, examples: list[dict], model_name: str,
+def score_examples(model: GPT, tokenizer: Tokenizer, examples: list[dict], model_name: str,
                    config: HellaSwagConfig) -> dict:
     results = {}
     table = [table_row("protocol", "acc", "acc_norm", "examples", "seconds", "model")]
     for protocol in PROTOCOLS if config.protocol == "both" else [config.protocol]:
         began = time.perf_counter()
-        results |= evaluate(engine.packed, engine.tokenizer, examples, protocol,
-                            config.batch_tokens, show_progress=True)
+        results |= evaluate(model, tokenizer, examples, protocol, config.batch_tokens,
+                            show_progress=True)
         seconds = time.perf_counter() - began
         table += result_rows(protocol, results[protocol], model_name, seconds)
         for i, example in enumerate(examples[:config.show]):
-            tokenized = PROTOCOLS[protocol](example, engine.tokenizer)
+            tokenized = PROTOCOLS[protocol](example, tokenizer)
             print(format_example(example, tokenized, results[protocol], i))
     print("\n".join(table))
     if len(examples) != VALIDATION_EXAMPLES or "ctx_a" not in examples[0]:

@@ -24,11 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+
+# isort: split
 import tyro
 from tqdm import tqdm
 
 from common.devices import allowed_cores
-from common.errors import UserError, report_user_errors
 from common.files import DISK_FULL
 from corpus import encoding, reader, sources
 from corpus.shard_writer import ShardWriter

@@ -11,6 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+
+# isort: split
 import huggingface_hub as hub
 import torch
 import tyro
@@ -20,7 +23,6 @@ from huggingface_hub.utils import validate_repo_id
 
 import report
 from checkpoint import load_model, model_steps
-from common.errors import UserError, report_user_errors
 from model import GPT
 from tokenizer import Tokenizer
 from weights.gguf import save_gguf

@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Annotated
 
+from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+
+# isort: split
 import tyro
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
@@ -27,7 +30,6 @@ from api.completions import ChatCompletion, Completion
 from api.guard import Access, Guard
 from api.schema import ChatRequest, CompletionRequest, RequestError, error_answer
 from checkpoint import describe, list_bundled, load_model
-from common.errors import UserError, report_user_errors
 from ddp import pick_device
 from engine.packed import use_allowed_cores
 from generate import Dtype, Engine

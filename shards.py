@@ -17,11 +17,13 @@ import json
 import re
 from pathlib import Path
 
+from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+
+# isort: split
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common.errors import UserError, report_user_errors
 from common.files import sha256
 from tokenizer import Tokenizer, load_tokenizer
 

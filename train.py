@@ -14,6 +14,8 @@ import dataclasses
 import os
 import sys
 
+from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+
 # Let idle OpenMP threads sleep instead of spin, which slows a busy machine. Must precede torch
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -25,7 +27,6 @@ import checkpoint
 import ddp
 import hellaswag
 import report
-from common.errors import UserError, report_user_errors
 from common.seed import derive_seed
 from dataloader import DataLoader
 from generate import Engine
@@ -85,12 +86,13 @@ def train(config: TrainConfig, world: ddp.World):
     folder = checkpoint.LOG / config.name
     writes_files = world.is_main and not config.dry_run
     lock = runlog.locked(folder) if writes_files else contextlib.nullcontext()
-    with lock, StopSignals(world) as signals:
+    with lock:
         run = set_up(config, world)
         if run is None:  # a dry run
             return
-        with tqdm(total=config.max_steps, initial=run.first_step, unit="step",
-                  disable=not world.is_main) as progress:
+        progress = tqdm(total=config.max_steps, initial=run.first_step, unit="step",
+                        disable=not world.is_main)
+        with progress, StopSignals(world) as signals:
             loop(run, signals, progress)
     if world.is_main:
         print(f"{folder} is complete at step {config.max_steps}: python app.py --model {folder}")
@@ -101,48 +103,48 @@ def loop(run: TrainingRun, signals: StopSignals, progress: tqdm):
     config = run.config
     meter = Meter(run)
     for step in range(run.first_step, config.max_steps + 1):
-        # save and exit if any rank has received a signal
-        if signal_number := signals.exchange(step):
-            save_and_exit(run, step, signal_number)
+        try:
+            signals.check_between_steps(step)
 
-        # evaluate, sample and save once in a while, but not twice at the step of a resumed run;
-        # eager, because torch.compile would compile anew for the shapes of these batches
-        if step > run.first_step or not run.first_step_is_evaluated:
-            evaluate_now, sample_now, save_now = due(config, step)
-            with torch.compiler.set_stance("force_eager"):
-                if evaluate_now:
-                    val_loss = evaluate_and_log(run, step)
-                if sample_now:
-                    sample_and_log(run, step)
-                if save_now:
-                    save(run, step, val_loss)
-        if step == config.max_steps:
-            break
+            # evaluate, sample and save once in a while, but not twice at the step of a resumed run
+            if step > run.first_step or not run.first_step_is_evaluated:
+                evaluate_sample_and_save(run, step)
+            if step == config.max_steps:
+                break
 
-        # one training step
-        meter.start()
-        x, y = next(run.batches)  # (B / world, T) each
-        loss, grad_norm, lr = train_step(run, x, y, step)
+            # one training step
+            meter.start()
+            x, y = next(run.batches)  # (B / world, T) each
+            loss, grad_norm, lr = train_step(run, x, y, step)
+        except ddp.Stopped as stopped:
+            save_and_exit(run, step, stopped.number)
 
         # log every log_every steps
         meter.stop(step, loss, grad_norm, lr, progress, pause_follows=any(due(config, step + 1)))
         progress.update()
+
+        # until now a signal ended the process at once, as there was nothing to save
+        if step == run.first_step:
+            signals.start()
 
 
 def train_step(run: TrainingRun, x, y, step: int):
     """Updates the model once, with this rank's inputs x and targets y, (B / world, T) each.
 
     Returns this rank's mean loss and the gradient's norm before clipping, both still on the device,
-    and the learning rate. If the gradient is not finite, every rank skips the update.
+    and the learning rate. If the gradient is not finite, every rank skips the update. Raises
+    ddp.Stopped after a signal, with the weights as they were.
     """
     config, world, model = run.config, run.world, run.ddp_model
     model.train()
     torch.manual_seed(derive_seed(config.seed, step, world.rank))  # for dropout
 
     # forward and backward, accumulating gradients over micro-batches
-    loss = torch.zeros((), device=world.device)
+    loss = 0.0
     micro_batches = list(zip(x.split(config.micro_batch), y.split(config.micro_batch)))
     for i, (x_part, y_part) in enumerate(micro_batches):
+        if world.size == 1 or world.device.type == "cpu":  # several GPUs would wait for each other
+            ddp.check_signals(world)
         # let DDP average the gradients over the ranks once, after the last micro-batch
         last = i == len(micro_batches) - 1
         skip_sync = world.size > 1 and not config.shard and not last
@@ -150,10 +152,12 @@ def train_step(run: TrainingRun, x, y, step: int):
         with sync, autocast(config, world):
             _, part_loss = model(x_part, y_part)
             part_loss = part_loss * (len(x_part) / len(x))  # a micro-batch's share of the mean
-            part_loss.backward()
+            run.scaler.scale(part_loss).backward()
         loss += part_loss.detach()
 
-    # clip the gradient
+    # undo the scaling of float16, and clip the gradient
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
     if config.shard:
         grad_norm = grad_norm.full_tensor()
@@ -164,12 +168,16 @@ def train_step(run: TrainingRun, x, y, step: int):
         warmup_steps=config.warmup_steps, max_steps=config.max_steps)
     optim.set_learning_rate(run.optimizers, lr)
 
-    # update the weights; the optimizers read found_inf on the device, so the CPU need not wait
+    # update the weights; the optimizers read found_inf on the device, so the CPU need not wait,
+    # except on mps, where AdamW ignores found_inf in some versions of torch
     found_inf = (~grad_norm.isfinite()).float()  # 1 skips the update
+    skip = world.device.type == "mps" and found_inf.item()
     for optimizer in run.optimizers:
         optimizer.found_inf = found_inf
-        optimizer.step()
+        if not skip:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
     return loss, grad_norm, lr
 
 
@@ -184,6 +192,19 @@ def due(config: TrainConfig, step: int) -> tuple[bool, bool, bool]:
     evaluate_now = save_now or step % config.eval_every == 0
     sample_now = last_step or step % config.sample_every == 0
     return evaluate_now, sample_now, save_now
+
+
+def evaluate_sample_and_save(run: TrainingRun, step: int):
+    """Does what is due after `step` updates. Raises ddp.Stopped after a signal."""
+    evaluate_now, sample_now, save_now = due(run.config, step)
+    # eager, because torch.compile would compile anew for the shapes of these batches
+    with torch.compiler.set_stance("force_eager"):
+        if evaluate_now:
+            val_loss = evaluate_and_log(run, step)
+        if sample_now:
+            sample_and_log(run, step)
+        if save_now:
+            save(run, step, val_loss)
 
 
 def evaluate_and_log(run: TrainingRun, step: int) -> float:
@@ -215,11 +236,13 @@ def evaluate(model: GPT, val_loader: DataLoader, vocab_size: int, config: TrainC
     n_sequences = min(val_loader.sequences, max(1, config.eval_tokens // config.block_size))
     total_loss, n_scored = 0.0, 0
     for start in range(0, n_sequences, world.size * config.micro_batch):
+        ddp.check_signals(world)
+
         # take this rank's sequences; at the end of the split there may be none
         first = start + world.rank * config.micro_batch
         sequences = range(first, min(first + config.micro_batch, n_sequences))
         if not sequences and not config.shard:
-            break
+            continue
 
         # score them; with none, a rank of a sharded model runs the forward pass for the others
         x, y = val_loader.read(sequences or range(1))  # (micro_batch, T) each
@@ -237,22 +260,29 @@ def evaluate(model: GPT, val_loader: DataLoader, vocab_size: int, config: TrainC
 def sample_and_log(run: TrainingRun, step: int):
     """Samples and logs texts, on the main process or on all ranks of a sharded model."""
     if run.config.shard:
-        texts = sharding.draw_together(run.model, run.tokenizer, run.config)
+        texts = sharding.draw_together(run.model, run.tokenizer, run.config, run.world)
     elif run.log:
-        texts = draw_samples(run.model, run.tokenizer, run.config)
+        texts = draw_samples(run.model, run.tokenizer, run.config, run.world)
+    ddp.check_signals(run.world)  # the other ranks wait here for the samples
     if run.log:
         for text in texts:
             run.log.sample(step, run.config.sample_prompt, text)
 
 
-def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
-    """Continuations of the sample prompt by the model as it is now."""
+def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
+                 world: ddp.World) -> list[str]:
+    """Continuations of the sample prompt by the model as it is now. A signal cuts them off."""
     model.eval()
     engine = Engine(model, tokenizer, dtype="float32")
     ids, _ = engine.encode(config.sample_prompt)
-    texts = engine.generate(ids, n=config.samples, max_new_tokens=200, temperature=0.8, top_k=200,
+    request = engine.submit(ids, config.samples, max_new_tokens=200, temperature=0.8, top_k=200,
                             seed=config.seed)
-    return [config.sample_prompt + text for text in texts]
+    texts = [config.sample_prompt] * config.samples
+    for piece in engine.pieces(request):
+        texts[piece.index] += piece.text
+        if world.received_signal:
+            break
+    return texts
 
 
 def save(run: TrainingRun, step: int, val_loss: float | None):
@@ -267,9 +297,10 @@ def save(run: TrainingRun, step: int, val_loss: float | None):
     if config.shard:
         run.model.reshard()  # free the weights that validation gathered
     try:
+        fingerprint = run_fingerprint(config, run.manifest, step)
         checkpoint.save(run.folder, step, run.model, optim.named_state(run.model, run.optimizers),
-                        run.tokenizer, run_fingerprint(config, run.manifest, step), val_loss,
-                        run.world)
+                        run.tokenizer, fingerprint | {"grad_scaler": run.scaler.state_dict()},
+                        val_loss, run.world)
     except checkpoint.SaveError as error:
         is_last_checkpoint = val_loss is None or step == config.max_steps
         if is_last_checkpoint:
@@ -281,10 +312,9 @@ def save(run: TrainingRun, step: int, val_loss: float | None):
 
 def save_and_exit(run: TrainingRun, step: int, signal_number: int):
     """Saves the current step and exits with the signal's exit code."""
-    if step > run.first_step:
-        save(run, step, None)
-        if run.log:
-            tqdm.write(f"saved step {step:,} and stopped; run the same command again to resume")
+    save(run, step, None)
+    if run.log:
+        tqdm.write(f"saved step {step:,} and stopped; run the same command again to resume")
     ddp.sum_over_ranks(run.world, 0)  # wait: a rank that exits early would break the others
     sys.exit(128 + signal_number)
 

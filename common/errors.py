@@ -1,4 +1,7 @@
-"""Reports a user's mistake as one sentence; only bugs end in a traceback."""
+"""Reports a user's mistake as one sentence; only bugs end in a traceback.
+
+Programs import this module before the slow ones, so that Ctrl-C is quiet from the start.
+"""
 import contextlib
 import os
 import sys
@@ -27,8 +30,10 @@ def report_user_errors(every_rank: bool = False):
     """Prints errors that the user can fix as `error: …` on stderr and exits with code 2.
 
     These are a `UserError` and an OSError that names a file. Ctrl-C exits with 130, a closed pipe
-    with 141. Under torchrun only rank 0 prints, or every rank if `every_rank` is set.
+    with 141. Under torchrun only rank 0 prints, or every rank if `every_rank` is set. Prints `?`
+    for characters that the output's encoding lacks, such as Cyrillic in a Windows pipe.
     """
+    sys.stdout.reconfigure(errors="replace")
     try:
         yield
         sys.stdout.flush()
@@ -47,3 +52,14 @@ def report_user_errors(every_rank: bool = False):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def hide_interrupt(kind, error, traceback):
+    """Replaces the traceback of a Ctrl-C during imports with one word. For sys.excepthook."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = hide_interrupt

@@ -99,8 +99,8 @@ def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]]
     """Yield (the item's index, the log-likelihood of each of its continuations), longest first.
 
     A log-likelihood is the sum of the tokens' log-probabilities, in nats, over the first
-    `vocab_size` ids. Raises UserError if the model predicts NaN. If the model is sharded, all ranks
-    of the world must call this together, each with its own items.
+    `vocab_size` ids. All ranks of the world must call this together, each with its own items.
+    Raises UserError if the model predicts NaN, and ddp.Stopped after a signal to a training run.
     """
     was_training = [(module, module.training) for module in model.modules()]
     packed = pack_model(model.eval())
@@ -115,10 +115,12 @@ def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]]
     remaining = sorted(range(len(items)), key=lambda i: sizes[i])
     sharded = ddp.is_sharded(model)
     try:
-        while ddp.any_rank(world, remaining) if sharded else remaining:
+        while ddp.any_rank(world, remaining):
+            ddp.check_signals(world)
             if not remaining:
-                # run the model along with the ranks that still have items
-                packed.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))
+                # wait for the ranks that still have items, and run a sharded model along with them
+                if sharded:
+                    packed.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))
                 continue
             # score a batch of the longest items
             count = max(1, batch_tokens // sizes[remaining[-1]])

@@ -17,6 +17,7 @@ import torch
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
+import ddp
 import train
 from generate import Engine
 from model import GPT, GPTConfig
@@ -33,7 +34,7 @@ PROSE = ("The fox went out on a chilly night,\n"
 TINY = ["--data", "data/prose_char", "--n-layer", "1", "--n-head", "2", "--n-embd", "16",
         "--block-size", "16", "--batch-tokens", "128", "--micro-batch", "4", "--max-steps", "6",
         "--warmup-steps", "2", "--eval-every", "2", "--save-every", "2", "--sample-every", "6",
-        "--log-every", "1", "--device", "cpu"]
+        "--log-every", "1", "--device", "cpu", "--dtype", "float32"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -44,6 +45,7 @@ def isolated_folder(tmp_path, monkeypatch):
     """Runs every test in an empty folder, with one thread and without the Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(ddp, "auto_dtype", lambda device: torch.float32)  # on any CPU
     torch.set_num_threads(1)
 
 

@@ -79,6 +79,60 @@ def test_sequential_order_is_the_order_of_the_text(stream):
     assert loader.batch(12)[0][:, 0].tolist() == [960, 970, 980, 990, 0, 10, 20, 30]
 
 
+@pytest.fixture
+def documents(tmp_path):
+    """700 documents of 1 to 40 tokens in three shards, one of which ends inside a document."""
+    generator = np.random.default_rng(0)
+    texts = [np.append(50_256, generator.integers(0, 9, size)) for size in range(40)]
+    tokens = np.concatenate([texts[i] for i in generator.integers(0, 40, 700)])
+    for i, part in enumerate(np.split(tokens.astype(np.uint16), [3000, 3001])):
+        np.save(tmp_path / f"documents_train_{i:06d}.npy", part)
+    return tmp_path
+
+
+def split_documents(tokens) -> list[tuple]:
+    parts = np.split(tokens, np.flatnonzero(tokens == 50_256))
+    return [tuple(part.tolist()) for part in parts if len(part)]
+
+
+def test_document_order_keeps_documents_whole_and_changes_their_neighbors_each_epoch(documents):
+    loader = DataLoader(documents, "train", batch_size=4, block_size=16, order="documents", seed=2)
+    whole = loader.shards.read(0, len(loader.shards))
+    epochs = [loader.stream(epoch).read(0, len(whole)) for epoch in (0, 1)]
+    for epoch in epochs:
+        assert sorted(split_documents(epoch)) == sorted(split_documents(whole))
+    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], whole)
+
+    # any part of the new stream is read as in the whole
+    for start, stop in (0, 1), (5, 4000), (2999, 3002), (len(whole) - 1, len(whole)):
+        assert np.array_equal(loader.stream(1).read(start, stop), epochs[1][start:stop])
+
+    # an epoch has every sequence of its stream once
+    steps = range(loader.sequences)  # 4 sequences each: four epochs
+    batches = torch.cat([loader.batch(step)[0] for step in steps])
+    for epoch in (0, 1):
+        rows = batches[epoch * loader.sequences:(epoch + 1) * loader.sequences].tolist()
+        cut = epochs[epoch][:loader.sequences * 16].reshape(-1, 16).tolist()
+        assert sorted(rows) == sorted(cut)
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_document_order_is_the_same_for_any_number_of_ranks(documents, world):
+    def loader(**place):
+        return DataLoader(documents, "train", 16, 16, seed=1, order="documents", **place)
+
+    last_step = loader().sequences // 16
+    for step in (0, last_step, 3 * last_step):  # the second crosses the end of the first epoch
+        parts = [loader(rank=rank, world=world).batch(step)[0] for rank in range(world)]
+        assert torch.equal(torch.cat(parts), loader().batch(step)[0])
+
+
+def test_document_order_needs_a_token_between_documents(stream):
+    with pytest.raises(UserError, match="needs: use --order shuffled"):
+        DataLoader(stream, "train", batch_size=1, block_size=8, order="documents")
+
+
 def test_a_late_step_reads_only_its_own_sequences(tmp_path, monkeypatch):
     tokens = np.arange(2**16, dtype=np.uint16) % 50_257
     for i in range(100):

@@ -1,5 +1,6 @@
 """Training with several processes: it equals training with one, and survives a lost process."""
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -19,10 +20,12 @@ from conftest import PROSE, ROOT, TINY, assert_same_run, losses, metrics, train_
 
 import checkpoint
 import ddp
+import hellaswag
 import prepare
 import publish
 import train
 from common.errors import UserError, report_user_errors
+from engine import likelihood
 
 VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 BASE = ["shakespeare-char", *TINY, "--dropout", "0"]
@@ -115,6 +118,48 @@ def test_muon_on_several_processes_takes_the_steps_of_one(one):
     train_here(*arguments, "--run", "muon")
     assert train_ranks(4, *arguments, "--run", "muon-four", "--micro-batch", 1) == [0] * 4
     assert_same_run(one.parent / "muon", one.parent / "muon-four", tolerance=2e-5)
+
+
+def test_ranks_skip_the_overflowing_updates_of_float16_alike(one):
+    arguments = [*BASE, "--dtype", "float16", "--micro-batch", 2, "--max-steps", 20]
+    assert train_ranks(2, *arguments, "--run", "half", prepare_rank=overflow_at_first) == [0, 0]
+    half = one.parent / "half"
+    skipped = [step for step, _ in metrics(half, "step", "skipped")]
+    assert skipped[:6] == [1, 2, 3, 4, 5, 6]
+    assert len(skipped) < 16
+    assert losses(half)[20, "val_loss"] < losses(half)[0, "val_loss"] - 0.1
+
+
+def overflow_at_first():
+    torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**25)
+
+
+@pytest.mark.parametrize("options", [[], ["--shard"]])
+def test_a_signal_to_one_rank_stops_the_evaluation_of_all(one, options):
+    arguments = [*BASE, "--hellaswag", "h.jsonl", "--run", "stopped", "--micro-batch", 2, *options]
+    exit_codes = train_ranks(2, *arguments, prepare_rank=signal_to_rank_1_in_hellaswag)
+    assert exit_codes == [128 + signal.SIGTERM] * 2
+    stopped = one.parent / "stopped"
+    (step,) = checkpoint.saved_steps(stopped)
+    assert step == 2
+    assert [step for step, _ in metrics(stopped, "step", "hellaswag")] == [0]
+
+    # the run resumes with the evaluation, also in one process
+    train_here(*BASE, "--hellaswag", "h.jsonl", "--run", "stopped")
+    assert_same_run(one, stopped, tolerance=2e-5)
+    assert metrics(stopped, "step", "hellaswag") == metrics(one, "step", "hellaswag")
+
+
+def signal_to_rank_1_in_hellaswag():
+    original = likelihood.score_batch
+
+    def signal_and_score(*arguments):
+        if os.environ["RANK"] == "1" and metrics(Path("log/stopped"), "step", "train_loss")[1:]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    likelihood.score_batch = signal_and_score
+    hellaswag.evaluate = functools.partial(hellaswag.evaluate, batch_tokens=64)  # several batches
 
 
 def test_shard_needs_adamw_and_several_processes(one):

@@ -1,4 +1,6 @@
 """Training: runs and what resumes them, checkpoints, the plan, optimizers, and loading models."""
+import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ from conftest import (
     weights,
 )
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
 import ddp
@@ -38,13 +42,15 @@ from common.errors import UserError
 from common.files import sha256
 from dataloader import DataLoader
 from ddp import World
-from generate import Engine
+from engine import likelihood
+from generate import Engine, Reader
 from model import GPT, GPTConfig
 from shards import read_manifest
 from tokenizer import CharTokenizer, load_tokenizer
 from training import plan, runlog
 from training.config import TrainConfig
 from training.optim import Muon, build_optimizers, learning_rate, orthogonalize, set_learning_rate
+from training.setup import compute_dtype, place_model
 from weights.huggingface import save_huggingface
 
 LOG = Path("log")  # in the test's own folder
@@ -285,6 +291,150 @@ def test_bfloat16_changes_the_losses_only_slightly(data):
 
 
 # --------------------------------------------------------------------------------------------------
+# Precision
+
+
+@pytest.mark.parametrize(("device", "capability", "features", "dtype"), [
+    ("cuda", (9, 0), (), torch.bfloat16),
+    ("cuda", (8, 0), (), torch.bfloat16),
+    ("cuda", (7, 5), (), torch.float16),  # T4, which torch says supports bfloat16: by emulation
+    ("cuda", (6, 1), (), torch.float16),
+    ("cpu", None, ("avx512_bf16",), torch.bfloat16),
+    ("cpu", None, ("amx_tile",), torch.bfloat16),
+    ("cpu", None, ("avx512", "avx512_vnni"), torch.float32),
+    ("mps", None, (), torch.float32)])
+def test_auto_is_the_precision_that_the_hardware_computes(
+        monkeypatch, device, capability, features, dtype):
+    monkeypatch.undo()  # of the fixture that fixes the precision
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for feature in "avx512_bf16", "amx_tile":
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda f=feature: f in features)
+    assert ddp.auto_dtype(torch.device(device)) == dtype
+    assert compute_dtype(TrainConfig(), torch.device(device)) == dtype
+    assert compute_dtype(TrainConfig(dtype="tf32"), torch.device(device)) == torch.float32
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_skips_overflowing_updates_and_resumes_exactly(data, monkeypatch, optimizer):
+    # a scale so high that more than five updates in a row overflow before it has fallen enough
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**25, growth_interval=4)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    options = ["--dtype", "float16", "--optimizer", optimizer, "--max-steps", 24,
+               "--learning-rate", 1e-2, "--save-every", 6]
+    train_tiny(*options, "--name", "whole")
+    whole = LOG / "whole"
+    skipped = [step for step, _ in metrics(whole, "step", "skipped")]
+    assert skipped[:6] == [1, 2, 3, 4, 5, 6]
+    assert len(skipped) < 16
+    assert losses(whole)[24, "val_loss"] < losses(whole)[0, "val_loss"]
+
+    # the scale is restored: a run that stopped at step 18 resumes to the same weights
+    shutil.copytree(whole, LOG / "resumed")
+    shutil.rmtree(LOG / "resumed" / "state_00024")
+    train_tiny(*options, "--name", "resumed")
+    assert ("resume", 18) in metrics(LOG / "resumed", "event", "step")
+    assert_same_run(LOG / "resumed", whole, tolerance=0, last_step=24)
+    scales = [checkpoint.saved_config(LOG / name, 24)["grad_scaler"]
+              for name in ("whole", "resumed")]
+    assert scales[0] == scales[1]
+    assert scales[0]["scale"] < 2.0**25
+
+
+def test_float16_stops_a_run_that_diverges_at_every_scale(data):
+    with pytest.raises(UserError, match=r"has diverged: by step 1[78]"):
+        train_tiny("--dtype", "float16", "--learning-rate", "1e30", "--max-steps", 40,
+                   "--sample-every", 100)
+
+
+def test_float16_equals_float32_nearly(data):
+    train_tiny("--dropout", 0, "--name", "float32")
+    train_tiny("--dropout", 0, "--name", "float16", "--dtype", "float16")
+    assert_same_run(LOG / "float32", LOG / "float16", tolerance=2e-3)
+    assert losses(LOG / "float32") != losses(LOG / "float16")
+
+
+def test_float16_and_shard_exclude_each_other(data):
+    config = TrainConfig(dtype="float16", shard=True)
+    with pytest.raises(UserError, match="--shard does not work with float16"):
+        place_model(tiny_gpt(), None, config, World(0, 2, torch.device("cpu")))
+
+
+def test_hellaswag_uses_a_cpus_bfloat16_units(data, monkeypatch, tmp_path):
+    train_tiny()
+    example = {"activity_label": "fox", "ctx": "The fox", "endings": ["went", "out"], "label": 0}
+    Path("h.jsonl").write_text(json.dumps(example))
+    monkeypatch.setattr(ddp, "auto_dtype", lambda device: torch.bfloat16)
+    computed = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda *a, **k: computed.append(
+        torch.is_autocast_enabled("cpu")) or hidden(*a, **k))
+    for dtype, is_autocast in ("auto", True), ("float32", False):
+        hellaswag.main(hellaswag.HellaSwagConfig(
+            str(RUN), data=Path("h.jsonl"), dtype=dtype, json=Path("h.json")))
+        assert set(computed) == {is_autocast}
+        computed.clear()
+        assert json.loads(Path("h.json").read_text())["dtype"] == (
+            "bfloat16" if is_autocast else "float32")
+
+
+# --------------------------------------------------------------------------------------------------
+# Other systems
+
+
+def test_optimizers_create_all_tensors_on_the_parameters_device():
+    """Fake tensors on mps, Apple's GPU: mixing devices raises an error, as it does there."""
+    with FakeTensorMode():
+        for optimizer_type in Muon, functools.partial(torch.optim.AdamW, fused=True):
+            p = torch.nn.Parameter(torch.empty(16, 48, device="mps"))
+            p.grad = torch.empty_like(p)
+            optimizer = optimizer_type([p])
+            optimizer.found_inf = torch.zeros((), device="mps")
+            optimizer.step()
+            assert optimizer.state[p]
+
+
+# a program on a system without POSIX's modules and functions, whose output knows no Cyrillic
+LIKE_WINDOWS = """
+import ctypes, os, runpy, signal, sys
+for module in "resource", "fcntl", "termios", "pwd", "grp":
+    sys.modules[module] = None
+for name in "sysconf", "sched_getaffinity", "getloadavg", "fork", "getuid", "killpg":
+    delattr(os, name)
+for name in "SIGHUP", "SIGKILL", "SIGXFSZ", "SIGUSR1", "SIGALRM":
+    delattr(signal, name)
+load = ctypes.CDLL.__init__
+def load_named(self, name, *arguments, **options):
+    if name is None:
+        raise TypeError
+    load(self, name, *arguments, **options)
+ctypes.CDLL.__init__ = load_named
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_training_needs_nothing_that_windows_lacks(data, command):
+    result = command("train.py", "shakespeare-char", *TINY, "--sample-prompt", "Я",
+                     "--optimizer", "muon", launcher=("-c", LIKE_WINDOWS),
+                     environment={"PYTHONIOENCODING": "cp1252"})
+    assert "step 6: ?" in result.stdout
+    assert read_samples(RUN)[-1]["prompt"] == "Я"
+
+
+@pytest.mark.parametrize("program", sorted(path.name for path in ROOT.glob("*.py")))
+def test_ctrl_c_during_imports_prints_no_traceback(command, tmp_path, program):
+    """The first slow module is replaced with one that receives the signal."""
+    source = (ROOT / program).read_text(encoding="utf-8")
+    if "report_user_errors()" not in source:
+        return  # not a program
+    for module in "gradio", "huggingface_hub", "numpy", "pydantic", "torch", "tyro":
+        (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), 2)")
+    result = command(program, "--help", check=False, environment={"PYTHONPATH": tmp_path})
+    assert result.stderr == "interrupted\n"
+    assert result.returncode == -signal.SIGINT
+
+# --------------------------------------------------------------------------------------------------
 # Interruptions
 
 
@@ -333,6 +483,61 @@ def test_a_signal_saves_the_step_and_resuming_equals_an_uninterrupted_run(data, 
     train_tiny(*options, "--name", "stopped")
     tolerance = 2e-3 if launcher else 0
     assert_same_run(run, LOG / "whole", tolerance=tolerance, last_step=200)
+
+
+@pytest.mark.parametrize(("module", "name", "work"), [
+    (train, "cross_entropy", "validation"),
+    (likelihood, "score_batch", "hellaswag"),
+    (Reader, "read", "sample"),
+    (train, "autocast", "step")])
+def test_a_signal_stops_any_work_at_once_and_it_comes_again_after_the_resume(
+        data, monkeypatch, capfd, module, name, work):
+    example = {"activity_label": "fox", "ctx": "The fox", "endings": ["went", "out"], "label": 0}
+    Path("h.jsonl").write_text("\n".join([json.dumps(example)] * 2000))
+    options = ["--hellaswag", "h.jsonl", "--eval-tokens", 128, "--sample-every", 2,
+               "--save-every", 100]
+    train_tiny(*options, "--name", "whole")
+    run = LOG / "stopped"
+    original = getattr(module, name)
+    calls = []  # from the signal on
+
+    def signal_and_call(*arguments, **keywords):
+        is_step_4 = checkpoint_step(run) == 4 and (work != "step" or len(logged(run, 4)) > 1)
+        if is_step_4 and not calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if is_step_4:
+            calls.append(name)
+        return original(*arguments, **keywords)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_code:
+        patch.setattr(module, name, signal_and_call)
+        train_tiny(*options, "--name", "stopped")
+    assert exit_code.value.code == 128 + signal.SIGTERM
+    assert len(calls) == 1
+    assert "saving this step and stopping" in capfd.readouterr().err
+
+    # the step is saved, and what was stopped is not recorded
+    assert checkpoint.saved_steps(run) == [4]
+    assert torch.load(run / "model_00004.pt")["val_loss"] is None
+    assert len(logged(run, 4)) == (1 if work in ("validation", "hellaswag") else 2)
+    assert [s["step"] for s in read_samples(run)][-1] == (4 if work == "step" else 2)
+
+    # it comes again
+    train_tiny(*options, "--name", "stopped")
+    assert_same_run(run, LOG / "whole", tolerance=0)
+    assert report.samples(run)["step"].tolist() == report.samples(LOG / "whole")["step"].tolist()
+    scores = [report.hellaswag(folder)["hellaswag"].tolist() for folder in (run, LOG / "whole")]
+    assert scores[0] == scores[1]
+
+
+def checkpoint_step(run: Path) -> int:
+    """The step of the newest update in the log."""
+    return max((step for step, _ in metrics(run, "step", "train_loss")), default=0)
+
+
+def logged(run: Path, step: int) -> list[tuple]:
+    """The lines of the log about the step."""
+    return [line for line in metrics(run, "step") if line == (step,)]
 
 
 def test_a_checkpoint_that_a_signal_saved_is_evaluated_but_not_written_again(data):
@@ -407,9 +612,28 @@ def test_training_continues_on_a_full_disk_until_the_last_checkpoint(data, comma
     assert checkpoint.newest(RUN) == 6
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def train_step_on_mps(run, *arguments):
+    """train_step as on Apple's GPU, where AdamW may ignore found_inf, though computed on a CPU."""
+    def step_without_found_inf(optimizer):
+        del optimizer.found_inf
+        original_step(optimizer)
+
+    original_step = torch.optim.AdamW.step
+    mps = World(0, 1, SimpleNamespace(type="mps"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step_without_found_inf)
+        return original_train_step(dataclasses.replace(run, world=mps), *arguments)
+
+
+original_train_step = train.train_step
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw on mps"])
 def test_updates_with_nonfinite_gradients_are_skipped_and_five_in_a_row_end_the_run(
         data, monkeypatch, optimizer):
+    if optimizer == "adamw on mps":
+        optimizer = "adamw"
+        monkeypatch.setattr(train, "train_step", train_step_on_mps)
     original_clip = torch.nn.utils.clip_grad_norm_
 
     def clip_with_nan(parameters, max_norm):
@@ -581,6 +805,8 @@ def test_validation_scores_the_same_sequences_with_any_number_of_ranks(data, mon
 
     def own_sums(_world, total, count):
         return total, count or 1  # a rank may have no sequences
+
+    monkeypatch.setattr(ddp, "check_signals", lambda world: None)
 
     monkeypatch.setattr(loader, "tokens", record_and_read)
     monkeypatch.setattr(ddp, "sum_over_ranks", own_sums)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from common.errors import UserError
+from dataloader import Order
 from training import optim
 
 
@@ -29,8 +30,9 @@ class TrainConfig:
     init_from: str | None = None
     """Model to start from, with its weights and sizes: bundled, a run, a file, a folder or a Hub
     id."""
-    order: Literal["shuffled", "sequential"] = "shuffled"
-    """Order of the sequences: a new permutation each epoch, or the order of the text."""
+    order: Order = "shuffled"
+    """shuffled: each epoch has the sequences in a new order. documents: it first puts the documents
+    in a new order, so that the sequences change too. sequential: the order of the text."""
     seed: int = 1337
 
     # the model
@@ -86,11 +88,12 @@ class TrainConfig:
     # the machine
     device: str = "auto"
     """auto, cuda, mps or cpu."""
-    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Precision of the matrix products; auto is bfloat16 on CUDA and float32 elsewhere. Weights are
-    always float32."""
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    """Precision of the matrix products; weights are always float32. auto is bfloat16 on hardware
+    that computes it (CUDA 8.0 and newer, CPUs with AVX512_BF16 or AMX), float16 on older CUDA
+    devices, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the model with torch.compile; auto does so on CUDA."""
+    """Compile the model with torch.compile; auto does so on CUDA devices that Triton supports."""
     shard: bool = False
     """Divide weights, gradients and optimizer state among the processes (FSDP2), for models that do
     not fit on one device."""

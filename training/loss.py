@@ -2,7 +2,8 @@
 import torch
 import torch.nn.functional as F
 
-LOGIT_ROWS = {"cpu": 512, "cuda": 8192}  # rows of logits in memory at a time, by device
+# rows of logits in memory at a time, by device
+LOGIT_ROWS = {"cpu": 512, "cuda": 8192, "mps": 2048}
 
 
 def cross_entropy(x, weight, targets):

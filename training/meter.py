@@ -68,8 +68,11 @@ class Meter:
         # log, then start counting anew
         if self.run.log:
             self.write(step + 1, mean_loss, grad_norm.item(), lr, progress)
-        if self.max_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        # float16 halves its scale at a skipped update; 1 is the scale of the other precisions
+        skipped_too_many = self.max_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+        if skipped_too_many and self.run.scaler.get_scale() <= 1:
             raise self.diverged(step + 1)
+        self.max_skipped_in_a_row.zero_()
         self.seconds = 0.0
         self.tokens = 0
         self.skipped.zero_()

@@ -65,12 +65,12 @@ def describe_data(config: TrainConfig, train_loader: DataLoader | None,
 # Memory
 
 def describe_memory(config: TrainConfig, model: GPT, processes: int, device: Device | None) -> str:
-    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device is not None)
+    is_half = config.dtype.endswith("16") or (config.dtype == "auto" and device is not None)
     is_auto = config.micro_batch == "auto"
     share = config.batch_tokens // config.block_size // processes  # of a batch, in sequences
     sequences = share if is_auto else min(config.micro_batch, max(1, share))
     config = dataclasses.replace(config, micro_batch=sequences)
-    held = bytes_held(config, model, processes, bfloat16)
+    held = bytes_held(config, model, processes, is_half, "cuda" if device else "cpu")
     total = sum(held.values())
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in held.items())
     text = (f"memory per process: {parts} with a micro-batch of {sequences} sequences; "
@@ -83,12 +83,14 @@ def describe_memory(config: TrainConfig, model: GPT, processes: int, device: Dev
     return text
 
 
-def bytes_held(config: TrainConfig, model: GPT, processes: int,
-               bfloat16: bool) -> dict[str, float]:
-    """Peak memory of one process by kind, for a micro-batch of config.micro_batch sequences."""
+def bytes_held(config: TrainConfig, model: GPT, processes: int, is_half: bool,
+               device: str) -> dict[str, float]:
+    """Peak memory of one process by kind, for a micro-batch of config.micro_batch sequences.
+
+    `is_half` says whether matrix products are in bfloat16 or float16.
+    """
     tokens = config.micro_batch * config.block_size
-    activations = activation_bytes(model, tokens, bfloat16, config.recompute_activations,
-                                   "cuda" if bfloat16 else "cpu")
+    activations = activation_bytes(model, tokens, is_half, config.recompute_activations, device)
     parts = 1
     if config.shard:
         parts = processes
@@ -96,7 +98,7 @@ def bytes_held(config: TrainConfig, model: GPT, processes: int,
         # blocks, and the gradients of one block
         block = sum(p.numel() for p in model.transformer.h[0].parameters())
         gathered = 2 * model.transformer.wte.weight.numel() + 3 * block
-        activations += (2 if bfloat16 else 4) * gathered
+        activations += (2 if is_half else 4) * gathered
     weights = 4 * model.num_parameters() / parts
     return {"weights": weights,
             "gradients": weights,
@@ -112,7 +114,7 @@ def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
     return size
 
 
-def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool = False,
+def activation_bytes(model: GPT, tokens: int, is_half: bool, recomputed: bool = False,
                      device: str = "cpu") -> int:
     """Peak memory of a step for `tokens` tokens, without weights, gradients and optimizer state.
 
@@ -122,26 +124,26 @@ def activation_bytes(model: GPT, tokens: int, bfloat16: bool, recomputed: bool =
     C, V, n_layer = model.config.n_embd, model.config.vocab_size, model.config.n_layer
     rows = LOGIT_ROWS[device]
 
-    # A block keeps 16 C numbers per token in float32, or with bfloat16 2 C in float32 and 14 C in
-    # bfloat16. Dropout keeps two masks of C bytes.
-    block = tokens * C * (36 if bfloat16 else 64)
+    # A block keeps 16 C numbers per token in float32, or 2 C in float32 and 14 C in half
+    # precision. Dropout keeps two masks of C bytes.
+    block = tokens * C * (36 if is_half else 64)
     if model.config.dropout:
         block += tokens * 2 * C
 
     # The loss keeps 3 V float32 numbers per token. In chunks it keeps 2 V for some rows (and a copy
-    # in bfloat16), and the gradients of the hidden states and of the head.
+    # in half precision), and the gradients of the hidden states and of the head.
     if tokens <= rows:
         logits = tokens * 12 * V
     else:
-        logits = rows * V * (10 if bfloat16 else 8)
-        logits += tokens * C * (2 if bfloat16 else 4)
+        logits = rows * V * (10 if is_half else 8)
+        logits += tokens * C * (2 if is_half else 4)
         logits += 4 * V * C
 
     # The input and the output of the last LayerNorm.
-    kept = tokens * C * (6 if bfloat16 else 8)
+    kept = tokens * C * (6 if is_half else 8)
 
     # Autocast's copies of the weights.
-    copies = 2 * model.num_parameters() if bfloat16 else 0
+    copies = 2 * model.num_parameters() if is_half else 0
 
     if not recomputed:
         return n_layer * block + logits + kept + copies

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
 import checkpoint
 import ddp
@@ -35,6 +36,7 @@ class TrainingRun:
     model: GPT
     ddp_model: nn.Module  # the same model, wrapped to average gradients over the ranks
     optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler  # of the loss, so that float16 gradients do not underflow
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]]  # this rank's x, y (B / world, T) each
     val_loader: DataLoader
     hellaswag_examples: list[dict] | None
@@ -84,9 +86,12 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
     # create the optimizers, then load the checkpoint into the model and into them
     optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay,
                                         (config.beta1, config.beta2), config.embedding_rate)
+    uses_float16 = compute_dtype(config, world.device) == torch.float16
+    scaler = torch.amp.GradScaler(world.device.type, enabled=uses_float16)
     is_evaluated = False
     if resume_step is not None:
-        is_evaluated = load_checkpoint(folder, resume_step, config, manifest, model, optimizers)
+        is_evaluated = load_checkpoint(folder, resume_step, config, manifest, model, optimizers,
+                                       scaler)
         if world.is_main:
             print(f"resuming {folder} from step {resume_step:,}")
 
@@ -98,7 +103,7 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
 
     return TrainingRun(
         config=config, world=world, folder=folder, manifest=manifest, tokenizer=tokenizer,
-        model=model, ddp_model=ddp.wrap(model, world), optimizers=optimizers,
+        model=model, ddp_model=ddp.wrap(model, world), optimizers=optimizers, scaler=scaler,
         batches=train_loader.batches(first_step, config.max_steps, world.device),
         val_loader=val_loader, hellaswag_examples=examples,
         first_step=first_step, first_step_is_evaluated=is_evaluated, log=log)
@@ -242,17 +247,22 @@ def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, w
     model.recompute = config.recompute_activations
 
     # compile and shard the model
-    compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
+    compiled = config.compile == "on" or (
+        config.compile == "auto" and world.device.type == "cuda" and has_triton())
+    dtype = compute_dtype(config, world.device)
     if config.shard:
         if torch.__version__ < (2, 9):
             raise UserError("--shard needs torch 2.9 or newer to save its checkpoints, and this is "
                             f"torch {torch.__version__}.")
         if world.size == 1:
             raise UserError("--shard divides a model among processes: start them with torchrun.")
+        if dtype == torch.float16:
+            raise UserError("--shard does not work with float16: add --dtype float32, or bfloat16 "
+                            "if the device computes it.")
         if compiled:
             for block in model.transformer.h:
                 block.compile()
-        sharding.shard(model, world, uses_bfloat16(config, world))
+        sharding.shard(model, world, dtype)
     elif compiled:
         model.compile()  # in place: parameters keep their names, and model.hidden stays eager
 
@@ -265,17 +275,21 @@ def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, w
         sharding.fill(model.initial_weights())
 
 
-def uses_bfloat16(config: TrainConfig, world: ddp.World) -> bool:
-    return config.dtype == "bfloat16" or (config.dtype == "auto" and world.device.type == "cuda")
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The precision of the matrix products on the device."""
+    if config.dtype == "auto":
+        return ddp.auto_dtype(device)
+    return torch.float32 if config.dtype == "tf32" else getattr(torch, config.dtype)
 
 
 def autocast(config: TrainConfig, world: ddp.World):
-    """The context for a forward pass: autocast to bfloat16 if the run uses it.
+    """The context for a forward pass: autocast to bfloat16 or float16 if the run uses it.
 
     A sharded model does not need it, as it gathers its weights in bfloat16.
     """
-    enabled = uses_bfloat16(config, world) and not config.shard
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=enabled)
+    dtype = compute_dtype(config, world.device)
+    enabled = dtype != torch.float32 and not config.shard
+    return torch.autocast(world.device.type, dtype, enabled=enabled)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,7 +329,8 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
     """
     config = dataclasses.replace(config, micro_batch=sequences)
     if world.device.type != "cuda" or config.shard:
-        sizes = plan.bytes_held(config, model, world.size, uses_bfloat16(config, world))
+        is_half = compute_dtype(config, world.device) != torch.float32
+        sizes = plan.bytes_held(config, model, world.size, is_half, world.device.type)
         return sum(sizes.values()) < 0.8 * ddp.memory_bytes(world.device)
     reserved = idx = None
     try:
@@ -339,8 +354,9 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
 
 
 def load_checkpoint(folder: Path, step: int, config: TrainConfig, manifest: dict, model: GPT,
-                    optimizers: list[torch.optim.Optimizer]) -> bool:
-    """Loads the checkpoint of `step` into the model and the optimizers.
+                    optimizers: list[torch.optim.Optimizer],
+                    scaler: torch.amp.GradScaler) -> bool:
+    """Loads the checkpoint of `step` into the model, the optimizers and the gradient scaler.
 
     Returns whether validation has already run at that step. Raises UserError if the configuration
     differs from the checkpoint's.
@@ -354,4 +370,6 @@ def load_checkpoint(folder: Path, step: int, config: TrainConfig, manifest: dict
                             f"{value}: repeat the original value, or choose another --name.")
     optimizer_state, val_loss = checkpoint.load_state(folder, step, model)
     optim.load_named_state(model, optimizers, optimizer_state)
+    if saved.get("grad_scaler"):  # else the checkpoint is not of a run in float16
+        scaler.load_state_dict(saved["grad_scaler"])
     return val_loss is not None

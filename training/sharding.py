@@ -2,7 +2,7 @@
 
 The functions, in the order in which a run calls them:
 
-    shard(model, world, bfloat16)           divide the model among the ranks
+    shard(model, world, dtype)              divide the model among the ranks
     fill((parameter, values) pairs)         give each rank its part of the values
     write_shards, read_shards               checkpoints: each rank writes and reads its parts
     whole(tensor, world)                    put a tensor together on the main process
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ddp import World
+from ddp import World, check_signals
 from engine.likelihood import encode
 from model import GPT
 from tokenizer import Tokenizer
@@ -29,12 +29,12 @@ from training.config import TrainConfig
 # --------------------------------------------------------------------------------------------------
 # Parameters
 
-def shard(model, world: World, bfloat16: bool):
+def shard(model, world: World, dtype: torch.dtype):
     """Divides every parameter of the model among all ranks, in place.
 
-    The forward and backward passes gather the weights of one block at a time, in bfloat16 or
-    float32. The backward pass averages the gradients over the ranks in float32, and each rank keeps
-    its part of the average (FSDP; Zhao et al. 2023, arXiv 2304.11277).
+    The forward and backward passes gather the weights of one block at a time, in `dtype`. The
+    backward pass averages the gradients over the ranks in float32, and each rank keeps its part of
+    the average (FSDP; Zhao et al. 2023, arXiv 2304.11277).
     """
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
     from torch.distributed.fsdp import (  # noqa: PLC0415
@@ -43,8 +43,7 @@ def shard(model, world: World, bfloat16: bool):
         register_fsdp_forward_method,
     )
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bfloat16 else None,
-                                  reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # the rest: embeddings and final LayerNorm
@@ -135,11 +134,13 @@ def first_failure(error) -> str:
 # Sampling
 
 @torch.no_grad()
-def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[str]:
+def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
+                  world: World) -> list[str]:
     """Samples continuations of the sample prompt from a sharded model. All ranks must call it.
 
     The ranks draw the same tokens, from the same seed, so that all run the same forward passes.
-    Sampling uses temperature 0.8, top-k 200 and no KV cache, and draws 200 tokens.
+    Sampling uses temperature 0.8, top-k 200 and no KV cache, and draws 200 tokens. Raises
+    ddp.Stopped after a signal.
     """
     model.eval()
     device = model.transformer.wte.weight.device
@@ -149,6 +150,7 @@ def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list
 
     ids = torch.tensor([prompt] * config.samples)  # (samples, T)
     for _ in range(200):
+        check_signals(world)
         context = ids[:, -config.block_size:].to(device)
         last_hidden = model.hidden(context)[:, -1]  # (samples, C)
         logits = model.logits(last_hidden)[:, :vocab_size].float().cpu()

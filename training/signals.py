@@ -1,4 +1,5 @@
-"""Signals that stop a run early: every rank stops after the same step, which is then saved."""
+"""Signals that stop a run early: every rank stops at the same point, and its step is saved."""
+import os
 import signal
 import threading
 import time
@@ -7,51 +8,53 @@ import ddp
 
 
 class StopSignals:
-    """Within a `with` block, SIGTERM and SIGINT (Ctrl-C) are recorded and do not end the process.
+    """Records SIGTERM and SIGINT (Ctrl-C) in `world.received_signal` from `start` on.
 
-    The training loop asks for them between steps. A second Ctrl-C raises KeyboardInterrupt at once.
+    They do not end the process: `ddp.check_signals` tells the training loop. A second Ctrl-C raises
+    KeyboardInterrupt at once. Leaving the `with` block restores the previous handlers.
     """
 
     def __init__(self, world: ddp.World):
         self.world = world
-        self.received = 0  # number of the signal that this process received, or 0
-        self.last_exchange = None  # (step, time) at which the ranks last exchanged signals
-        self.next_exchange = 0  # the step at which they do so again
+        self.previous_handlers = {}
+        self.last_check = None  # (step, time) at which the ranks last exchanged signals
+        self.next_check = 0  # the step at which they do so again
 
     def __enter__(self):
-        self.previous_handlers = {}
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous_handlers[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
+    def start(self):
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous_handlers[number] = signal.signal(number, self.handle)
+
     def handle(self, number, _frame):
-        if self.received == number == signal.SIGINT:
+        if self.world.received_signal == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.world.received_signal = number
+        if self.world.is_main:
+            # os.write, because the signal may have interrupted a print
+            os.write(2, b"\nsaving this step and stopping (a second Ctrl-C stops at once)\n")
 
-    def exchange(self, step: int) -> int:
-        """The signal that any rank received, the same on all ranks; 0 to continue training.
+    def check_between_steps(self, step: int):
+        """Raises ddp.Stopped if any rank has received a signal.
 
-        Exchanging signals makes the ranks wait for each other, so they do it only every two
-        seconds or so.
+        Several ranks must wait for each other to find out, so they do it only every two seconds or
+        so.
         """
         if self.world.size == 1:
-            return self.received
-        if step < self.next_exchange:
-            return 0
-        now = time.perf_counter()
-        last_step, last_time = self.last_exchange or (step, now)
-        seconds, terminated, interrupted = ddp.sum_over_ranks(
-            self.world, (now - last_time) / self.world.size,
-            self.received == signal.SIGTERM, self.received == signal.SIGINT)
+            ddp.check_signals(self.world)
+        elif step >= self.next_check:
+            now = time.perf_counter()
+            last_step, last_time = self.last_check or (step, now)
+            ddp.check_signals(self.world)
 
-        # all ranks compute the same next step, as `seconds` is the mean over the ranks
-        steps_in_2_s = int(2 * (step - last_step) / seconds) if seconds else 1
-        self.last_exchange = (step, now)
-        self.next_exchange = step + max(1, steps_in_2_s)
-        return signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
+            # all ranks compute the same next step, from the sum of their times
+            seconds = ddp.sum_over_ranks(self.world, now - last_time)[0] / self.world.size
+            steps_in_2_s = int(2 * (step - last_step) / seconds) if seconds else 1
+            self.last_check = (step, now)
+            self.next_check = step + max(1, steps_in_2_s)
