@@ -84,8 +84,7 @@ def load_tasks(config: EvaluateConfig):
     Raises UserError if the harness is not installed, or if a task is not found or has no data.
     """
     # the tasks import Hugging Face's package `evaluate`, which this file would shadow
-    folder = str(Path(__file__).parent)
-    if sys.path[0] == folder:
+    if sys.path[0] == str(Path(__file__).parent):
         sys.path.append(sys.path.pop(0))
     try:
         from lm_eval.tasks import TaskManager  # noqa: PLC0415 (an optional package)
@@ -94,16 +93,18 @@ def load_tasks(config: EvaluateConfig):
                         "pip install 'lm-eval>=0.4.13,<0.5'") from None
     if config.task_folder and not config.task_folder.is_dir():
         raise UserError(f"There is no folder {config.task_folder}.")
-    manager = TaskManager(include_path=config.task_folder and str(config.task_folder))
 
-    # find the names
-    names = []
-    for pattern in config.tasks.split(","):
-        matching = manager.match_tasks([pattern.strip()])
-        if not matching:
-            raise UserError(f"There is no task {pattern.strip()!r}: `lm-eval ls tasks` lists them, "
-                            "and --task-folder names a folder with others.")
-        names += matching
+    # look for the names in the folder; only then read the harness's own tasks, which takes seconds
+    patterns = [name.strip() for name in config.tasks.split(",")]
+    folder = config.task_folder and str(config.task_folder)
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not all(manager.match_tasks([pattern]) for pattern in patterns):
+        manager = TaskManager(include_path=folder)
+    for pattern in patterns:
+        if not manager.match_tasks([pattern]):
+            raise UserError(f"There is no task {pattern!r}: `lm-eval ls tasks` lists them, and "
+                            "--task-folder names a folder with others.")
+    names = manager.match_tasks(patterns)
     try:
         manager.load(names)
     except Exception as error:  # a task's file can raise anything, and so can a download

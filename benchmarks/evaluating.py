@@ -7,15 +7,15 @@ The four local tasks have the shapes of the harness's: answers to a question (He
 word (LAMBADA's), letters after solved examples (MMLU's) and whole texts (WikiText's). The model is
 the bundled `edu`, exported for transformers by publish.py. The programs run in alternating rounds.
 """
-import contextlib
 import dataclasses
-import io
 import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
+import torch
 import tyro
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -24,11 +24,14 @@ from lm_eval.tasks import TaskManager
 import publish
 from benchmarks.ratio import print_ratio
 from checkpoint import load_model
-from evaluate import evaluate
+from engine.harness import HarnessModel
 from generate import Engine
 from hellaswag import read_examples
+from model import GPT, SIZES
+from tokenizer import gpt2_tokenizer
+from weights.huggingface import save_huggingface
 
-LETTERS = "Question: {{ctx}}\nA. {{endings[0]}}\nB. {{endings[1]}}\nAnswer:"
+LETTERS = "Question: {{ctx[:60]}}\nA. {{endings[0][:30]}}\nB. {{endings[1][:30]}}\nAnswer:"
 TASKS = {
     "endings": {
         "output_type": "multiple_choice", "doc_to_text": "{{activity_label}}: {{ctx}}",
@@ -55,6 +58,7 @@ class Config:
     data: tyro.conf.Positional[Path]
     """HellaSwag's validation examples."""
     model: str = "bundled:edu"
+    """Any name of a model; random is GPT-2 124M with random weights."""
     device: str = "cpu"
     examples: int = 200
     batch_size: int = 16
@@ -67,27 +71,29 @@ def main(config: Config):
         folder = Path(name)
         write_tasks(folder / "tasks", read_examples(config.data, config.examples))
         manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-        publish.export(config.model, folder / "model", dtype="float32")
+        if config.model == "random":
+            torch.manual_seed(0)
+            save_huggingface(folder / "model", GPT(SIZES["gpt2"]), gpt2_tokenizer(), torch.float32)
+        else:
+            publish.export(config.model, folder / "model", dtype="float32")
 
         # load the same weights into both programs
+        model, tokenizer, _ = load_model(folder / "model", config.device)
+        ours = HarnessModel(Engine(model, tokenizer, "float32"))
         theirs = HFLM(str(folder / "model"), device=config.device, dtype="float32",
                       batch_size=config.batch_size)
-        model, tokenizer, _ = load_model(folder / "model", config.device)
-        engine = Engine(model, tokenizer, "float32")
-
         for task in TASKS:
             our_times, their_times = [], []
             for _ in range(config.rounds):
-                our_results, seconds = timed(lambda: evaluate(engine, [task], manager))  # noqa: B023
+                our_results, seconds = evaluate(ours, task, manager)
                 our_times.append(seconds)
-                their_results, seconds = timed(lambda: simple_evaluate(  # noqa: B023
-                    theirs, tasks=[task], task_manager=manager, bootstrap_iters=0))  # noqa: B023
+                their_results, seconds = evaluate(theirs, task, manager)
                 their_times.append(seconds)
-            print_comparison(task, our_results["results"][task], their_results["results"][task])
+            print_comparison(task, our_results, their_results)
             speed = config.examples / statistics.median(our_times)
             ratios = [their / our for our, their in zip(our_times, their_times)]
-            print_ratio(f"the task `{task}`", ratios, "times lm-eval's Hugging Face backend",
-                        f"{speed:.0f} examples/s")
+            print_ratio(f"lm-eval's requests, task `{task}`", ratios,
+                        "times its Hugging Face backend", f"{speed:.0f} examples/s")
 
 
 def write_tasks(folder: Path, examples: list[dict]):
@@ -100,12 +106,23 @@ def write_tasks(folder: Path, examples: list[dict]):
         (folder / f"{task}.yaml").write_text(json.dumps(content))  # JSON is YAML
 
 
-def timed(run) -> tuple[dict, float]:
-    """(the results of `run`, its seconds of wall time)."""
-    began = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        results = run()
-    return results, time.perf_counter() - began
+def evaluate(lm, task: str, manager: TaskManager) -> tuple[dict, float]:
+    """(the task's results, the seconds that the model took to answer the requests)."""
+    seconds = 0.0
+
+    def timed(method):
+        def answer(requests, **options):
+            nonlocal seconds
+            began = time.perf_counter()
+            answers = method(requests, **options)
+            seconds += time.perf_counter() - began
+            return answers
+        return answer
+
+    with mock.patch.multiple(lm, loglikelihood=timed(lm.loglikelihood),
+                             loglikelihood_rolling=timed(lm.loglikelihood_rolling)):
+        results = simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0)
+    return results["results"][task], seconds
 
 
 def print_comparison(task: str, ours: dict, theirs: dict):

@@ -166,7 +166,8 @@ def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]]
             # score a batch of the longest items
             count = max(1, batch_tokens // sizes[remaining[-1]])
             batch, remaining = remaining[-count:], remaining[:-count]
-            scores = iter(score_batch(packed, vocab_size, [part for i in batch for part in items[i]]))
+            parts = [part for i in batch for part in items[i]]
+            scores = iter(score_batch(packed, vocab_size, parts))
             # add up the windows of each continuation
             for i in batch:
                 indices = [index for part in items[i] for index in part.indices]
