@@ -65,12 +65,15 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
             exists = ddp.any_rank(world, exists)
         if not exists:
             write_checkpoint(run, step, model, optimizer_state, tokenizer, config, val_loss, world)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+    except Exception as error:
+        # a full disk must not stay full
+        if world.is_main:
+            remove_temporary_files(run)
+        # torch.save hides the disk's error behind a RuntimeError about its own file
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            error = error.__context__
+        if not isinstance(error, OSError | SafetensorError):
             raise
-        shutil.rmtree(run / "state.tmp", ignore_errors=True)
-        temporary_model(run, step).unlink(missing_ok=True)
         raise SaveError(f"The checkpoint of step {step} could not be written to {run} ({error})"
                         ) from None
     if not world.is_main:
@@ -107,9 +110,8 @@ def write_checkpoint(run: Path, step: int, model: GPT, optimizer_state: dict, to
     is_sharded = ddp.is_sharded(model)
     fits_pt = not is_sharded or 4 * model.num_parameters() <= MAX_PT_BYTES
 
-    # remove the files of an interrupted attempt
     if world.is_main:
-        shutil.rmtree(state, ignore_errors=True)
+        remove_temporary_files(run)  # of an interrupted attempt
 
     # write the optimizer's tensors, and the weights that do not fit a .pt
     if is_sharded:
@@ -158,6 +160,12 @@ def model_file(run: Path, step: int) -> Path:
 def temporary_model(run: Path, step: int) -> Path:
     """The name under which the model is written before it is renamed."""
     return run / f"model_{step:05d}.pt.tmp"
+
+
+def remove_temporary_files(run: Path):
+    shutil.rmtree(run / "state.tmp", ignore_errors=True)
+    for path in run.glob("model_*.pt.tmp"):
+        path.unlink()
 
 
 def model_path(run: Path, step: int) -> Path:
@@ -363,6 +371,8 @@ def load_sharded(state: Path) -> tuple[GPT, Tokenizer, dict]:
     """(GPT, tokenizer, step and validation loss) from a state that holds the weights."""
     try:
         saved = read_json(state / "model.json")
+        if not is_complete(state.parent, saved["step"]):
+            raise ValueError("it does not match its checksums")
         with torch.device("meta"):
             model = GPT(saved["config"])
         weights = sharding.named_weights(model.to_empty(device="cpu").state_dict())

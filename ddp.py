@@ -75,6 +75,7 @@ def join_world(device: str = "auto", wait_s: float = 600):
     if device.type == "mps":
         raise UserError("Several processes can train on NVIDIA GPUs or on the CPU only: add "
                         "--device cpu.")
+    end_with_torchrun()
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 store=connect_store(rank, wait_s), rank=rank, world_size=size,
@@ -94,6 +95,14 @@ def join_world(device: str = "auto", wait_s: float = 600):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def end_with_torchrun():
+    """Makes Linux send SIGTERM to this process if its torchrun is killed, which could not do so."""
+    # CDLL(None) raises TypeError on Windows; macOS has no prctl
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def torchrun_variables() -> tuple[int, int, int]:

@@ -188,8 +188,9 @@ def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], pr
     n = correct = correct_norm = 0
     with tqdm(total=len(items), desc=protocol, unit="example", disable=not show_progress) as bar:
         scores = log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens, world)
-        for item, sums in scores:
+        for item, likelihoods in scores:
             i = share[item]
+            sums = [likelihood.logprob for likelihood in likelihoods]
             logprob_of = dict(zip(distinct_endings[item], sums))
             # an ending without tokens may have no sum
             logprobs[i] = [logprob_of.get(tuple(ids), 0.0) for ids in tokenized[item].endings]

@@ -240,7 +240,7 @@ def cost(run: str | Path) -> dict[str, str]:
         if "event" in line:
             session = line
             previous = line["time"]
-        elapsed = line["time"] - previous
+        elapsed = max(0, line["time"] - previous)  # the clock may have been set back
         previous = line["time"]
         processes = session.get("processes", 1)
         name = str(session.get("device", "an unknown device"))

@@ -292,22 +292,26 @@ def save(run: TrainingRun, step: int, val_loss: float | None):
     UserError if it was the last one.
     """
     config = run.config
-    if not run.log and not config.shard:
-        return
+    error = None
     if config.shard:
         run.model.reshard()  # free the weights that validation gathered
-    try:
-        fingerprint = run_fingerprint(config, run.manifest, step)
-        checkpoint.save(run.folder, step, run.model, optim.named_state(run.model, run.optimizers),
-                        run.tokenizer, fingerprint | {"grad_scaler": run.scaler.state_dict()},
-                        val_loss, run.world)
-    except checkpoint.SaveError as error:
-        is_last_checkpoint = val_loss is None or step == config.max_steps
-        if is_last_checkpoint:
-            raise UserError(f"{error}. Free some disk space and run the same command again to "
-                            "resume from the last checkpoint.") from None
-        if run.log:
-            runlog.warn(f"{error}; training continues")
+    if run.log or config.shard:
+        try:
+            fingerprint = run_fingerprint(config, run.manifest, step)
+            checkpoint.save(run.folder, step, run.model,
+                            optim.named_state(run.model, run.optimizers), run.tokenizer,
+                            fingerprint | {"grad_scaler": run.scaler.state_dict()},
+                            val_loss, run.world)
+        except checkpoint.SaveError as save_error:
+            error = save_error
+
+    # if the last checkpoint failed, end all ranks with this error, of which rank 0 prints its own
+    is_last_checkpoint = val_loss is None or step == config.max_steps
+    if is_last_checkpoint and ddp.any_rank(run.world, error):
+        raise UserError(f"{error}. Free some disk space and run the same command again to resume "
+                        "from the last checkpoint.")
+    if error and run.log:
+        runlog.warn(f"{error}; training continues")
 
 
 def save_and_exit(run: TrainingRun, step: int, signal_number: int):

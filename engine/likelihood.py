@@ -46,6 +46,7 @@ class SharedPrefix(NamedTuple):
     context: list[int]
     continuations: list[list[int]]
     indices: list[int]  # each continuation's index in its item; windows of one share its index
+    unscored: list[int] | None = None  # leading tokens of each continuation to leave out of its sum
 
 
 def fit_to_context(context: list[int], continuations: list[list[int]], tokenizer: Tokenizer,
@@ -90,17 +91,59 @@ def rolling_windows(ids: list[int], start: int, block_size: int,
 
 
 # --------------------------------------------------------------------------------------------------
+# Requests that share a prefix
+
+def group_by_prefix(pairs: list[tuple[list[int], list[int]]], max_tokens: int
+                    ) -> list[SharedPrefix]:
+    """Group (context, continuation) pairs so that the tokens that they share are computed once.
+
+    Pairs share a context, as the answers to a question do, or only its beginning, as questions
+    after the same examples do. The `indices` of a group are into `pairs`. A group of at most
+    `max_tokens` takes a pair if that saves a quarter of the pair's tokens or more.
+    """
+    sequences = [context + continuation for context, continuation in pairs]
+    groups = []  # (indices of the members, number of tokens that they share)
+    for i in sorted(range(len(pairs)), key=lambda i: sequences[i]):
+        length = len(pairs[i][0])  # a group can share what precedes the first scored token
+        if groups:
+            members, shared = groups[-1]
+            common = min(shared, length, common_prefix(sequences[members[-1]], sequences[i]))
+            saved = common * len(members) - shared * (len(members) - 1)
+            tokens = common + sum(len(sequences[j]) - common for j in [*members, i])
+            if saved > len(sequences[i]) // 4 and tokens <= max_tokens:
+                groups[-1] = ([*members, i], common)
+                continue
+        groups.append(([i], length))
+    return [SharedPrefix(sequences[members[0]][:shared], [sequences[i][shared:] for i in members],
+                         members, [len(pairs[i][0]) - shared for i in members])
+            for members, shared in groups]
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """The number of tokens at the beginning of `a` and `b` that are equal."""
+    for n, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return n
+    return min(len(a), len(b))
+
+
+# --------------------------------------------------------------------------------------------------
 # Log-likelihoods
+
+class Likelihood(NamedTuple):
+    """The log-likelihood of a continuation, over the first `vocab_size` ids."""
+    logprob: float  # the sum of the tokens' log-probabilities, in nats
+    is_greedy: bool  # whether each token is the likeliest one after those before it
+
 
 @torch.no_grad()
 def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]],
                     batch_tokens: int | None, world: ddp.World = ddp.SINGLE_PROCESS,
-                    ) -> Iterator[tuple[int, list[float]]]:
-    """Yield (the item's index, the log-likelihood of each of its continuations), longest first.
+                    ) -> Iterator[tuple[int, list[Likelihood]]]:
+    """Yield (the item's index, a `Likelihood` for each of its continuations), longest first.
 
-    A log-likelihood is the sum of the tokens' log-probabilities, in nats, over the first
-    `vocab_size` ids. All ranks of the world must call this together, each with its own items.
     Raises UserError if the model predicts NaN, and ddp.Stopped after a signal to a training run.
+    All ranks of the world must call this together, each with its own items.
     """
     was_training = [(module, module.training) for module in model.modules()]
     packed = pack_model(model.eval())
@@ -125,45 +168,53 @@ def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]]
             # score a batch of the longest items
             count = max(1, batch_tokens // sizes[remaining[-1]])
             batch, remaining = remaining[-count:], remaining[:-count]
-            sums = iter(score_batch(packed, vocab_size, [part for i in batch for part in items[i]]))
+            parts = [part for i in batch for part in items[i]]
+            scores = iter(score_batch(packed, vocab_size, parts))
             # add up the windows of each continuation
             for i in batch:
                 indices = [index for part in items[i] for index in part.indices]
-                totals = [0.0] * (max(indices, default=-1) + 1)
+                totals = [Likelihood(0.0, True)] * (max(indices, default=-1) + 1)
                 for index in indices:
-                    totals[index] += next(sums)
+                    logprob, is_greedy = next(scores)
+                    total = totals[index]
+                    totals[index] = Likelihood(total.logprob + logprob,
+                                               total.is_greedy and is_greedy)
                 yield i, totals
     finally:
         for module, training in was_training:
             module.training = training
 
 
-def score_batch(model: GPT, vocab_size: int, parts: list[SharedPrefix]) -> list[float]:
-    """The log-likelihood of each continuation of the parts, in order, in one forward pass."""
+def score_batch(model: GPT, vocab_size: int, parts: list[SharedPrefix]) -> list[Likelihood]:
+    """The likelihood of each continuation of the parts, in order, in one forward pass."""
     device = model.transformer.wte.weight.device
     ids, positions, mask, logit_rows, targets, lengths = (
         tensor.to(device) for tensor in collate([pack(part) for part in parts]))
     hidden = model.hidden(ids, positions=positions, mask=mask).flatten(0, 1)  # (B * T, C)
     # compute the logits in chunks of rows
     chunk = max(1, MAX_LOGITS // vocab_size)
-    logprobs = []
+    scores = []
     for rows, row_targets in zip(logit_rows.split(chunk), targets.split(chunk)):
         logits = model.logits(hidden[rows])[:, :vocab_size].float()  # (rows, V)
-        logprobs.append(log_probabilities(logits, row_targets))
-    logprobs = torch.cat(logprobs)  # (S,)
+        scores.append(score_targets(logits, row_targets))
+    logprobs, is_greedy = (torch.cat(parts).cpu() for parts in zip(*scores))  # (S,) each
     if not logprobs.isfinite().all():
         raise UserError("The model predicts NaN: its weights are damaged or its training diverged.")
-    return [tokens.sum().item() for tokens in logprobs.cpu().double().split(lengths.tolist())]
+    lengths = lengths.tolist()
+    return [Likelihood(tokens.sum().item(), greedy.all().item()) for tokens, greedy in
+            zip(logprobs.double().split(lengths), is_greedy.split(lengths))]
 
 
-def log_probabilities(logits, targets):
-    """log_softmax(logits)[targets]: logits (N, V), which are overwritten, and targets (N,) -> (N,).
+def score_targets(logits, targets):
+    """log_softmax(logits)[targets] and whether each target is the likeliest id, both (N,).
 
-    Written out because `torch.logsumexp` is several times slower on a CPU.
+    Takes logits (N, V), which it overwrites, and targets (N,). The softmax is written out because
+    `torch.logsumexp` is several times slower on a CPU.
     """
     target_logits = logits.gather(1, targets[:, None])[:, 0]  # (N,)
-    largest = logits.amax(-1, keepdim=True)  # (N, 1)
-    return target_logits - logits.sub_(largest).exp_().sum(-1).log_().add_(largest[:, 0])
+    largest = logits.amax(-1)  # (N,)
+    log_sum = logits.sub_(largest[:, None]).exp_().sum(-1).log_().add_(largest)
+    return target_logits - log_sum, target_logits == largest
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,8 +226,8 @@ class PackedSequence(NamedTuple):
     positions: list[int]  # (T,)
     branches: list[int]  # (T,) 0 for the context, 1, 2, … for the continuations
     logit_rows: list[int]  # (S,) rows of the sequence that predict the targets
-    targets: list[int]  # (S,) all tokens of all continuations
-    lengths: list[int]  # of the continuations; they sum to S
+    targets: list[int]  # (S,) all scored tokens of all continuations
+    lengths: list[int]  # scored tokens of the continuations; they sum to S
 
 
 def packed_length(part: SharedPrefix) -> int:
@@ -189,17 +240,19 @@ def pack(part: SharedPrefix) -> PackedSequence:
     """The context once, followed by the inputs of each continuation as a branch of its own."""
     T = len(part.context)
     sequence = PackedSequence(list(part.context), list(range(T)), [0] * T, [], [], [])
-    for branch, continuation in enumerate(part.continuations, 1):
+    unscored = part.unscored or [0] * len(part.continuations)
+    for branch, (continuation, skip) in enumerate(zip(part.continuations, unscored), 1):
         inputs = continuation[:-1]
         if continuation:
             # the context's last token predicts the first token, each input the one after it
             begin = len(sequence.ids)
-            sequence.logit_rows.extend([T - 1, *range(begin, begin + len(inputs))])
+            rows = [T - 1, *range(begin, begin + len(inputs))]
+            sequence.logit_rows.extend(rows[skip:])
         sequence.ids.extend(inputs)
         sequence.positions.extend(range(T, T + len(inputs)))
         sequence.branches.extend([branch] * len(inputs))
-        sequence.targets.extend(continuation)
-        sequence.lengths.append(len(continuation))
+        sequence.targets.extend(continuation[skip:])
+        sequence.lengths.append(len(continuation) - skip)
     return sequence
 
 
@@ -258,8 +311,8 @@ def perplexity(model: GPT, tokenizer: Tokenizer, text: str, stride: int | None =
     with tqdm(total=len(ids) - 1, desc="text", unit="token", unit_scale=True,
               disable=not show_progress) as bar:
         while items := [[window] for window in itertools.islice(windows, 1000)]:
-            for i, (logprob,) in log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens):
-                nats -= logprob
+            for i, (score,) in log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens):
+                nats -= score.logprob
                 tokens += len(items[i][0].continuations[0])
                 bar.update(tokens - bar.n)
                 bar.set_postfix_str(f"{nats / tokens:.4f} nats per token", refresh=False)

@@ -364,8 +364,39 @@ def test_a_torchrun_that_was_killed_can_join_the_run_again(one):
     assert_same_run(one.parent / "whole", run, tolerance=2e-3, last_step=300)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of a lost parent")
+def test_ranks_save_and_end_when_their_torchrun_is_killed(one):
+    run = one.parent / "orphaned"
+    launcher = start(*LONG, "--max-steps", 100_000, "--run", "orphaned", launcher=torchrun(2))
+    wait_until(lambda: has_saved(run, 20), launcher)
+    pids = workers(launcher).values()
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 60
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert checkpoint.newest(run) % 20  # a step that was saved because of the signal
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie, which nobody may collect in a container."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 # --------------------------------------------------------------------------------------------------
 # User errors
+
+def test_a_full_disk_at_the_last_checkpoint_ends_all_ranks_with_one_sentence(one):
+    arguments = [*BASE, "--run", "full", "--save-every", 100, "--wait-s", 60]
+    assert train_ranks(2, *arguments, prepare_rank=FailFirstCall("torch.save")) == [2, 2]
+    first, second = (Path(f"rank-{i}.txt").read_text() for i in range(2))
+    assert "could not be written" in first and "No space left" in first
+    assert "lost contact" not in first + second
+
 
 def test_an_error_on_the_main_process_ends_the_others_with_one_sentence(one):
     assert train_ranks(2, *BASE, "--resume", "none", "--run", "one") == [2, 2]

@@ -92,6 +92,13 @@ def test_energy_counts_lost_hours_but_not_the_time_between_sessions(fake_run):
     assert figures["throughput, median"] == "1,600,000 tokens/s"
 
 
+def test_a_clock_that_is_set_back_takes_no_time_from_the_report(fake_run):
+    path = fake_run / "metrics.jsonl"
+    lines = path.read_text().replace('"time": 3600,', '"time": -9000,')
+    path.write_text(lines)
+    assert report.summary(fake_run)["time"].startswith("1.50 hours")  # without the line's 1,800 s
+
+
 def test_no_energy_is_stated_for_an_unknown_device(fake_run):
     path = fake_run / "metrics.jsonl"
     path.write_text(path.read_text().replace("NVIDIA A100-SXM4-80GB", "cpu"))

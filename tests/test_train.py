@@ -1,11 +1,13 @@
 """Training: runs and what resumes them, checkpoints, the plan, optimizers, and loading models."""
 import dataclasses
+import errno
 import functools
 import importlib.util
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -15,8 +17,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import (
     PROSE,
     ROOT,
@@ -612,6 +616,40 @@ def test_training_continues_on_a_full_disk_until_the_last_checkpoint(data, comma
     assert checkpoint.newest(RUN) == 6
 
 
+@pytest.mark.parametrize("kilobytes", [20, 24, 28, 32, 36])
+def test_a_full_tmpfs_costs_a_run_no_step_and_keeps_no_temporary_file(data, kilobytes, capsys):
+    """Of these sizes, some are too small for the model's file and some for its state's only."""
+    LOG.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", LOG]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no permission to mount a tmpfs")
+    try:
+        with pytest.raises(UserError, match=r"could not be written.*No space left|device full"):
+            train_tiny("--n-embd", 32)
+        assert "training continues" in capsys.readouterr().err
+        assert not list(RUN.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=4m", LOG], check=True)
+        train_tiny("--n-embd", 32)
+        assert checkpoint.newest(RUN) == 6
+    finally:
+        subprocess.run(["umount", LOG], check=True)
+
+
+def test_an_error_that_torch_save_hides_is_a_full_disk(tmp_path, monkeypatch):
+    """It raises a RuntimeError about its own file, whose context is the disk's error."""
+    def save_on_a_full_disk(content, file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", save_on_a_full_disk)
+    (tmp_path / "model_00007.pt.tmp").touch()  # of an attempt that was interrupted
+    with pytest.raises(checkpoint.SaveError, match=r"step 1 could not .*No space left on device"):
+        save_tiny(tmp_path, 1, 1.5)
+    assert not list(tmp_path.iterdir())
+
+
 def train_step_on_mps(run, *arguments):
     """train_step as on Apple's GPU, where AdamW may ignore found_inf, though computed on a CPU."""
     def step_without_found_inf(optimizer):
@@ -722,6 +760,30 @@ def test_a_run_resumes_only_with_its_original_options(data, capsys):
             train_tiny(*options)
     train_tiny()
     assert "complete at step 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_run_does_not_resume_on_other_tokens_in_the_same_files(data, has_manifest):
+    shard = Path("data/prose_char/prose_train_000001.npy")
+    if not has_manifest:  # raw tokens, as nanoGPT writes them
+        for split, path in ("train", shard), ("val", shard.with_name("prose_val_000000.npy")):
+            np.load(path).tofile(f"data/{split}.bin")
+        tokenizer = load_tokenizer(read_manifest("data/prose_char")["tokenizer"])
+        alphabet = tokenizer.to_dict()["chars"]
+        meta = {"itos": dict(enumerate(alphabet)), "stoi": {c: i for i, c in enumerate(alphabet)}}
+        Path("data/meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(alphabet), **meta}))
+        shard = Path("data/train.bin")
+    options = ["--data", shard.parent]
+    train_tiny(*options, "--max-steps", 4)
+    train_tiny(*options, "--max-steps", 4)
+
+    # reverse the tokens, which keeps their number
+    if has_manifest:
+        np.save(shard, np.load(shard)[::-1])
+    else:
+        np.fromfile(shard, np.uint16)[::-1].tofile(shard)
+    with pytest.raises(UserError, match="was started with other data than data"):
+        train_tiny(*options, "--max-steps", 4)
 
 
 def test_a_run_older_than_an_option_resumes_with_the_options_default(data, monkeypatch):
@@ -1164,6 +1226,29 @@ def test_a_model_in_the_layout_of_gpt2_is_downloaded_from_the_hub(command, web, 
     result = command("generate.py", "-m", "nobody/nothing", "-p", "x", environment=online,
                      check=False)
     assert_one_line_error(result, ".*Hub has no model of that name")
+
+
+def test_a_model_that_was_damaged_on_the_disk_is_not_loaded(saved_run, tmp_path):
+    """Four bytes of a weight change, which leaves a model that looks intact and writes nonsense."""
+    model, tokenizer, info = checkpoint.load_model(saved_run)
+    save_huggingface(tmp_path / "published", model, tokenizer, step=info["step"])
+    for path in saved_run / "model_00001.pt", tmp_path / "published" / "model.safetensors":
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle:middle + 4] = bytes(4) if any(content[middle:middle + 4]) else b"\1" * 4
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.load_model(path)
+
+
+def test_a_model_that_others_trained_further_does_not_keep_our_step_and_loss(saved_run, tmp_path):
+    folder = tmp_path / "published"
+    publish.export(str(saved_run), folder, "float32")
+    assert checkpoint.load_model(folder)[2]["step"] == 1
+    fine_tuned = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    fine_tuned.save_pretrained(folder)
+    info = checkpoint.load_model(folder)[2]
+    assert not {"step", "val_loss", "train_config"} & set(info)
 
 
 def test_loading_a_model_does_not_run_code_in_its_file(tmp_path):

@@ -13,6 +13,7 @@ import tyro
 
 from common.errors import UserError
 from dataloader import Order
+from shards import sample_checksum
 from training import optim
 
 
@@ -176,13 +177,15 @@ MAY_CHANGE = {
 def run_fingerprint(config: TrainConfig, manifest: dict, step: int) -> dict:
     """The values that must not change when a run resumes from its checkpoint at `step`.
 
-    Data are compared by the checksums of their shards. Before the decay of "wsd" begins, the
+    Data are compared by the checksums of their shards in the manifest, and by a sample of their
+    tokens, as other tokens can be put under the same name. Before the decay of "wsd" begins, the
     learning rate does not depend on max_steps, so max_steps may still change.
     """
     checksums = "".join(shard["sha256"] for shard in manifest.get("shards", ()))
     digest = hashlib.sha256(checksums.encode()).hexdigest()[:16]
     fingerprint = {name: value for name, value in as_json(config).items() if name not in MAY_CHANGE}
     fingerprint["data"] = digest if checksums else str(config.data)
+    fingerprint["data_sample"] = sample_checksum(config.data, manifest)
     decay_starts = optim.decay_start(config.warmup_steps, config.max_steps)
     if config.schedule == "wsd" and step <= decay_starts:
         fingerprint["max_steps"] = "open"

@@ -364,7 +364,10 @@ def load_checkpoint(folder: Path, step: int, config: TrainConfig, manifest: dict
     saved = checkpoint.saved_config(folder, step)
     for name, value in run_fingerprint(config, manifest, step).items():
         # a checkpoint older than an option was trained with the option's default
-        saved_value = saved.get(name, getattr(TrainConfig, name, None))
+        saved_value = saved.get(name, getattr(TrainConfig, name, value))
+        if saved_value != value and name.startswith("data"):
+            raise UserError(f"{folder} was started with other data than {config.data} holds now: "
+                            "restore the data, or choose another --name.")
         if saved_value != value:
             raise UserError(f"{folder} was started with {name} {saved_value}, and this command has "
                             f"{value}: repeat the original value, or choose another --name.")

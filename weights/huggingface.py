@@ -4,11 +4,12 @@ Loads OpenAI's GPT-2 and the models of allenporter and samkeet. Saves a folder t
 vLLM and others open. Hugging Face's GPT-2 keeps its matrices in `Conv1D` as (in, out), and our
 `nn.Linear` keeps them as (out, in), so they are transposed in both directions.
 """
+import hashlib
 import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from common.errors import UserError
@@ -39,18 +40,21 @@ def save_huggingface(folder, model: GPT, tokenizer: Tokenizer, dtype: torch.dtyp
                      **info):
     """Writes the model and its tokenizer into `folder`, and overwrites the files of an earlier one.
 
-    The files are model.safetensors in `dtype`, config.json with `info` added to it,
-    generation_config.json and the tokenizer's own.
+    The files are model.safetensors in `dtype`, config.json, generation_config.json and the
+    tokenizer's own. The weights' checksum and `info` are in the header of model.safetensors: a
+    program that trains the model further keeps config.json, but writes a new header.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # weights
     weights = to_huggingface(model.state_dict(), tokenizer.vocab_size)
     weights = {name: cast_weight(name, w, dtype).contiguous() for name, w in weights.items()}
-    content = save(weights, {"format": "pt"})
+    content = save(weights)
+    checksum = hashlib.sha256(memoryview(content)[header_size(content):]).hexdigest()
+    content = save(weights, {"format": "pt", "sha256": checksum, "training": json.dumps(info)})
     write_atomically(folder / "model.safetensors", lambda file: file.write(content))
     # configuration
-    write_json(folder / "config.json", {**huggingface_config(model, tokenizer, dtype), **info})
+    write_json(folder / "config.json", huggingface_config(model, tokenizer, dtype))
     write_json(folder / "generation_config.json", {
         "do_sample": True, "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot,
         # by default, stay within the context: transformers cannot generate beyond it
@@ -94,7 +98,8 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
     try:
         c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        state = normalize_names(read_safetensors(folder))
+        state, training = read_safetensors(folder)
+        state = normalize_names(state)
         check_config(c, folder)
         config = GPTConfig(
             block_size=c.get("n_positions") or c.get("n_ctx") or c["block_size"],
@@ -108,7 +113,8 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
         raise UserError(f"The files in {folder} are damaged, or they are not a GPT-2 "
                         f"({type(error).__name__}: {error}).") from None
     tokenizer = read_tokenizer(folder, c)
-    info = {ours: c[theirs] for ours, theirs in INFO_KEYS if theirs in c}
+    source = training or c  # other programs, and older versions of this one, use config.json
+    info = {ours: source[theirs] for ours, theirs in INFO_KEYS if theirs in source}
     return build_model(config, state, folder), tokenizer, info
 
 
@@ -141,14 +147,31 @@ def check_config(c: dict, folder: Path):
                         f"{', '.join(ACTIVATIONS)}.")
 
 
-def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The folder's weights, from one file or from the several files that its index names."""
+def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The weights, from one file or from those that the index names, and what they say of training.
+
+    Raises ValueError if a file does not match the checksum in its header.
+    """
     index = read_json(folder / "model.safetensors.index.json")
     names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-    state = {}
+    state, training = {}, {}
     for name in names:
         # an index must not lead outside the folder
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder} is not a complete model folder: it has no {name}.")
+        with safe_open(folder / name, "pt") as file:
+            metadata = file.metadata() or {}
+        if "sha256" in metadata:
+            with open(folder / name, "rb") as file:
+                file.seek(header_size(file.read(8)))
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            if checksum != metadata["sha256"]:
+                raise ValueError(f"{name} does not match its checksum")
+        training |= json.loads(metadata.get("training", "{}"))
         state |= load_file(folder / name)
-    return state
+    return state, training
+
+
+def header_size(content: bytes) -> int:
+    """The size in bytes of a safetensors file's header, from the 8 bytes with which it starts."""
+    return 8 + int.from_bytes(content[:8], "little")

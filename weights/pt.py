@@ -92,6 +92,9 @@ def unpickle(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("an archive that unpacks to more than its size")
+            # torch.load does not look at the checksums of the archive's entries
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} does not match its checksum")
         # allow one class, GPTConfig, whatever module the other program has it in
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         configs = [(ForeignConfig, name) for name in classes
