@@ -136,12 +136,21 @@ class Completion:
                 lengths.append(len(text))
                 for number in range(i * self.n, (i + 1) * self.n):
                     yield Part(number, text, tokens)
+            begun = set()  # choices that have text
             async for batch in self.stream:
                 for i, piece in batch:
                     self.count(piece)
+                    number = i * self.n + piece.index
+                    text = piece.text if number in begun else self.begin(piece.text)
                     tokens = self.token_info(piece, lengths[i])
-                    if piece.text or tokens or piece.reason:
-                        yield Part(i * self.n + piece.index, piece.text, tokens, piece.reason)
+                    if text:
+                        begun.add(number)
+                    if text or tokens or piece.reason:
+                        yield Part(number, text, tokens, piece.reason)
+
+    def begin(self, text: str) -> str:
+        """The beginning of a choice's text."""
+        return text
 
     def count(self, piece: Piece):
         if piece.token is None or piece.token.id == self.engine.tokenizer.eot:
@@ -235,6 +244,9 @@ class ChatCompletion(Completion):
 
     async def echo(self, prompt: int) -> tuple[str, list[TokenInfo]]:
         return "", []
+
+    def begin(self, text: str) -> str:
+        return text.lstrip()  # templates add the space after the speaker's name themselves
 
     def choice(self, part: Part) -> dict:
         message = {"role": "assistant", "content": part.text, "refusal": None}

@@ -326,8 +326,9 @@ class Scheduler:
                 if request.active and not request.started:
                     request.put(Busy(f"Busy: after {self.deadline_s:g} s this request was still "
                                      f"number {position} in the queue; try again later."))
-                for i in range(request.started, request.n) if request.started else ():
-                    request.put((i, "deadline"))
+                elif request.active:
+                    for i in range(request.started, request.n):
+                        request.put((i, "deadline"))
             # admit samples, one by one
             while request := self.next_request():
                 self.start_sample(request)
@@ -335,14 +336,17 @@ class Scheduler:
     def next_request(self) -> Request | None:
         """The request that starts the next sample: that of the client with the fewest places."""
         free = self.max_running - len(self.running)
+        if not free or not self.waiting:
+            return None
         places = collections.Counter(sequence.request.client for sequence in self.running)
-        ready = []
-        for request in self.waiting if free else ():
-            # the other samples start from the prompt that the first one has prefilled
-            first_or_prefilled = not request.started or request.prefilled
+
+        def can_start(request: Request) -> bool:
             alone = request.client == id(request)
-            if first_or_prefilled and (alone or places[request.client] < SHARE * free):
-                ready.append(request)
+            # the other samples start from the prompt that the first one has prefilled
+            prepared = not request.started or request.prefilled
+            return prepared and (alone or places[request.client] < SHARE * free)
+
+        ready = filter(can_start, self.waiting)
         return min(ready, key=lambda request: places[request.client], default=None)
 
     def start_sample(self, request: Request):

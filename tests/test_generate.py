@@ -99,6 +99,9 @@ def test_generation_stops_at_end_of_text_and_leaves_it_out(gpt2_engine):
         weights.wte.weight[50256] = 1.0
     assert gpt2_engine.generate("Hello", n=2, temperature=0, max_new_tokens=10) == ["", ""]
     assert list(gpt2_engine.stream("Hello", temperature=0, max_new_tokens=10)) == []
+    # with logprobs, the end has one
+    (_, token), (_, reason) = gpt2_engine.submit("Hello", temperature=0, logprobs=1)
+    assert token.id == 50256 and token.top[0] == (50256, token.logprob) and reason == "stop"
 
 
 def test_padding_ids_are_never_sampled(gpt2_engine):
@@ -148,7 +151,7 @@ def test_predictions_that_are_not_numbers_are_an_error(char_engine):
 @pytest.mark.parametrize("option", [
     {"prompt": []}, {"temperature": -0.1}, {"temperature": math.nan}, {"max_new_tokens": -1},
     {"n": 0}, {"n": 33}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0},
-    {"logprobs": -1}, {"stop": [""]}])
+    {"logprobs": -1}, {"stop": [""]}, {"stop": ["a" * 101]}, {"stop": ["a"] * 9}])
 def test_values_out_of_range_are_user_errors(char_engine, option):
     with pytest.raises(UserError):
         char_engine.submit(**{"prompt": [5], **option})
@@ -420,6 +423,66 @@ def test_a_full_queue_and_a_long_wait_are_busy():
     with pytest.raises(Busy, match="after 3 s this request was still number"):
         list(requests[2])
     requests[1].cancel()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_samples_that_start_one_after_another_are_those_that_start_together(dtype):
+    settings = {"n": 6, "max_new_tokens": 25, "seed": 4, "logprobs": 2}
+    roomy, narrow = wide_engine(dtype), wide_engine(dtype, max_running=6)
+    prompt = (torch.arange(100) * 7 % 30).tolist()
+    expected = sorted(roomy.submit(prompt, **settings), key=lambda event: event[0])
+    others = [narrow.submit([i], max_new_tokens=10**9) for i in range(4)]
+    request = narrow.submit(prompt, **settings)
+    assert sorted(request, key=lambda event: event[0]) == expected
+    assert narrow.scheduler.load() == (4, 0)
+    for other in others:
+        other.cancel()
+
+
+def test_clients_share_the_places_fairly():
+    engine = wide_engine(max_running=32)
+    greedy = [engine.submit([1], 1, "greedy", max_new_tokens=10**9) for _ in range(30)]
+    modest = [engine.submit([2], 1, "modest", max_new_tokens=10**9) for _ in range(8)]
+    while engine.scheduler.load()[0] < 30:
+        time.sleep(0.01)
+    started = [sum(request.started for request in requests) for requests in (greedy, modest)]
+    assert started == [24, 6], "each leaves a third of its own number free"
+    third = ids_of(engine, [2], client="third", max_new_tokens=5, seed=1)
+    assert third == ids_of(wide_engine(), [2], max_new_tokens=5, seed=1)
+    # a place that becomes free is for the client that has fewer
+    greedy[0].cancel()
+    while not modest[6].started:
+        time.sleep(0.01)
+    for request in greedy + modest:
+        request.cancel()
+
+
+def test_a_client_can_fill_half_of_the_queue():
+    engine = wide_engine(max_running=1, max_waiting=4)
+    requests = [engine.submit([1], client="greedy", max_new_tokens=10**9) for _ in range(3)]
+    with pytest.raises(Busy, match="number 3 in the queue, which holds 2"):
+        engine.submit([1], client="greedy")
+    requests.append(engine.submit([1], client="other"))
+    for request in requests:
+        request.cancel()
+
+
+def test_an_error_ends_the_samples_that_have_not_started(char_engine):
+    scheduler = char_engine.scheduler
+    scheduler.max_running = 2
+    other = char_engine.submit([1], max_new_tokens=10**9)
+    request = char_engine.submit([2], 2, max_new_tokens=10**9)
+    while not request.prefilled:
+        time.sleep(0.01)
+
+    def fail(*_):
+        raise UserError("out of memory")
+
+    scheduler.forward = fail
+    for failed in other, request:
+        with pytest.raises(UserError, match="out of memory"):
+            list(failed)
+    assert scheduler.load() == (0, 0) and not scheduler.waiting
 
 
 def test_all_texts_advance_together():
