@@ -442,6 +442,8 @@ def test_samples_that_start_one_after_another_are_those_that_start_together(dtyp
 def test_clients_share_the_places_fairly():
     engine = wide_engine(max_running=32)
     greedy = [engine.submit([1], 1, "greedy", max_new_tokens=10**9) for _ in range(30)]
+    while engine.scheduler.load()[0] < 24:
+        time.sleep(0.01)
     modest = [engine.submit([2], 1, "modest", max_new_tokens=10**9) for _ in range(8)]
     while engine.scheduler.load()[0] < 30:
         time.sleep(0.01)
