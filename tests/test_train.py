@@ -42,6 +42,7 @@ import prepare
 import publish
 import report
 import train
+from common.devices import find_device
 from common.errors import UserError
 from common.files import sha256
 from dataloader import DataLoader
@@ -379,6 +380,23 @@ def test_hellaswag_uses_a_cpus_bfloat16_units(data, monkeypatch, tmp_path):
         computed.clear()
         assert json.loads(Path("h.json").read_text())["dtype"] == (
             "bfloat16" if is_autocast else "float32")
+
+
+@pytest.mark.parametrize(("name", "teraflops", "gigabytes"), [
+    ("NVIDIA GeForce RTX 5070 Ti", 87.9, 16),
+    ("NVIDIA GeForce RTX 5070", 61.7, 12),
+    ("NVIDIA RTX 6000 Ada Generation", 364, 48),
+    ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 439, 96),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 500, 96),
+    ("NVIDIA GH200 480GB", 989, 96),
+    ("NVIDIA A10", 125, 24),
+    ("NVIDIA A10G", 70, 24),
+    ("Tesla T4", 65, 16),
+    ("AMD Instinct MI300X", 1307, 192)])
+def test_the_name_that_a_device_reports_finds_its_data_sheet(name, teraflops, gigabytes):
+    device = find_device(name)
+    assert (device.flops, device.memory_bytes) == (teraflops * 1e12, gigabytes * 1e9)
+    assert find_device(f"{name} Laptop GPU") is None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def activation_bytes(model: GPT, tokens: int, is_half: bool, recomputed: bool = 
 def describe_time(config: TrainConfig, model: GPT, processes: int, device: Device) -> list[str]:
     """Two lines: time and cost, and energy. Both leave out evaluation."""
     if config.dtype == "float32":
-        return ["time: unknown, as the data sheets give the speed in bfloat16 only"]
+        return ["time: unknown, as the data sheets give the speed in half precision only"]
 
     # compute at the assumed fraction of the peak
     flops = model.flops_per_token(config.block_size) * config.batch_tokens
