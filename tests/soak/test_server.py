@@ -49,7 +49,8 @@ def test_mixed_clients_leave_the_server_as_it_was(server):
     expected = {}  # (prompt, seed) -> the text of the request on its own
     for prompt in PROMPTS:
         for seed in range(3):
-            expected[prompt, seed] = complete(address, prompt, seed)[1]
+            status, expected[prompt, seed] = complete(address, prompt, seed)
+            assert status == 200, expected
     with Soak() as soak:
         lock = threading.Lock()
         errors = []
@@ -128,7 +129,8 @@ def visit(address, expected, random, count):
 
 
 def body(prompt: str, seed: int, **options) -> bytes:
-    return json.dumps({"prompt": prompt, "seed": seed, "max_tokens": 40, **options}).encode()
+    return json.dumps({"model": "bundled:shakespeare", "prompt": prompt, "seed": seed,
+                       "max_tokens": 40, **options}).encode()
 
 
 def complete(address, prompt: str, seed: int) -> tuple[int, str]:
