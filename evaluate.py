@@ -2,7 +2,7 @@
 
     pip install 'lm-eval>=0.4.13,<0.5'
     python evaluate.py -m gpt2 --tasks lambada_openai,arc_easy,piqa
-    python evaluate.py --tasks my_task --task-folder tasks    # a task of yours, without a network
+    python evaluate.py --tasks my_task --task-folder my_tasks    # your own, without a network
 
 `lm-eval ls tasks` lists the tasks. One of your own is a YAML file, see docs/evaluation.md.
 

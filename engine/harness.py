@@ -45,26 +45,19 @@ class HarnessModel(TemplateLM):
         A request is (texts, ids of the context, ids of the continuation).
         """
         block_size = self.engine.block_size
-        fitting, long = [], []  # indices of requests
-        for i, (_, _, continuation) in enumerate(requests):
-            (fitting if len(continuation) <= block_size else long).append(i)
-
-        # group what fits, with contexts truncated from the left
-        pairs = []
-        for i in fitting:
-            _, context, continuation = requests[i]
-            excess = max(0, len(context) + len(continuation) - block_size - 1)
-            pairs.append((context[excess:], continuation))
-        members, items = [], []  # of each group
+        members, items = [], []  # the requests of each item
+        fitting, pairs = [], []
+        for i, (_, context, continuation) in enumerate(requests):
+            parts = fit_to_context(context, [continuation], self.engine.tokenizer, block_size)
+            if len(parts) == 1:
+                fitting.append(i)
+                pairs.append((parts[0].context, continuation))
+            else:  # a continuation that is longer than the model's context
+                members.append([i])
+                items.append(parts)
         for group in group_by_prefix(pairs, max_tokens=2 * block_size):
             members.append([fitting[i] for i in group.indices])
             items.append([group._replace(indices=list(range(len(group.indices))))])
-
-        # a continuation that is longer than the model's context is scored in windows
-        for i in long:
-            _, context, continuation = requests[i]
-            members.append([i])
-            items.append(fit_to_context(context, [continuation], self.engine.tokenizer, block_size))
 
         results = [None] * len(requests)
         for item, likelihoods in self.score(items, total=len(requests)):

@@ -1,0 +1,201 @@
+"""Kills of training and of preparation, full and read-only disks, a clock that jumps."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROSE, TINY, assert_same_run, train_here
+from faults import Soak
+from test_ddp import FORKS, free_port, train_rank
+
+import checkpoint
+import prepare
+import publish
+import report
+from common.errors import UserError
+from training import runlog
+
+pytestmark = pytest.mark.soak
+
+STEPS = 60
+RUN = ["shakespeare-char", *TINY, "--dropout", "0", "--max-steps", STEPS, "--save-every", 5,
+       "--eval-every", 3, "--sample-every", 4, "--wait-s", 30]
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+def test_killed_training_resumes_on_other_numbers_of_processes(prose):
+    """In steps, validation, samples and saves alike: the moment of a kill is random."""
+    prepare.main(prepare.PrepareConfig(str(prose)))
+    train_here(*RUN, "--name", "whole")
+    with Soak() as soak:
+        number = 0
+        for _ in soak:
+            name = f"killed{number}"
+            number += 1
+            while not is_complete(name):
+                if soak.random.random() < 0.85:
+                    kill_once(soak, name)
+                else:
+                    finish(name, soak.random.randint(1, 3))
+            assert_same_run(Path("log") / name, Path("log/whole"), 2e-3, STEPS)
+            shutil.rmtree(Path("log") / name)
+            soak.count("runs that were killed until complete", "losses and weights of a whole run")
+
+
+def is_complete(name: str) -> bool:
+    return STEPS in checkpoint.saved_steps(Path("log") / name)
+
+
+def start(name: str, n: int) -> list:
+    """Starts the run on n processes, as torchrun does."""
+    port = free_port()
+    arguments = [*map(str, RUN), "--name", name]
+    ranks = [FORKS.Process(target=train_rank, args=(i, n, port, arguments, None))
+             for i in range(n)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def finish(name: str, n: int):
+    ranks = start(name, n)
+    for rank in ranks:
+        rank.join(timeout=200)
+    assert [rank.exitcode for rank in ranks] == [0] * n, Path("rank-0.txt").read_text()
+
+
+def kill_once(soak: Soak, name: str):
+    """Starts the run and signals a rank at a random moment; torchrun would then end the others."""
+    n = soak.random.randint(1, 3)
+    number = soak.random.choice(SIGNALS)
+    ranks = start(name, n)
+    ranks[0].join(timeout=soak.random.uniform(0.3, 2.5))
+    victim = soak.random.choice(ranks)
+    if victim.exitcode is not None:
+        outcome = "had ended before the signal"
+    elif number == signal.SIGSTOP:
+        os.kill(victim.pid, signal.SIGSTOP)
+        time.sleep(soak.random.uniform(0, 1))
+        os.kill(victim.pid, signal.SIGCONT)
+        outcome = "continued"
+    else:
+        os.kill(victim.pid, number)
+        outcome = "ended, resumed later"
+        if number == signal.SIGKILL:  # what torchrun does
+            for rank in ranks:
+                rank.terminate()
+    for rank in ranks:
+        rank.join(timeout=60)
+        assert rank.exitcode is not None, "a rank hangs"
+    for i in range(n):
+        output = Path(f"rank-{i}.txt").read_text(errors="replace")
+        assert "Traceback" not in output, output
+    soak.count(f"{number.name} on {n} processes", outcome)
+
+
+# --------------------------------------------------------------------------------------------------
+# Preparation
+
+def test_killed_preparation_continues_to_the_same_shards(tmp_path):
+    Path("text.txt").write_text(PROSE * 200, encoding="utf-8")
+    prepare_text("whole")
+    with Soak() as soak:
+        for _ in soak:
+            kills = 0
+            while True:
+                process = FORKS.Process(target=prepare_text, args=("killed",))
+                process.start()
+                process.join(timeout=soak.random.uniform(0.02, 1.2))
+                if process.exitcode is not None:
+                    assert process.exitcode == 0
+                    break
+                process.kill()
+                process.join()
+                kills += 1
+            assert contents("killed") == contents("whole")
+            soak.count("SIGKILL of prepare.py", "the same shards after a restart", kills)
+            shutil.rmtree("killed")
+
+
+def prepare_text(out: str):
+    prepare.main(prepare.PrepareConfig("text.txt", tokenizer="bpe:300", out=Path(out),
+                                       shard_tokens=20_000))
+
+
+def contents(folder: str) -> dict:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.npy")}
+
+
+# --------------------------------------------------------------------------------------------------
+# Disks and clocks
+
+@pytest.fixture
+def disk():
+    """A tmpfs on disk/, to which disk("size=40k") gives other options."""
+    path = Path("disk")
+    path.mkdir()
+
+    def mount(options: str):
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path],
+                              capture_output=True, check=False).returncode == 0
+
+    if not mount("size=1m"):
+        pytest.skip("no permission to mount a tmpfs")
+    yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", path], check=True)
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_full_or_read_only_disk_gets_one_sentence_and_loses_nothing(prose, disk, monkeypatch):
+    prepare.main(prepare.PrepareConfig(str(prose)))
+    monkeypatch.setattr(checkpoint, "LOG", Path("disk/log"))
+    programs = {
+        "train.py": lambda: train_here(*RUN, "--max-steps", 6, "--name", "x", "--n-embd", 32),
+        "prepare.py": lambda: prepare.main(prepare.PrepareConfig(
+            str(prose), tokenizer="char", out=Path("disk/data"))),
+        "publish.py": lambda: publish.export("bundled:shakespeare", Path("disk/model"))}
+    sizes = {"train.py": (8, 120), "prepare.py": (4, 24), "publish.py": (8, 4000)}  # KB
+    with Soak() as soak:
+        for _ in soak:
+            name = soak.random.choice(list(programs))
+            read_only = soak.random.random() < 0.2
+            disk("ro,size=8m" if read_only else f"rw,size={soak.random.randint(*sizes[name])}k")
+            outcome = "enough space"
+            try:
+                programs[name]()
+            except (UserError, OSError) as error:
+                assert isinstance(error, UserError) or error.filename, repr(error)
+                outcome = "one sentence, and completed once there was space"
+            disk("rw,size=16m")
+            left = [path for path in Path("disk").rglob("*.tmp")]
+            assert read_only or not left, left
+            programs[name]()
+            for path in Path("disk").iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            soak.count(f"{'read-only' if read_only else 'full'} disk under {name}", outcome)
+
+
+def test_a_clock_that_jumps_changes_no_result(prose, monkeypatch):
+    prepare.main(prepare.PrepareConfig(str(prose)))
+    train_here(*RUN, "--max-steps", 6, "--name", "whole")
+    clock = time.time
+    with Soak() as soak:
+        monkeypatch.setattr(runlog.time, "time",
+                            lambda: clock() + soak.random.uniform(-1e6, 1e6))
+        for _ in soak:
+            train_here(*RUN, "--max-steps", 6, "--name", "jumped")
+            assert_same_run(Path("log/jumped"), Path("log/whole"), 0)
+            assert not report.summary("log/jumped")["time"].startswith("-")
+            lines = (Path("log/jumped") / "metrics.jsonl").read_text().splitlines()
+            assert all(json.loads(line) for line in lines)
+            shutil.rmtree("log/jumped")
+            soak.count("a clock that jumps by days at each line of the log", "the same run",
+                       len(lines))
+
+
