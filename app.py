@@ -24,6 +24,7 @@ import gradio as gr
 import tyro
 from starlette.middleware import Middleware
 
+import report
 import serve
 from api.guard import Access, Guard
 from engine.packed import use_allowed_cores
@@ -60,7 +61,8 @@ class AppConfig:
 
 def build(models: Models) -> gr.Blocks:
     """Builds the page: a title and the tabs."""
-    with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False) as page:
+    with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False,
+                   delete_cache=(3600, 3600)) as page:
         gr.Markdown(
             "# GPT-2 From Scratch\n"
             "A small language model and everything it takes to build one, in plain PyTorch: "
@@ -76,8 +78,31 @@ def build(models: Models) -> gr.Blocks:
         built["Write"].look_button.click(
             lambda text: (text, gr.Tabs(selected="Look inside")), inputs=built["Write"].text,
             outputs=[built["Look inside"], tabs], api_visibility="private", show_progress="hidden")
+        connect_training(page, models, built["Training"], built["Write"], tabs)
         gr.api(models.list_names, api_name="models")
     return page
+
+
+def connect_training(page: gr.Blocks, models: Models, trained: training.Tab, writing: write.Tab,
+                     tabs: gr.Tabs):
+    """A model that was trained on the page joins every list of models at once, and one button
+    writes with it."""
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    lists = [box for box in page.blocks.values()
+             if isinstance(box, gr.Dropdown) and str(box.label).startswith("Model")]
+
+    def refresh():
+        names, with_checkpoints = models.list_names(), models.list_with_checkpoints()
+        return [gr.Dropdown(choices=with_checkpoints if "compare" in box.elem_id else names)
+                for box in lists]
+
+    def write_with(model: str):
+        box = gr.Dropdown(choices=models.list_names(), value=model)
+        return box, report.read_config(model)["sample_prompt"], gr.Tabs(selected="Write")
+
+    trained.model.change(refresh, None, lists, **quiet)
+    trained.write_button.click(write_with, trained.model, [writing.model, writing.text, tabs],
+                               **quiet)
 
 
 def main(config: AppConfig, **launch_options) -> gr.Blocks:
@@ -100,6 +125,7 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
                 theme=gr.themes.Default(), head=head, css_paths=sorted(STATIC.glob("*.css")),
                 footer_links=["api"], ssr_mode=False, run_history=False, enable_monitoring=False,
                 max_threads=100, state_session_capacity=MAX_SESSIONS,
+                max_file_size=training.MAX_BYTES,
                 app_kwargs={"routes": api.routes, "middleware": [guard]}, **launch_options)
     return page
 

@@ -1,4 +1,4 @@
-"""The page in a browser, and its API: Write, Chat, Compare."""
+"""The page in a browser, and its API: Write, Compare."""
 import asyncio
 import concurrent.futures
 import json
@@ -92,11 +92,6 @@ def url(steps, bundled_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bundled():
     return Engine(*checkpoint.load_model("bundled:shakespeare")[:2])
-
-
-@pytest.fixture(scope="module")
-def chat_engine(bundled_folder):
-    return Engine(*checkpoint.load_model(bundled_folder / "chat")[:2])
 
 
 @pytest.fixture
@@ -303,79 +298,7 @@ def test_the_selector_changes_the_model(open_page, url):
 
 
 # --------------------------------------------------------------------------------------------------
-# Chat and Compare
-
-def wait_until_ended(page):
-    """Waits until a reply has ended: nothing changes any more."""
-    before, deadline = None, time.monotonic() + 30
-    while (now := page.input_value("#chat-status textarea")) != before:
-        assert time.monotonic() < deadline
-        before = now
-        page.wait_for_timeout(600)
-
-
-def replied(page, turns: int) -> list[str]:
-    """Waits for the reply that makes this many turns, and returns the texts of all turns."""
-    page.wait_for_function(
-        """n => document.querySelectorAll('#talk .message-content').length == n
-        && / tokens · first/.test(document.querySelector('#chat-status textarea').value)""",
-        arg=turns, timeout=30_000)
-    wait_until_ended(page)
-    return page.locator("#talk .message-content").all_inner_texts()
-
-
-def wait_for_talk(page, condition: str, text: str):
-    """Waits until the JavaScript condition on `talk`, the conversation's text, holds."""
-    talk = "document.querySelector('#talk').innerText"
-    page.wait_for_function(
-        f"text => {{ const talk = {talk}; return {condition}; }}", arg=text, timeout=30_000)
-
-
-def test_a_conversation_is_edited_retried_and_never_overflows(open_page):
-    page = open_page()
-    go_to(page, "Chat")
-    choose(page, "chat-model", "bundled:shakespeare")
-    expect(page.get_by_text("continues a transcript")).to_be_visible(timeout=10_000)
-    set_number(page, "chat-length", 40)
-    page.fill("#say textarea", f"Good morrow! {MARKUP}")
-    page.keyboard.press("Enter")
-    first = replied(page, 2)
-    assert first[0] == f"Good morrow! {MARKUP}" and len(first[1]) > 1
-
-    page.get_by_role("button", name="Retry").click()
-    wait_for_talk(page, "!talk.includes(text)", first[1])
-    assert replied(page, 2)[0] == first[0]
-
-    page.get_by_role("button", name="Edit").first.click()
-    page.locator("#talk textarea").fill("What news from Mantua?")
-    page.get_by_role("button", name="Submit").first.click()
-    wait_for_talk(page, "talk.includes(text)", "Mantua")
-    assert replied(page, 2)[0] == "What news from Mantua?"
-
-    page.fill("#say textarea", "I did but jest, and thou art angry. " * 4)
-    page.keyboard.press("Enter")
-    wait_for_talk(page, "talk.includes(text)", "No longer read by the model")
-    expect(page.locator("#chat-status textarea")).to_have_value(
-        re.compile("no longer reads the oldest messages"))
-    wait_until_ended(page)
-    page.fill("#say textarea", "I did but jest, and thou art angry. " * 8)
-    page.keyboard.press("Enter")
-    expect(page.get_by_text("Write a shorter message")).to_be_visible(timeout=10_000)
-
-
-def test_chat_opens_with_the_chat_model_and_says_what_it_is(open_page, chat_engine):
-    page = open_page()
-    go_to(page, "Chat")
-    expect(page.locator("#chat-model input")).to_have_value("bundled:chat")
-    expect(page.get_by_text("small talk")).to_be_visible(timeout=10_000)
-    expect(page.locator("#chat-you")).to_be_hidden()
-    page.fill("#say textarea", "good night")
-    page.keyboard.press("Enter")
-    assert replied(page, 2)[0] == "good night"
-    choose(page, "chat-model", "bundled:shakespeare")
-    expect(page.get_by_text("continues a transcript")).to_be_visible(timeout=10_000)
-    expect(page.locator("#chat-you")).to_be_visible()
-
+# Compare
 
 def test_two_checkpoints_write_side_by_side_and_all_of_a_run_in_a_table(open_page, url):
     page = open_page()
@@ -421,14 +344,6 @@ def test_unknown_characters_are_reported_and_markup_stays_text(open_page):
     figures = page.input_value("#status textarea")
     assert "alphabet lacks" in figures and "Я" in figures
 
-    go_to(page, "Chat")
-    choose(page, "chat-model", "bundled:shakespeare")
-    expect(page.locator("#chat-you")).to_be_visible(timeout=10_000)
-    for name in "you", "it":
-        page.fill(f"#chat-{name} textarea, #chat-{name} input", MARKUP)
-    page.fill("#say textarea", MARKUP)
-    page.keyboard.press("Enter")
-    assert replied(page, 2)[0] == MARKUP
     assert page.locator("img[src=x]").count() == 0 and not page.dialogs
     assert not any(address.endswith("/x") for address in page.addresses)
 
@@ -536,56 +451,6 @@ def test_stop_strings_end_a_text_and_an_empty_prompt_is_allowed(client, bundled)
     assert len(client.predict(length=5, api_name="/generate")["text"]) == 5
 
 
-HISTORY = [
-    {"role": "user", "content": "Good morrow."},
-    {"role": "assistant", "content": "And to thee."},
-]
-
-
-def test_a_base_model_continues_a_transcript(client, bundled):
-    result = client.predict(
-        "What news?", HISTORY, model="bundled:shakespeare", you="A", it="B", top_p=1.0, length=30,
-        seed=3, api_name="/chat")
-    transcript = "A:\nGood morrow.\n\nB:\nAnd to thee.\n\nA:\nWhat news?\n\nB:\n"
-    text = bundled.generate(
-        transcript, max_new_tokens=30, temperature=DEFAULTS["temperature"], seed=3,
-        stop=("\nA:", "\nB:"))[0]
-    assert result["text"] == text.strip()
-    long = client.predict(
-        "What news?", HISTORY * 20, model="bundled:shakespeare", length=30, api_name="/chat")
-    assert long["left_out"] > 20 and len(long["text"]) <= 30
-
-
-def test_a_model_with_a_chat_template_gets_the_conversation_in_that_form(client, chat_engine):
-    options = {"top_p": 1.0, "length": 30, "seed": 3, "api_name": "/chat"}
-    messages = [*HISTORY, {"role": "user", "content": "What news?"}]
-    ids = chat_engine.tokenizer.chat_ids(messages)
-    text = chat_engine.generate(ids, max_new_tokens=30, temperature=DEFAULTS["temperature"],
-                                seed=3)[0]
-    # it is the default model; the speakers' names make no difference
-    for names in {}, {"you": "A", "it": "B"}, {"you": "", "it": ""}:
-        result = client.predict("What news?", HISTORY, **names, **options)
-        assert result["text"] == text.strip() != "" and result["left_out"] == 0
-
-
-def test_the_oldest_messages_leave_so_that_the_reply_fits(client, chat_engine):
-    history = HISTORY * 10
-    result = client.predict("What news?", history, length=30, seed=3, api_name="/chat")
-    messages = [*history, {"role": "user", "content": "What news?"}]
-    left_out = result["left_out"]
-    assert left_out > 0 and messages[left_out]["role"] == "user"
-
-    def fits(messages):
-        return len(chat_engine.tokenizer.chat_ids(messages)) + 30 <= chat_engine.block_size
-
-    assert fits(messages[left_out:]) and not fits(messages[left_out - 2:])
-    expected = chat_engine.generate(
-        chat_engine.tokenizer.chat_ids(messages[left_out:]), max_new_tokens=30, **DEFAULTS, seed=3)
-    assert result["text"] == expected[0].strip()
-    with pytest.raises(Exception, match="Write a shorter message"):
-        client.predict("What news? " * 30, length=30, api_name="/chat")
-
-
 @pytest.mark.parametrize("values", [
     {"temperature": 0.0}, {"temperature": 2.1}, {"temperature": "1"},
     {"length": 0}, {"length": 1e9}, {"length": 1.5},
@@ -600,10 +465,6 @@ def test_values_are_checked_on_the_server_too(client, values):
 
 
 @pytest.mark.parametrize(("name", "values"), [
-    ("/chat", {"message": ""}),
-    ("/chat", {"message": "a", "history": [{"role": "system", "content": "a"}]}),
-    ("/chat", {"message": "a", "you": "a\nb", "model": "bundled:shakespeare"}),
-    ("/chat", {"message": "a", "history": [{"role": "user", "content": 5}]}),
     ("/compare", {"prompt": "a", "model": "bundled:shakespeare",
                   "other_model": "../../etc/passwd"}),
     ("/timeline", {"prompt": "a", "run": "/etc"}),

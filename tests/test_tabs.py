@@ -1,8 +1,6 @@
-"""The tabs Look inside, Training and About, in a browser and through the page's API."""
-import json
+"""The tab Look inside, in a browser and through the page's API."""
 import re
 import socket
-from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
@@ -13,74 +11,39 @@ from gradio_client import Client
 from playwright.sync_api import expect
 
 import checkpoint
-import prepare
 from engine.likelihood import perplexity
 from tokenizer import CharTokenizer
-from ui import about, look, training
+from ui import look
 from ui.models import Models
-from ui.training import TrainingProcess
 
 MARKUP = "<img src=x onerror=window.hacked=1>"
 TEXT = "the fox went out on a chilly night"
-PRESET = training.SMALL_PRESETS[0]
-LOCAL = SimpleNamespace(headers={"host": "localhost:7860"},
-                        client=SimpleNamespace(host="127.0.0.1"))  # a request
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with data and two finished runs: `bpe` with a byte-level BPE, `markup` with HTML in
-    its log."""
+    """A folder with two runs: `bpe` with a byte-level BPE, `markup` with an alphabet for HTML."""
     folder = tmp_path_factory.mktemp("tabs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        (folder / "prose.txt").write_text(PROSE, encoding="utf-8")
-        prepare.main(prepare.PrepareConfig(source="tiny_shakespeare", text=folder / "prose.txt"))
-        char = CharTokenizer("".join(sorted(set(PROSE + MARKUP))))
-        for name, tokenizer, block_size in ("bpe", small_bpe(), 16), ("markup", char, 64):
-            run = folder / "log" / name
-            run.mkdir(parents=True)
-            model = tiny_gpt(tokenizer.vocab_size, block_size)
-            checkpoint.save(run, 6, model, {}, tokenizer, {}, 1.0)
-            write_log(run)
+    char = CharTokenizer("".join(sorted(set(PROSE + MARKUP))))
+    for name, tokenizer, block_size in ("bpe", small_bpe(), 16), ("markup", char, 64):
+        run = folder / "log" / name
+        run.mkdir(parents=True)
+        checkpoint.save(run, 6, tiny_gpt(tokenizer.vocab_size, block_size), {}, tokenizer, {}, 1.0)
     return folder
-
-
-def write_log(run):
-    """Writes the log of a finished run of 6 steps."""
-    metrics = []
-    for step in range(7):
-        loss = 5 - step / 2
-        line = {"step": step, "time": 1e9 + step, "val_loss": loss, "train_loss": loss}
-        metrics.append(json.dumps(line) + "\n")
-    (run / "metrics.jsonl").write_text("".join(metrics))
-    sample = {"step": 6, "time": 1e9, "prompt": "", "text": MARKUP}
-    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    (run / "config.json").write_text(json.dumps(
-        {"batch_tokens": 128, "max_steps": 6, "data": MARKUP}))
 
 
 @pytest.fixture(scope="module")
 def url(folder):
-    """A page with these tabs, on which visitors can train."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "LOG", folder / "log")
-        models, process = Models("bundled:shakespeare"), TrainingProcess()
-        patch.setattr(training, "TrainingProcess", lambda: process)
-        with gr.Blocks(analytics_enabled=False) as page:
-            with gr.Tab("Look inside"):
-                look.build(models)
-            with gr.Tab("About"):
-                about.build(models)
-            with gr.Tab("Training"):
-                training.build(models, training=True)
+        with gr.Blocks(analytics_enabled=False) as page, gr.Tab("Look inside"):
+            look.build(Models("bundled:shakespeare"))
         page.queue()
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         page.launch(server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False,
                     run_history=False, max_threads=100)
         yield f"http://127.0.0.1:{port}/"
-        process.stop(LOCAL)
         page.close()
 
 
@@ -209,107 +172,9 @@ def test_looking_inside_is_checked_on_the_server(client, values):
         client.predict(*values, api_name="/inspect")
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-
-def test_a_person_trains_stops_and_writes_with_what_was_saved(open_tab, folder):
-    page = open_tab("Training")
-    page.get_by_role("button", name="Train a model here").click()
-    page.fill("#train-name textarea, #train-name input", "mine")
-    page.fill("#train-steps input", "100000")
-    page.keyboard.press("Tab")
-    page.click("#train-start")
-    cells = page.locator("#runs-progress [role=gridcell]")
-    expect(cells.filter(has_text=re.compile("training, .* left"))).to_have_count(1, timeout=120_000)
-    plot = page.locator("#plot-train_loss img")
-    expect(plot).to_be_visible(timeout=60_000)
-    before = plot.get_attribute("src")
-    page.wait_for_function(
-        "before => document.querySelector('#plot-train_loss img').src != before", arg=before)
-    page.click("#train-stop")
-    wait_for_text(page, "train-status", "mine was stopped and its checkpoint saved")
-    saved = checkpoint.model_steps(folder / "log" / "mine")
-    assert saved and not training.is_training(folder / "log" / "mine")
-    expect(cells.filter(has_text="stopped")).to_have_count(1, timeout=60_000)
-    page.fill("#runs-prompt textarea", "the fox ")
-    page.click("#runs-write")
-    text = wait_for_text(page, "runs-text", "^the fox .{250}")
-    assert set(text) <= set(PROSE)
-
-
-def test_several_runs_are_shown_with_their_samples(open_tab, client):
-    progress, *_, samples = client.predict(["bpe", "markup"], api_name="/runs")
-    assert [row[:2] for row in progress["data"]] == [["bpe", "6 of 6"], ["markup", "6 of 6"]]
-    assert [row[0] for row in samples["data"]] == ["bpe", "markup"]
-    page = open_tab("Training")
-    cells = page.locator("#runs-samples [role=gridcell]")
-    expect(cells.filter(has_text=MARKUP)).to_have_count(1, timeout=60_000)
-    assert_markup_stays_text(page)
-
-
-def test_a_request_names_runs_from_the_list_and_no_paths(client, folder):
-    (folder / "elsewhere").mkdir()
-    (folder / "elsewhere" / "metrics.jsonl").write_text("{}\n")
-    models = Models("bundled:shakespeare")
-    for name in "../elsewhere", str(folder / "elsewhere"), "..", "", MARKUP:
-        assert client.predict([name], api_name="/runs")[0]["data"] in ([], [[""] * 5])
-        with pytest.raises(gr.Error, match="no checkpoint"):
-            list(training.write_sample(models, [name], "a"))
-
-
-@pytest.mark.parametrize("preset, name, sentence", [
-    ("gpt2-124m", "mine", "Choose a preset"), ("../train", "mine", "Choose a preset"),
-    (PRESET, "../out", "--name"), (PRESET, "", "--name"), (PRESET, "a b", "--name"),
-    (PRESET, None, "--name")])
-def test_the_settings_of_a_new_run_are_checked(preset, name, sentence):
-    process = TrainingProcess()
-    with pytest.raises(gr.Error, match=sentence):
-        process.start(preset, name, 5, [], LOCAL)
-    assert process.process is None
-
-
-def test_a_run_that_cannot_start_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LOG", tmp_path / "log")
-    process = TrainingProcess()
-    process.start(PRESET, "-x", 5, [], LOCAL)
-    process.process.wait()
-    assert re.search("No data found in .* Create it with:", process.status())
-
-
-def test_a_public_space_trains_nothing():
-    with gr.Blocks() as page:
-        training.build(Models("bundled:shakespeare"), training=False)
-    buttons = {
-        component["id"] for component in page.config["components"]
-        if component["props"].get("elem_id") in ("train-start", "train-stop")}
-    assert len(buttons) == 2
-    targets = [target for event in page.config["dependencies"] for target, _ in event["targets"]]
-    assert not buttons & set(targets)
-
-
-# --------------------------------------------------------------------------------------------------
-# About, and all three tabs
-
-def test_the_card_says_what_a_model_learned_how_well_and_under_which_licence(open_tab):
-    page = open_tab("About")
-    card = page.locator("#about-card")
-    for words in ("1.494", "license: mit", "python train.py shakespeare-bundled",
-                  "what it writes is (invented|made up)"):
-        expect(card).to_contain_text(re.compile(words, re.IGNORECASE), timeout=60_000)
-    page.click("#about-model input")
-    page.get_by_role("option", name=re.compile("markup$")).click()
-    expect(card).to_contain_text("last validation loss", timeout=60_000)
-    expect(card).to_contain_text("step 6")
-    expect(card).to_contain_text(f"{MARKUP}, by character")
-    assert_markup_stays_text(page)
-
-
 def test_markup_stays_text_and_the_page_fits_a_phone(open_tab):
     page = open_tab("Look inside", width=390, height=844)
     page.fill("#look-text textarea", MARKUP)
     expect(page.locator("#look-tokens .token")).to_have_count(len(MARKUP), timeout=60_000)
-    for title in "Look inside", "Training", "About":
-        page.get_by_role("tab", name=title).click()
-        page.wait_for_timeout(500)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert_markup_stays_text(page)

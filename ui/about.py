@@ -1,6 +1,5 @@
-"""The About tab: the card of each model (its data, results and licence), and how to open others."""
+"""The About tab: what this page is, and the card of each model: its data, results and licence."""
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -16,28 +15,35 @@ ABOUT = Path(__file__).parent.parent / "assets" / "about.md"
 def build(models: Models):
     """Lays out the tab and connects its events."""
     with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            gr.Markdown(ABOUT.read_text(encoding="utf-8"))
         with gr.Column(scale=3, min_width=320):
             model = gr.Dropdown(
                 models.names, value=models.names[0], label="Model", elem_id="about-model")
-            text = gr.Markdown(elem_id="about-card")
-        with gr.Column(scale=2, min_width=320):
-            gr.Markdown(ABOUT.read_text(encoding="utf-8"))
+            summary = gr.Markdown(elem_id="about-card")
+            with gr.Accordion("How it was made, results, samples and sources", open=False,
+                              elem_id="about-more"):
+                details = gr.Markdown(elem_id="about-details")
+            with gr.Accordion("Settings of the training, as JSON", open=False) as recipe_fold:
+                recipe = gr.JSON(show_label=False)
     opened = gr.context.Context.root_block.load
-    gr.on([opened, model.change], functools.partial(card, models), model, text,
+    gr.on([opened, model.change], functools.partial(card, models), model,
+          [summary, details, recipe_fold, recipe],
           api_visibility="private", show_progress="hidden", trigger_mode="always_last")
 
 
-def card(models: Models, name: str) -> str:
-    """The model's card as Markdown: the README of its folder, or else the one that publish.py would
-    write. Its metadata, the model's figures and its recipe follow the text."""
+def card(models: Models, name: str) -> tuple[str, str, gr.Accordion, dict | None]:
+    """The model's card: (what matters most, as Markdown, the rest, the recipe's fold, the recipe).
+
+    The card is the README of the model's folder, or else the one that publish.py would write.
+    """
     with show_user_errors():
         engine, info = models.engine(name), models.info(name)
     readme = Path(info["path"]) / "README.md"
     run = publish.source_run(info)
     if run:
         info = {**info, "train_config": report.read_config(run)}
-    has_readme = readme.is_file()
-    if has_readme:
+    if readme.is_file():
         text = readme.read_text(encoding="utf-8")
     else:
         text = publish.model_card(engine.model, engine.tokenizer, info, run, name)
@@ -47,20 +53,23 @@ def card(models: Models, name: str) -> str:
     if text.startswith("---\n"):
         _, metadata, text = text.split("---\n", 2)
     facts = re.findall(r"^(license|language|datasets): *(\S.*)$", metadata, re.MULTILINE)
-    facts_line = " · ".join(f"{key}: {value}" for key, value in facts)
+    facts_line = " · ".join([*(f"{key}: {value}" for key, value in facts), models.describe(name)])
 
-    # a card that publish.py writes contains the recipe already
+    # the introduction and the limits first
+    introduction, *sections = re.split(r"^(?=## )", clean(text), flags=re.MULTILINE)
+    limits = [section for section in sections if section.startswith("## Limits")]
+    others = [section for section in sections if section not in limits]
     recipe = info.get("train_config")
-    recipe_block = ""
-    if recipe and has_readme:
-        recipe_block = f"```json\n{json.dumps(recipe, indent=1)}\n```"
-    return "\n\n".join([clean(text), facts_line, models.describe(name), recipe_block])
+    return ("\n\n".join([introduction, facts_line, *limits]), "\n\n".join(others),
+            gr.Accordion(visible=bool(recipe)), recipe)
 
 
 def clean(markdown: str) -> str:
-    """Removes comments and images (the plots are under Training), and disables HTML tags."""
-    comment_or_image = r"<!--.*?-->|^!\[.*?\]\(.*?\)$"
-    markdown = re.sub(comment_or_image, "", markdown, flags=re.DOTALL | re.MULTILINE)
+    """A card for the page: without comments, images, links within the repository and its JSON.
+    HTML tags are shown as text."""
+    not_for_the_page = r"<!--.*?-->|^!\[.*?\]\(.*?\)$|^```json\n.*?^```$|</?details>|</?summary>"
+    markdown = re.sub(not_for_the_page, "", markdown, flags=re.DOTALL | re.MULTILINE)
+    markdown = re.sub(r"\[([^\]]*)\]\((?!https?://)[^)]*\)", r"\1", markdown)
     lines = []
     for line in markdown.strip().splitlines():
         is_code = line.startswith("    ")  # Markdown shows it as it is

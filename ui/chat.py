@@ -2,6 +2,10 @@
 
 A model with a chat template gets the conversation in the form it was trained on. A base model has
 no template; it continues a transcript, in which each turn stands under the speaker's name.
+
+The conversations stay in the browser: ui/static/chat.js draws, edits and keeps them. It hands the
+open one to `answer`, which streams it back with the reply. (Gradio's Chatbot reads every message
+as HTML or Markdown, so it cannot show or copy a text as it was written.)
 """
 import asyncio
 import dataclasses
@@ -18,7 +22,6 @@ from ui.stream import (
     MAX_BYTES,
     Writing,
     default_of,
-    figures_box,
     follow,
     model_box,
     slider,
@@ -26,6 +29,7 @@ from ui.stream import (
 )
 
 LENGTH = 120  # tokens of a reply, by default
+ATTEMPTS = 3  # to get a reply that is not empty
 MAX_NAME = 40  # characters
 SPEAKERS = [["Student", "Teacher"], ["ROMEO", "JULIET"]]
 
@@ -34,10 +38,11 @@ CHAT_NOTE = (
     "assistant: what it says is made up."
 )
 TRANSCRIPT_NOTE = (
-    "This model was not trained to chat. It continues a transcript in which each turn stands under "
-    "the speaker's name, and its turn ends where the next speaker's name would follow. What it "
+    "This is a base model: it was not trained to chat. It continues a transcript in which each "
+    "turn stands under the speaker's name, and its turn ends at the next speaker's name. What it "
     "says is made up."
 )
+NOTHING_SAID = "The model had nothing to say. Try again, or say something else."
 
 # --------------------------------------------------------------------------------------------------
 # The page
@@ -47,65 +52,71 @@ def build(models: Models):
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             note = gr.Markdown("Loading the model …", elem_id="chat-note")
-            talk = gr.Chatbot(
-                label="Conversation",
-                placeholder="Say something below. You can edit what you said and retry a reply.",
-                height=480, editable="user", render_markdown=False, sanitize_html=True,
-                allow_tags=False, feedback_options=None, buttons=["copy", "copy_all"],
-                elem_id="talk")
+            gr.HTML('<div id="turns" role="log" aria-label="Conversation" tabindex="0"></div>'
+                    '<p id="chat-status" role="status"></p>', apply_default_css=False)
             message = gr.Textbox(label="Your message", placeholder="Hello! How was your day?",
                                  lines=1, max_lines=6, max_length=MAX_BYTES, submit_btn="Send",
                                  elem_id="say")
-            with gr.Row():
-                stop_button = gr.Button("Stop", variant="stop", min_width=90, elem_id="chat-stop")
-                clear_button = gr.Button("New chat", min_width=90, elem_id="chat-clear")
-            figures = figures_box("chat-status", "Speed and length appear here after a reply.")
+            stop_button = gr.Button("Stop", variant="stop", elem_id="chat-stop")
         with gr.Column(scale=3, min_width=300):
-            model = model_box(models, "chat-", value=models.chat_model())
-            # the names in a transcript; hidden for a model with a chat template
-            with gr.Column(visible=False) as speakers:
-                with gr.Row():
-                    you, it = [
-                        gr.Textbox(name, label=label, max_length=MAX_NAME, min_width=120,
-                                   elem_id=elem_id)
-                        for name, label, elem_id in zip(
-                            SPEAKERS[0], ("You are", "The model is"), ("chat-you", "chat-it"))
-                    ]
-                gr.Examples(SPEAKERS, [you, it], label="Try other names")
-            sliders = [slider("temperature", "chat-"), slider("top_k", "chat-"),
-                       slider("top_p", "chat-"), slider("length", "chat-", value=LENGTH)]
+            model, names, sliders = build_settings(models, note)
+            gr.HTML('<nav id="chats" aria-label="Conversations"></nav>', apply_default_css=False)
+    # the open conversation while it is answered, and a button that chat.js clicks to hand it over
+    talk = gr.JSON(visible="hidden")
+    hand_over = gr.Button(visible="hidden", elem_id="chat-hand-over")
 
-    # say what kind of model it is as soon as it is loaded
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
-    opened = gr.context.Context.root_block.load
-    gr.on([opened, model.change], MethodType(describe, models), model, [note, speakers],
-          trigger_mode="always_last", **quiet)
-
-    run = {"outputs": [talk, message, figures], "concurrency_limit": None, **quiet}
-    settings = [model, you, it, *sliders]
-    running = [message.submit(MethodType(say, models), [talk, message, *settings], **run),
-               talk.edit(MethodType(say_again, models), [talk, *settings], **run),
-               talk.retry(MethodType(say_again, models), [talk, *settings], **run)]
-    stop_button.click(None, cancels=running)
-    clear_button.click(lambda: ([], "", ""), None, [talk, message, figures], cancels=running,
-                       api_visibility="private")
-    talk.undo(undo, talk, [talk, message], **quiet)
+    message.submit(None, message, message, js="page.chat.send")
+    asked = hand_over.click(None, None, talk, js="page.chat.handOver")
+    reply = asked.then(MethodType(answer, models), [talk, model, *names, *sliders], talk,
+                       concurrency_limit=None, api_visibility="private", show_progress="hidden")
+    reply.then(None, talk, None, js="page.chat.end")  # also after an error
+    stop_button.click(None, talk, None, js="page.chat.end", cancels=reply)
+    talk.change(None, talk, None, js="page.chat.draw")
+    gr.context.Context.root_block.load(None, None, None, js="page.chat.start")
     gr.api(MethodType(chat, models), api_name="chat", concurrency_limit=None)
 
 
-def describe(models: Models, name: str):
-    """The note above the conversation, and whether the speakers' names are shown."""
+def build_settings(models: Models, note: gr.Markdown) -> tuple:
+    """The model and its settings: (model, [the speakers' names], [sliders])."""
+    model = model_box(models, "chat-", value=models.chat_model())
+    # the names in a transcript; hidden for a model with a chat template
+    with gr.Column(visible=False) as speakers:
+        with gr.Row():
+            names = [
+                gr.Textbox(name, label=label, max_length=MAX_NAME, min_width=120, elem_id=elem_id)
+                for name, label, elem_id in zip(
+                    SPEAKERS[0], ("You are", "The model is"), ("chat-you", "chat-it"))
+            ]
+        gr.Examples(SPEAKERS, names, label="Try other names")
+    with gr.Accordion("Settings", open=False, elem_id="chat-more"):
+        sliders = [slider("temperature", "chat-"), slider("top_k", "chat-"),
+                   slider("top_p", "chat-"), slider("length", "chat-", value=LENGTH)]
+
+    # say what kind of model it is as soon as it is loaded
+    length = sliders[-1]
+    gr.on([gr.context.Context.root_block.load, model.change], MethodType(describe, models),
+          [model, length], [note, speakers, length], api_visibility="private",
+          show_progress="hidden", trigger_mode="always_last")
+    return model, names, sliders
+
+
+def describe(models: Models, name: str, length: int):
+    """The note above the conversation, whether the speakers' names are shown, and the slider for
+    the length, which ends at half of the model's context."""
     with show_user_errors():
-        has_template = models.engine(name).tokenizer.chat_template is not None
-    return CHAT_NOTE if has_template else TRANSCRIPT_NOTE, gr.Column(visible=not has_template)
+        engine = models.engine(name)
+    has_template = engine.tokenizer.chat_template is not None
+    longest = engine.block_size // 2
+    return (CHAT_NOTE if has_template else TRANSCRIPT_NOTE, gr.Column(visible=not has_template),
+            gr.Slider(maximum=longest, value=min(length, longest)))
 
 
 # --------------------------------------------------------------------------------------------------
-# Conversations
+# Checks
 
-def validate_messages(messages: list[dict[str, str]]):
+def validate_messages(messages: list[dict[str, str]], beginning: str):
     """Raises UserError for anything but texts of the user and the assistant."""
-    valid = all(
+    valid = isinstance(beginning, str) and all(
         isinstance(message, dict)
         and message.get("role") in ("user", "assistant")
         and isinstance(message.get("content"), str)
@@ -130,7 +141,7 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
                model: str | None = None, you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1],
                temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
                top_p: float = default_of("top_p"), length: int = LENGTH,
-               seed: int | None = None) -> dict:
+               seed: int | None = None, beginning: str = "") -> dict:
     """Replies to a message and streams the reply.
 
     Args:
@@ -138,77 +149,82 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
         history: The earlier messages, {"role": "user" or "assistant", "content": text} each.
         model: A name from /models. Default: the bundled chat model, or else the first one.
         you: The user's name in the transcript; for a model without a chat template only.
-        it: The model's name in the transcript; for a model without a chat template only.
+        it: The model's name there.
         temperature: Lower is more predictable, higher is more surprising.
         top_k: Sample from the k most likely tokens; 0 is all of them.
         top_p: Sample from the smallest set of tokens with this total probability.
-        length: Most tokens of the reply; at most half of the model's context is used.
+        length: Most tokens of the reply, which also ends where the model's context is full.
         seed: The same seed and settings give the same reply. Default: a random one.
+        beginning: The beginning of the reply, which the model continues.
 
     Returns:
         A stream of dicts with these keys:
-        "text": The reply so far.
+        "text": The reply so far, with its beginning.
         "left_out": How many of the oldest messages no longer fit into the model's context.
+        "used", "context": Tokens of the conversation, and tokens that the model can read.
         "figures": Length and speed, as a sentence for people.
     """
     with show_user_errors():
         messages = [*(history or []), {"role": "user", "content": message}]
-        validate_messages(messages)
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-        all_text = "".join(turn["content"] for turn in messages)
-        sampling = validate_settings(
-            all_text, temperature=temperature, top_k=top_k, top_p=top_p, length=length,
-            seed=secrets.randbits(32) if seed is None else seed)
+        validate_messages(messages, beginning)
+        all_text = "".join(turn["content"] for turn in messages) + beginning
+        seed = secrets.randbits(32) if seed is None else seed
+        sampling = validate_settings(all_text, temperature=temperature, top_k=top_k, top_p=top_p,
+                                     length=length, seed=seed)
 
         model = model or models.chat_model()
         if not models.future(model).done():
-            yield {"text": "", "left_out": 0, "figures": "Loading the model …"}
+            yield {"text": beginning, "left_out": 0, "used": 0, "context": 0,
+                   "figures": "Loading the model …"}
         loaded = await models.wait_for(model)
         engine = loaded.engine
 
         if engine.tokenizer.chat_template is None:
             validate_names(you, it)
         stop = turn_ends(engine.tokenizer, you, it)
-        length = min(length, engine.block_size // 2)
-        sampling = dataclasses.replace(sampling, max_new_tokens=length, stop=stop)
 
-        prompt, left_out = await asyncio.to_thread(fit_prompt, engine, messages, you, it, length)
-        writing = Writing(loaded, prompt, sampling)
-        if left_out:
-            writing.notices.append(
-                f"The model no longer reads the oldest messages ({left_out}): its context is full.")
-        async for _ in follow(writing):
-            yield {"text": writing.texts[0].strip(), "left_out": left_out,
-                   "figures": writing.figures()}
+        # leave out messages only if the context has no room for a short reply after them
+        begun = engine.tokenizer.encode(beginning)
+        room = len(begun) + min(length, engine.block_size // 8)
+        prompt, left_out = await asyncio.to_thread(fit_prompt, engine, messages, you, it, room)
+        if isinstance(prompt, str):
+            ids, notices = engine.encode(prompt + beginning)
+        else:
+            ids, notices = prompt + begun, []
+        length = min(length, engine.block_size - len(ids))
 
-
-async def say(models: Models, talk: list[dict], message: str, *settings):
-    """Runs `chat` for the page, and marks the messages that the model no longer reads."""
-    history = [{"role": turn["role"], "content": content(turn)} for turn in talk]
-    async for reply in chat(models, message or "", history, *settings):
-        turns = [*history, {"role": "user", "content": message},
-                 {"role": "assistant", "content": reply["text"] or "…"}]
-        # Gradio reads the content as HTML
-        shown = [{**turn, "content": html.escape(turn["content"], quote=False)} for turn in turns]
-        for turn in shown[:reply["left_out"]]:
-            turn["metadata"] = {"title": "No longer read by the model", "status": "done"}
-        yield shown, "", reply["figures"]
+        # ask again with the next seed if the model says nothing
+        for attempt in range(ATTEMPTS):
+            writing = Writing(loaded, ids, dataclasses.replace(
+                sampling, max_new_tokens=length, stop=stop, seed=sampling.seed + attempt))
+            writing.notices += notices
+            async for _ in follow(writing):
+                yield {"text": (beginning + writing.texts[0]).strip(), "left_out": left_out,
+                       "used": len(ids) + writing.tokens[0], "context": engine.block_size,
+                       "figures": writing.figures()}
+            if writing.texts[0].strip() or beginning:
+                break
 
 
-async def say_again(models: Models, data: gr.EventData, talk: list[dict], *settings):
-    """Replies again to a message, which may have been edited. Later messages are removed."""
-    index = max(i for i in range(data.index + 1) if talk[i]["role"] == "user")
-    edited = hasattr(data, "previous_value")
-    message = html.unescape(data.value) if edited else content(talk[index])
-    async for outputs in say(models, talk[:index], message, *settings):
-        yield outputs
+async def answer(models: Models, talk: dict, *settings):
+    """Answers the open conversation of the page, as its "ask" says, and streams it.
 
-
-def undo(data: gr.UndoData, talk: list[dict]):
-    """Removes a message with all after it, and puts it back into the message box."""
-    return talk[:data.index], content(talk[data.index])
-
-
-def content(turn: dict) -> str:
-    """The text of a message of Gradio's chatbot."""
-    return html.unescape("".join(part.get("text", "") for part in turn["content"]))
+    The last turn is the user's ("ask": "reply") or a reply to continue ("ask": "continue"). An
+    error becomes a sentence of the conversation, which stays as it is.
+    """
+    *history, last = talk["turns"]
+    beginning = ""
+    if talk["ask"] == "continue":
+        beginning = last["content"]
+        *history, last = history
+    turns = [*history, last]
+    reply = {"text": beginning}
+    try:
+        async for reply in chat(models, last["content"], history, *settings, None, beginning):
+            shown = {"role": "assistant", "content": reply["text"]}
+            yield {**talk, **reply, "turns": [*turns, shown]}
+    except gr.Error as error:
+        yield {**talk, "error": html.unescape(error.message)}
+        return
+    if not reply["text"]:
+        yield {**talk, **reply, "turns": turns, "error": NOTHING_SAID}

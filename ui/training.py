@@ -1,15 +1,14 @@
-"""The Training tab: the runs under log/ with their curves and samples, updated while they train.
+"""The Training tab: train a small model on a text of one's own, and see the runs under log/.
 
-Visitors can also train a small model here, unless the page is a public Space.
+Only this machine's own browser may train, and on a public Space nobody, unless the environment has
+ALLOW_TRAINING=1.
 """
-import dataclasses
-import functools
+import contextlib
 import os
-import re
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import MethodType
+from typing import NamedTuple
 
 import gradio as gr
 import pandas as pd
@@ -18,113 +17,133 @@ import checkpoint
 import report
 from api import guard
 from common.errors import UserError
-from generate import Engine
-from training.config import validate
-from training.presets import PRESETS
 from training.runlog import locked
-from ui.models import Models, show_user_errors
-from ui.stream import default_of
+from ui.models import show_user_errors
+from ui.own_text import OwnTextTraining, read_text, tiny_shakespeare
 
 POLL_S = 2  # how often the page looks for new measurements
-MAX_POINTS = 1000  # drawn per curve
+MAX_POINTS = 300  # drawn per curve
 STALLED_S = 600  # a run that has written nothing for this long is not training any more
-LENGTH = 300  # tokens to write with a checkpoint
-REFRESH_TOKENS = 4  # update the text on the page after this many tokens
-TRAIN = Path(__file__).parent.parent / "train.py"
-
-# what two CPU cores can train
-SMALL_PRESETS = [name for name, preset in PRESETS.items() if preset.n_embd <= 192]
+MINUTES = {"1 minute": 1, "5 minutes": 5, "20 minutes": 20}
+MAX_BYTES = 10_000_000  # of a text
 
 # column of metrics.jsonl -> title of its plot
-CURVES = {"val_loss": "validation loss, nats per token",
-          "train_loss": "training loss, nats per token", "hellaswag": "HellaSwag, acc_norm",
-          "learning_rate": "learning rate", "grad_norm": "gradient norm",
-          "tokens_per_s": "tokens per second"}
+CURVES = {"val_loss": "Validation loss, nats per token",
+          "train_loss": "Training loss, nats per token", "hellaswag": "HellaSwag, acc_norm",
+          "learning_rate": "Learning rate", "grad_norm": "Gradient norm",
+          "tokens_per_s": "Tokens per second"}
+
+INTRODUCTION = """### Train a model on your own text
+
+Drop a text file: a book, a play, your letters. A small model starts from nothing, learns the text
+letter by letter on this machine, and then writes in its manner. The text is deleted when the
+training ends. The model stays, and everyone who can open this page can use it."""
+SWITCHED_OFF = """### Training is switched off on this public page
+
+Run the page on your own machine (`python app.py`) to train a model on your own text."""
+LOSS_NOTE = """The loss says how much the next letter surprises the model: lower is better. The last
+tenth of the text is kept unseen. If the loss rises there, the model is learning the rest by heart.
+"""
 
 # --------------------------------------------------------------------------------------------------
 # The page
 
-def build(models: Models, training: bool = "SPACE_ID" not in os.environ):
-    """Lays out the tab and connects its events. Without `training`, visitors cannot start runs;
-    this is the default on a Space, which sets SPACE_ID."""
-    process = TrainingProcess()
-    all_runs = list_runs()
+class Tab(NamedTuple):
+    """What app.py connects to the other tabs."""
+    write_button: gr.Button
+    model: gr.Textbox  # name of the model that was trained here last, once it can write
 
-    with gr.Accordion("Train a model here", open=not all_runs, visible=training):
-        gr.Markdown(
-            "This starts `python train.py` on this machine. Prepare the data first: "
-            "`python prepare.py tiny_shakespeare`. To resume a stopped run, start it again under "
-            "the same name.")
-        with gr.Row():
-            preset = gr.Dropdown(SMALL_PRESETS, value=SMALL_PRESETS[0], label="Preset",
-                                 min_width=160, elem_id="train-preset")
-            name = gr.Textbox("mine", label="Name", max_length=60, min_width=120,
-                              elem_id="train-name")
-            steps = gr.Number(PRESETS[SMALL_PRESETS[0]].max_steps, label="Steps", precision=0,
-                              minimum=1, maximum=100_000, min_width=100, elem_id="train-steps")
-            start_button = gr.Button("Start", variant="primary", min_width=90,
-                                     elem_id="train-start")
-            stop_button = gr.Button("Stop and save", variant="stop", min_width=90,
-                                    elem_id="train-stop")
-        status = gr.Textbox(label="Output", placeholder="The output of the run appears here.",
-                            show_label=False, container=False, interactive=False, max_lines=3,
-                            elem_id="train-status")
 
-    runs = gr.Dropdown(all_runs, value=all_runs[:1], label="Runs", multiselect=True,
-                       info="Choose several to compare their curves.", allow_custom_value=True,
-                       elem_id="runs")
-    progress = gr.Dataframe(headers=["run", "step", "state", "validation loss", "tokens/s"],
-                            label="Progress", interactive=False, wrap=True, elem_id="runs-progress")
-    plots = []
-    columns = list(CURVES)
-    for row in columns[:3], columns[3:]:
-        with gr.Row():
-            for column in row:
-                plots.append(gr.Plot(show_label=False, min_width=300, visible=False,
-                                     elem_id=f"plot-{column}"))
-    samples = gr.Dataframe(headers=["run", "step", "text"],
-                           label="Samples written during training, newest first",
-                           column_widths=["20%", "12%", "68%"], max_height=320, interactive=False,
-                           wrap=True, elem_id="runs-samples")
-    with gr.Row():
-        with gr.Column(scale=2, min_width=240):
-            prompt = gr.Textbox(label="Prompt", placeholder="Leave empty for the run's own prompt.",
-                                lines=3, max_length=2_000, elem_id="runs-prompt")
-            write_button = gr.Button("Write with the newest checkpoint of the first run",
-                                     elem_id="runs-write")
-        text = gr.Textbox(label="Text", lines=6, max_lines=12, interactive=False, scale=3,
-                          min_width=240, buttons=["copy"], elem_id="runs-text")
+def may_train() -> bool:
+    """Whether visitors may train. A Space sets SPACE_ID."""
+    return "SPACE_ID" not in os.environ or os.environ.get("ALLOW_TRAINING") == "1"
 
+
+def build(_models) -> Tab:
+    """Lays out the tab and connects its events."""
+    training = OwnTextTraining()
+    gr.Markdown(SWITCHED_OFF, visible=not may_train())
+    with gr.Column(visible=may_train()):
+        tab, status, shown = build_own_text(training)
+    runs, curves = build_runs()
     seen = gr.State()  # what the page shows: per run, whether it trains and when it last wrote
-    shown = [progress, *plots, samples]
 
     def update(chosen: list[str], seen: dict | None):
-        now = {}
+        now = {"": (training.name, training.stage)}
         for run in folders(list_runs()):
-            times = [log.stat().st_mtime for log in run.glob("*.jsonl")]
-            now[run.name] = [is_training(run), *times]
+            with contextlib.suppress(FileNotFoundError):  # a failed run has just been removed
+                times = [log.stat().st_mtime for log in run.glob("*.jsonl")]
+                now[run.name] = [is_training(run), *times]
         if now == seen:
-            return process.status(), gr.skip(), gr.skip(), *[gr.skip()] * len(shown)
-        changes = {"choices": list(now)}
+            return describe(training), *[gr.skip()] * (len(shown) + len(curves) + 2)
+        changes = {"choices": list_runs()}
         # a page that has just been opened shows the newest run
         if seen is None and not folders(chosen):
-            chosen = list(now)[:1]
-            changes["value"] = chosen
-        return process.status(), gr.update(**changes), now, *show(chosen)
+            chosen = changes["value"] = changes["choices"][:1]
+        return (describe(training), *show_own_text(training), now, gr.update(**changes),
+                *show(chosen))
 
     # one at a time, so that the page ends with the result of the latest request
     in_order = {"concurrency_limit": 1, "concurrency_id": "runs", "show_progress": "hidden"}
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    runs.change(show, runs, shown, api_name="runs", **in_order)
-    timer = gr.Timer(POLL_S)
-    gr.on([gr.context.Context.root_block.load, timer.tick], update, inputs=[runs, seen],
-          outputs=[status, runs, seen, *shown], api_visibility="private", **in_order)
-    write_button.click(functools.partial(write_sample, models), [runs, prompt], text,
-                       concurrency_limit=4, **quiet)
-    if training:
-        start_button.click(process.start, [preset, name, steps, runs], [status, runs], **quiet)
-        stop_button.click(process.stop, None, status, **quiet)
-        preset.change(lambda name: PRESETS[name].max_steps, preset, steps, **quiet)
+    runs.change(show, runs, curves, api_name="runs", **in_order)
+    gr.on([gr.context.Context.root_block.load, gr.Timer(POLL_S).tick], update, [runs, seen],
+          [status, *shown, seen, runs, *curves], api_visibility="private", **in_order)
+    return tab
+
+
+def build_own_text(training: OwnTextTraining) -> tuple[Tab, gr.Markdown, list]:
+    """The form, and below it the training: (tab, status, [what `show_own_text` updates])."""
+    gr.Markdown(INTRODUCTION)
+    with gr.Row():
+        file = gr.File(label="Your text (.txt)", file_types=["text"], height=140,
+                       elem_id="train-file")
+        with gr.Column(min_width=240):
+            minutes = gr.Radio(list(MINUTES), value="1 minute", label="How long to train",
+                               elem_id="train-minutes")
+            start_button = gr.Button("Train", variant="primary", elem_id="train-start")
+            shakespeare_button = gr.Button("Or train on tiny Shakespeare", size="sm",
+                                           visible=tiny_shakespeare() is not None)
+            stop_button = gr.Button("Stop and keep what it has learned", variant="stop",
+                                    visible=False, elem_id="train-stop")
+    status = gr.Markdown(elem_id="train-status")
+    write_button = gr.Button("Write with it", variant="primary", visible=False,
+                             elem_id="train-write")
+    with gr.Row(visible=False) as results:
+        loss = gr.LinePlot(title="Loss, nats per letter", x_title="letters read", height=260,
+                           min_width=300, elem_id="train-loss")
+        first, now = [
+            gr.Textbox(label=label, lines=9, max_lines=9, min_width=240, interactive=False,
+                       elem_id=elem_id)
+            for label, elem_id in (("What it wrote first", "train-first"),
+                                   ("What it writes now", "train-now"))
+        ]
+    note = gr.Markdown(LOSS_NOTE, visible=False)
+    model = gr.Textbox(visible="hidden")
+
+    quiet = {"show_progress": "hidden", "concurrency_limit": 1, "concurrency_id": "train"}
+    start_button.click(MethodType(start, training), [file, minutes], [status, file],
+                       api_name="train", **quiet)
+    shakespeare_button.click(MethodType(start_shakespeare, training), minutes, status,
+                             api_visibility="private", **quiet)
+    stop_button.click(MethodType(stop, training), api_visibility="private")
+    shown = [start_button, stop_button, write_button, results, note, loss, first, now, model]
+    return Tab(write_button, model), status, shown
+
+
+def build_runs() -> tuple[gr.Dropdown, list]:
+    """The runs under log/: (their list, [what `show` updates])."""
+    all_runs = list_runs()
+    with gr.Accordion("All runs on this machine", open=not may_train(), elem_id="all-runs"):
+        gr.Markdown("Runs of `train.py` appear here, too. Choose several to compare their curves.")
+        runs = gr.Dropdown(all_runs, value=all_runs[:1], label="Runs", multiselect=True,
+                           allow_custom_value=True, elem_id="runs")
+        progress = gr.Dataframe(headers=["run", "step", "state", "validation loss", "tokens/s"],
+                                label="Progress", interactive=False, wrap=True,
+                                elem_id="runs-progress")
+        with gr.Row():
+            plots = [gr.LinePlot(title=title, height=240, min_width=300, visible=False,
+                                 elem_id=f"plot-{column}") for column, title in CURVES.items()]
+    return runs, [progress, *plots]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,34 +162,31 @@ def folders(runs: list[str] | None) -> list[Path]:
 
 
 def show(runs: list[str]):
-    """Returns the runs' progress, their plots and their samples."""
+    """Returns the runs' progress and their plots. What is empty is hidden."""
     with show_user_errors():
         frames = {run: measurements(run) for run in folders(runs)}
         # draw the published curves if a run learns the same data
         with_published = any(report.learns_fineweb_edu(report.read_config(run)) for run in frames)
         progress = [progress_of(run, frame) for run, frame in frames.items()]
         plots = [plot(column, frames, with_published) for column in CURVES]
-        samples = []
-        for run in frames:
-            newest_first = report.samples(run)[::-1]
-            for step, text in zip(newest_first["step"], newest_first["text"]):
-                samples.append([run.name, step, text])
-    return progress, *plots, samples
+    return gr.Dataframe(progress, visible=bool(progress)), *plots
 
 
-def plot(column: str, frames: dict[Path, pd.DataFrame], with_published: bool) -> gr.Plot:
+def plot(column: str, frames: dict[Path, pd.DataFrame], with_published: bool) -> gr.LinePlot:
     """The runs' curves of one measurement over the tokens seen; hidden if there are none."""
     value = "loss" if column == "val_loss" else column  # its name in the published curves
-    curves = []
-    for run, frame in frames.items():
-        curve = report.curve(frame, column, value, run.name)
-        if len(curve):
-            curves.append(curve.iloc[::max(1, len(curve) // MAX_POINTS)])
-    if not curves:
-        return gr.Plot(None, visible=False)
-    if with_published:
+    curves = [report.curve(frame, column, value, run.name) for run, frame in frames.items()]
+    if with_published and any(map(len, curves)):
         curves += report.published_curves(value)
-    return gr.Plot(report.plot(pd.concat(curves), CURVES[column], (4.6, 3.2)), visible=True)
+    return line_plot(curves, value)
+
+
+def line_plot(curves: list[pd.DataFrame], value: str) -> gr.LinePlot:
+    """The curves (tokens, `value`, curve) that have points; hidden if none has."""
+    curves = [curve.iloc[::max(1, len(curve) // MAX_POINTS)] for curve in curves if len(curve)]
+    if not curves:
+        return gr.LinePlot(visible=False)
+    return gr.LinePlot(pd.concat(curves), x="tokens", y=value, color="curve", visible=True)
 
 
 def measurements(run: Path) -> pd.DataFrame:
@@ -188,18 +204,7 @@ def progress_of(run: Path, frame: pd.DataFrame) -> list[str]:
     step = int(frame["step"].iloc[-1])
     last_step = report.read_config(run).get("max_steps", 0)
 
-    if step >= last_step:
-        state = "complete"
-    elif not is_training(run):
-        state = "stopped"
-    else:
-        # time left, from the median pace of the last 20 measurements
-        new_steps = frame["step"].diff()
-        seconds_per_step = (frame["time"].diff() / new_steps)[new_steps > 0].tail(20).median()
-        state = "training"
-        if seconds_per_step > 0:
-            state += f", {duration(seconds_per_step * (last_step - step))} left"
-
+    state = "training" if is_training(run) else "stopped" if step < last_step else "complete"
     table = frame.reindex(columns=["val_loss", "tokens_per_s"])
     losses, speeds = table["val_loss"].dropna(), table["tokens_per_s"].dropna()
     loss = f"{losses.iloc[-1]:.4f}, best {losses.min():.4f}" if len(losses) else ""
@@ -225,84 +230,75 @@ def duration(seconds: float) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Training on this machine
+# Training on one's own text
 
-class TrainingProcess:
-    """The run that was started from the page, one at a time. It continues if the page is closed."""
-    process = None
-
-    def start(self, preset: str, name: str, steps: int, runs: list[str], request: gr.Request):
-        """Starts a run; returns the status and the list of runs with the new one first."""
-        with show_user_errors():
-            guard.require_local(request)
-            if self.process and self.process.poll() is None:
-                raise UserError(f"{self.name} is still training: stop it first, or wait until it "
-                                "is complete.")
-            if preset not in SMALL_PRESETS:
-                raise UserError("Choose a preset from the list.")
-            validate(dataclasses.replace(PRESETS[preset], name=name or "", max_steps=steps or 1))
-        checkpoint.LOG.mkdir(exist_ok=True)
-        self.name = name
-        self.output = checkpoint.LOG / f".{name}.out"
-        with open(self.output, "w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, TRAIN, preset, f"--name={name}", f"--max-steps={steps or 1}"],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                cwd=checkpoint.LOG.absolute().parent)
-        choices = [name, *(run for run in list_runs() if run != name)]
-        chosen = [name, *(run for run in runs or [] if run != name)]
-        return f"{name} is starting.", gr.Dropdown(
-            choices=choices, value=chosen, allow_custom_value=True)
-
-    def stop(self, request: gr.Request) -> str:
-        """Stops the run and waits until it has saved a checkpoint; returns the status."""
-        with show_user_errors():
-            guard.require_local(request)
-        if self.process and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
-        return self.status() or "No run has been started here."
-
-    def status(self) -> str | None:
-        """How the run ended, or the last line of its output."""
-        if self.process is None:
-            return None
-        exit_code = self.process.poll()
-        if exit_code == 0:
-            return f"{self.name} is complete."
-        if exit_code == 143:  # 128 + SIGTERM
-            return f"{self.name} was stopped and its checkpoint saved."
-        output = self.output.read_text(encoding="utf-8", errors="replace")
-        lines = re.split(r"[\r\n]+", output[-2000:].strip())
-        return lines[-1] or f"{self.name} is starting."
-
-
-# --------------------------------------------------------------------------------------------------
-# Writing with a checkpoint
-
-@functools.lru_cache(maxsize=1)
-def load_engine(path: Path, mtime: float, device) -> Engine:
-    """The engine of a checkpoint; `mtime` makes a file that has changed load again."""
-    model, tokenizer, _ = checkpoint.load_model(path, device)
-    return Engine(model, tokenizer)
-
-
-def write_sample(models: Models, runs: list[str], prompt: str):
-    """Streams a prompt and its continuation by the newest checkpoint of the first run."""
+def start(training: OwnTextTraining, file: str | None, minutes: str, request: gr.Request):
+    """Starts to train on an uploaded file, and deletes it; returns the status and an empty box."""
     with show_user_errors():
-        run = next(iter(folders(runs)), None)
-        steps = checkpoint.model_steps(run) if run else []
-        if not steps:
-            raise UserError("The run has no checkpoint yet: wait for the first one, or stop the "
-                            "run, which saves one.")
-        path = checkpoint.model_path(run, steps[-1])
-        engine = load_engine(path, path.stat().st_mtime, models.device)
-        text = prompt or report.read_config(run).get("sample_prompt", "")
-        ids, _ = engine.encode(text[:2_000])
-        pieces = engine.stream(ids, max_new_tokens=LENGTH, temperature=default_of("temperature"),
-                               top_p=default_of("top_p"))
-        for count, piece in enumerate(pieces):
-            text += piece
-            if count % REFRESH_TOKENS == 0:
-                yield text
-    yield text
+        check_may_train(request)
+        if not file:
+            raise UserError("Choose a text file first.")
+        path = Path(file)
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise UserError(f"This file is larger than {MAX_BYTES // 10**6} MB: choose a "
+                                "smaller one.")
+            text = read_text(path)
+        finally:
+            path.unlink()
+        training.start(path.stem, text, 60 * MINUTES[minutes])
+    return describe(training), None
+
+
+def start_shakespeare(training: OwnTextTraining, minutes: str, request: gr.Request) -> str:
+    with show_user_errors():
+        check_may_train(request)
+        training.start("shakespeare", read_text(tiny_shakespeare()), 60 * MINUTES[minutes])
+    return describe(training)
+
+
+def stop(training: OwnTextTraining, request: gr.Request):
+    with show_user_errors():
+        check_may_train(request)
+    training.stop()
+
+
+def check_may_train(request: gr.Request):
+    """Raises UserError unless training is switched on, or the visitor sits at this machine."""
+    if not may_train():
+        raise UserError("Training is switched off on this public page.")
+    if os.environ.get("ALLOW_TRAINING") != "1":
+        guard.require_local(request)
+
+
+def describe(training: OwnTextTraining) -> str:
+    """What the training does or how it ended, as Markdown."""
+    elapsed = duration(training.elapsed_s)
+    if training.stage:
+        return f"**{training.stage}** {elapsed} of {duration(training.seconds)}"
+    if training.error:
+        return f"**That did not work.** {training.error}"
+    if not training.name:
+        return ""
+    ended = "Stopped" if training.stopped else "Done"
+    return f"**{ended} after {elapsed}.** Your model is called **{training.name}**."
+
+
+def show_own_text(training: OwnTextTraining):
+    """Updates the form and the training below it."""
+    under_way = bool(training.stage)
+    frame = measurements(training.run) if training.name else pd.DataFrame()
+    curves, first, now = [], gr.skip(), gr.skip()
+    if len(frame):
+        curves = [report.curve(frame, "train_loss", "loss", "text it learns"),
+                  report.curve(frame, "val_loss", "loss", "unseen text")]
+        samples = report.samples(training.run)
+        if len(samples):
+            first = samples["text"].iloc[0]
+            label = f"What it writes now, after {samples['step'].iloc[-1]:,} steps"
+            now = gr.Textbox(samples["text"].iloc[-1], label=label)
+    can_write = not under_way and bool(checkpoint.model_steps(training.run))
+    return (gr.Button(interactive=not under_way), gr.Button(visible=under_way),
+            gr.Button(visible=can_write), gr.Row(visible=bool(curves)),
+            gr.Markdown(visible=bool(curves)), line_plot(curves, "loss"), first, now,
+            str(training.run) if can_write else "")

@@ -1,0 +1,316 @@
+"""The tabs Training and About, in a browser and through the page's API."""
+import json
+import re
+import socket
+import time
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+from conftest import PROSE, small_bpe, tiny_gpt
+from gradio_client import Client, handle_file
+from playwright.sync_api import expect
+
+import app
+import checkpoint
+from common.errors import UserError
+from tokenizer import CharTokenizer
+from ui import about, own_text, training
+from ui.own_text import SIZES, OwnTextTraining
+
+MARKUP = "<img src=x onerror=window.hacked=1>"
+TEN_SECONDS = 1 / 6  # minutes
+LOCAL = SimpleNamespace(headers={"host": "localhost:7860"},
+                        client=SimpleNamespace(host="127.0.0.1"))  # a request
+REMOTE = SimpleNamespace(headers={"host": "example.org"}, client=SimpleNamespace(host="10.0.0.9"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with two finished runs: `bpe` with a byte-level BPE, `markup` with HTML in its
+    log."""
+    folder = tmp_path_factory.mktemp("tabs")
+    char = CharTokenizer("".join(sorted(set(PROSE + MARKUP))))
+    for name, tokenizer, block_size in ("bpe", small_bpe(), 16), ("markup", char, 64):
+        run = folder / "log" / name
+        run.mkdir(parents=True)
+        checkpoint.save(run, 6, tiny_gpt(tokenizer.vocab_size, block_size), {}, tokenizer, {}, 1.0)
+        write_log(run)
+    return folder
+
+
+def write_log(run):
+    """Writes the log of a finished run of 6 steps."""
+    metrics = []
+    for step in range(7):
+        loss = 5 - step / 2
+        line = {"step": step, "time": 1e9 + step, "val_loss": loss, "train_loss": loss}
+        metrics.append(json.dumps(line) + "\n")
+    (run / "metrics.jsonl").write_text("".join(metrics))
+    sample = {"step": 6, "time": 1e9, "prompt": "", "text": MARKUP}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    (run / "config.json").write_text(json.dumps(
+        {"batch_tokens": 128, "max_steps": 6, "data": MARKUP}))
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    """The page, on which "1 minute" is ten seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "LOG", folder / "log")
+        patch.setitem(training.MINUTES, "1 minute", TEN_SECONDS)
+        config = app.AppConfig(model="bundled:shakespeare", port=port)
+        page = app.main(config, prevent_thread_lock=True, quiet=True)
+        yield f"http://127.0.0.1:{port}/"
+        page.close()
+
+
+@pytest.fixture
+def open_tab(chromium, url):
+    contexts = []
+
+    def open_it(title, width=1280, height=900):
+        contexts.append(chromium.new_context(viewport={"width": width, "height": height}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(60_000)
+        page.goto(url)
+        go_to(page, title)
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+
+
+def go_to(page, title):
+    expect(page.get_by_role("tab", name="Write")).to_be_visible()
+    tab = page.get_by_role("tab", name=title, exact=True)
+    if not tab.is_visible():  # on a phone it is in a menu
+        page.get_by_label("More tabs").click()
+        tab = page.locator(".overflow-dropdown").get_by_text(title, exact=True)
+    tab.click()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return Client(url, verbose=False, httpx_kwargs={"timeout": 60})
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A training whose runs are in a folder of the test."""
+    monkeypatch.setattr(checkpoint, "LOG", tmp_path / "log")
+    own = OwnTextTraining()
+    yield own
+    own.stop()
+    wait_for_end(own)
+
+
+def wait_for_end(own):
+    deadline = time.monotonic() + 60
+    while own.stage and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not own.stage
+
+
+def assert_markup_stays_text(page):
+    assert page.locator("img[src=x]").count() == 0
+    assert page.evaluate("window.hacked") is None
+
+
+# --------------------------------------------------------------------------------------------------
+# Training on one's own text
+
+def test_a_person_trains_on_a_file_and_writes_with_the_model(open_tab, folder, tmp_path):
+    (tmp_path / "My fox.txt").write_text(PROSE)
+    page = open_tab("Training")
+    expect(page.locator("#train-stop")).to_be_hidden()
+    page.set_input_files("#train-file input[type=file]", tmp_path / "My fox.txt")
+    expect(page.locator("#train-file")).to_contain_text("My fox")
+    page.click("#train-start")
+    status = page.locator("#train-status")
+    expect(status).to_contain_text("Learning")
+
+    # a page that is opened meanwhile shows the training too
+    other = open_tab("Training")
+    expect(other.locator("#train-stop")).to_be_visible()
+    expect(status).to_contain_text("Your model is called my-fox", timeout=60_000)
+    expect(page.locator("#train-now textarea")).to_have_value(re.compile("^The fox"))
+    expect(page.locator("#train-loss .vega-embed")).to_be_visible()
+
+    # the model is in every list at once
+    go_to(page, "Chat")
+    page.click("#chat-model input")
+    expect(page.get_by_role("option", name=re.compile("my-fox"))).to_be_visible()
+    page.keyboard.press("Escape")
+    go_to(page, "Training")
+    page.click("#train-write")
+    expect(page.locator("#model input")).to_have_value(re.compile("my-fox$"))
+    expect(page.locator("#text textarea").first).to_have_value(re.compile("^The fox"))
+    config = json.loads((folder / "log" / "my-fox" / "config.json").read_text())
+    assert checkpoint.saved_steps(folder / "log" / "my-fox")[-1] == config["max_steps"]
+
+
+def test_a_stopped_training_keeps_what_it_has_learned(own):
+    own.start("fox", PROSE, 1200)
+    deadline = time.monotonic() + 60
+    while own.stage and not (own.run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    own.stop()
+    wait_for_end(own)
+    assert own.error == "" and checkpoint.model_steps(own.run)
+    assert "Stopped" in training.describe(own)
+
+
+def test_a_failed_training_says_why_and_leaves_nothing(own, monkeypatch):
+    def fail(text, folder):
+        own.run.mkdir(parents=True)
+        own.call(folder, "prepare.py", folder / "nosuch.txt")
+
+    monkeypatch.setattr(own, "train", fail)
+    own.start("fox", PROSE, 60)
+    wait_for_end(own)
+    assert "There is no file" in training.describe(own)
+    assert not own.run.exists() and not list(checkpoint.LOG.glob("**/*"))
+
+
+def test_one_training_at_a_time_and_each_gets_a_name_of_its_own(own, monkeypatch):
+    names = []
+
+    def remember(text, folder):
+        names.append(own.name)
+        own.run.mkdir(parents=True)
+        with pytest.raises(UserError, match="under way"):
+            own.start("fox", PROSE, 60)
+
+    monkeypatch.setattr(own, "train", remember)
+    monkeypatch.setattr(own_text.shutil, "rmtree", lambda *_, **__: None)
+    for title in "My fox!", "../My fox", "Фокс", "...":
+        own.start(title, PROSE, 60)
+        wait_for_end(own)
+    assert names == ["my-fox", "my-fox-2", "фокс", "my-text"]
+
+
+def test_a_faster_machine_or_more_time_gets_a_larger_model(own):
+    def choose(tokens_per_s, seconds):
+        own.seconds, own.started_at, own.stage = seconds, time.time(), "Learning"
+        lines = [{"step": 0, "time": 0.0}, {"step": 5, "time": 4.0, "tokens_per_s": tokens_per_s}]
+        (own.run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return SIZES.index(own.choose_size())
+
+    own.name = "fox"
+    own.run.mkdir(parents=True)
+    assert own.choose_size() is None  # nothing is measured yet
+    chosen = [choose(15_000, seconds) for seconds in (60, 300, 1200)]
+    assert chosen == [0, 1, 2] and choose(10, 60) == 0
+    assert choose(1e8, 60) == len(SIZES) - 1
+    own.stage = ""
+
+
+def test_the_decay_starts_when_restart_and_decay_take_the_rest_of_the_time(own):
+    own.name, own.stage, own.seconds = "fox", "Learning", 100
+    own.run.mkdir(parents=True)
+    now = time.time()
+    for training_s, must_start in (60, False), (74, True):
+        # 5 seconds to start, then the training, which would decay for a quarter of its time
+        first_step_at = now - training_s
+        own.started_at = first_step_at - 5
+        line = json.dumps({"step": 0, "time": first_step_at})
+        (own.run / "metrics.jsonl").write_text(line + "\n")
+        assert own.decay_must_start(first_step_at - 5) == must_start
+    own.stage = ""
+
+
+@pytest.mark.parametrize(("content", "text"), [
+    ("Zoë\r\n".encode(), "Zoë\n"), ("Zoë".encode("utf-8-sig"), "Zoë"),
+    ("Zoë".encode("utf-16"), "Zoë"), ("Zoë".encode("cp1252"), "Zoë")])
+def test_a_text_is_read_in_common_encodings(tmp_path, content, text):
+    (tmp_path / "text.txt").write_bytes(content)
+    assert own_text.read_text(tmp_path / "text.txt") == text
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    (b"too short", "too few to learn from"), (b"PK\0\0" * 9999, "not plain text")])
+def test_an_upload_is_checked_and_deleted(own, tmp_path, content, sentence):
+    path = tmp_path / "upload.txt"
+    path.write_bytes(content)
+    with pytest.raises(gr.Error, match=sentence):
+        training.start(own, str(path), "1 minute", LOCAL)
+    assert not path.exists() and own.name == ""
+
+
+def test_only_this_machine_trains_unless_it_is_switched_on_for_all(client, tmp_path, monkeypatch):
+    (tmp_path / "fox.txt").write_text(PROSE)
+    monkeypatch.setenv("SPACE_ID", "me/space")
+    with pytest.raises(Exception, match="switched off"):
+        client.predict(handle_file(tmp_path / "fox.txt"), "1 minute", api_name="/train")
+    monkeypatch.delenv("SPACE_ID")
+    with pytest.raises(UserError, match="own browser"):
+        training.check_may_train(REMOTE)
+    training.check_may_train(LOCAL)
+    monkeypatch.setenv("SPACE_ID", "me/space")
+    monkeypatch.setenv("ALLOW_TRAINING", "1")
+    training.check_may_train(REMOTE)
+
+
+# --------------------------------------------------------------------------------------------------
+# The runs
+
+def test_several_runs_are_shown_with_their_curves(open_tab, client):
+    progress, *_ = client.predict(["bpe", "markup"], api_name="/runs")
+    assert [row[:2] for row in table(progress)] == [["bpe", "6 of 6"], ["markup", "6 of 6"]]
+    page = open_tab("Training")
+    page.click("#all-runs button")
+    expect(page.locator("#plot-val_loss .vega-embed")).to_be_visible()
+    cells = page.locator("#runs-progress [role=gridcell]")
+    page.click("#runs input")
+    page.get_by_role("option", name="markup").click()
+    expect(cells.filter(has_text="complete")).to_have_count(2)
+
+
+def table(answer):
+    """The rows of a table in an answer of the API."""
+    return answer.get("value", answer)["data"]
+
+
+def test_a_request_names_runs_from_the_list_and_no_paths(client, folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "metrics.jsonl").write_text("{}\n")
+    for name in "../elsewhere", str(folder / "elsewhere"), "..", "", MARKUP:
+        assert table(client.predict([name], api_name="/runs")[0]) in ([], [[""] * 5])
+
+
+# --------------------------------------------------------------------------------------------------
+# About
+
+def test_the_card_says_what_a_model_learned_how_well_and_under_which_licence(open_tab):
+    page = open_tab("About")
+    card = page.locator("#about-card")
+    for words in ("license: mit", "1,841,472 parameters",
+                  "python train.py shakespeare-bundled", "what it writes is (invented|made up)"):
+        expect(card).to_contain_text(re.compile(words, re.IGNORECASE))
+    page.click("#about-model input")
+    page.get_by_role("option", name=re.compile("markup$")).click()
+    expect(card).to_contain_text("markup")
+    expect(page.locator("#about-details")).to_be_hidden()
+    page.click("#about-more button")
+    expect(page.locator("#about-details")).to_contain_text("last validation loss")
+    expect(page.locator("#about-details")).to_contain_text(f"{MARKUP}, by character")
+    assert_markup_stays_text(page)
+
+
+def test_links_within_the_repository_and_tags_become_text():
+    card = ("[sizes](../../docs/scaling.md) [paper](https://arxiv.org/abs/2305.07759)\n"
+            "![loss](loss.png)\n<details><summary>Books</summary>\n<b>\n```json\n{}\n```")
+    assert about.clean(card) == (
+        "sizes [paper](https://arxiv.org/abs/2305.07759)\n\nBooks\n&lt;b>")
+
+
+def test_the_tabs_fit_a_phone(open_tab):
+    page = open_tab("Training", width=390, height=844)
+    for title in "Training", "About", "Chat":
+        go_to(page, title)
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,0 +1,250 @@
+"""Trains a small model on a visitor's text in a given time: prepare.py and train.py as processes.
+
+The time and the speed of this machine decide everything:
+
+1. train.py starts with the smallest model. If its first seconds show that a larger one could read
+   enough text in the time, it starts again with that.
+2. It trains at a constant learning rate, as long as the time allows. Then it is stopped, which
+   saves a checkpoint.
+3. It resumes with --max-steps such that the decay of the learning rate fills the rest of the time.
+   With the schedule "wsd" (warm-up, stable, decay) the steps may be decided as late as this.
+
+The text and its tokens lie in a temporary folder until the training ends. The model stays, as the
+run log/<name>.
+"""
+import atexit
+import contextlib
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import checkpoint
+import report
+from common.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+MIN_CHARS = 5_000
+TOKENS_PER_PARAMETER = 1.5  # to read in the time; a model with more parameters learns less
+MEASURE_S = 3  # of training, to know the speed
+MAX_STEPS_PER_S = 200  # ends a training whose server was killed
+DECAY = 0.25  # steps of the decay for each step before it: "wsd" decays in the last fifth
+POLL_S = 0.2
+
+
+class Size(NamedTuple):
+    """A model and its batch, of `sequences` times `block_size` tokens."""
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    sequences: int
+    learning_rate: float  # of Muon
+    cost: float  # time of a token, as a multiple of the first size's, measured on two cores
+
+    @property
+    def parameters(self) -> int:
+        """Their number without embeddings: 12 n_embd^2 per block."""
+        return 12 * self.n_layer * self.n_embd**2
+
+
+# the first is that of the preset shakespeare-char-cpu, the third the bundled Shakespeare's
+SIZES = (Size(2, 3, 96, 64, 12, 1e-2, 1), Size(3, 4, 128, 128, 8, 8e-3, 2),
+         Size(4, 6, 192, 256, 8, 6e-3, 5.5), Size(6, 6, 384, 256, 32, 3e-3, 30))
+
+
+class OwnTextTraining:
+    """The training that was started from the page, one at a time for all visitors.
+
+    It continues if a page is closed, and ends with the server.
+    """
+
+    def __init__(self):
+        self.name = ""  # of the run, log/<name>
+        self.stage = ""  # what it does now, in plain words; empty if it has ended
+        self.error = ""
+        self.seconds = self.started_at = self.ended_at = 0.0
+        self.process = None
+        self.size = None  # of the model; None before the speed is known
+        self.stopped = False  # by a visitor
+
+    @property
+    def run(self) -> Path:
+        return checkpoint.LOG / self.name
+
+    def start(self, title: str, text: str, seconds: float):
+        """Starts to train on the text, in a thread. Raises UserError if that is not possible."""
+        if self.stage:
+            raise UserError(f"A training is under way ({self.name}): wait until it has ended, or "
+                            "stop it.")
+        if len(text) < MIN_CHARS:
+            raise UserError(f"This text has {len(text):,} characters, too few to learn from: "
+                            f"choose one of {MIN_CHARS:,} or more, such as a story or a book.")
+        self.name = free_name(title)
+        self.stage = "Reading the text …"
+        self.error = ""
+        self.seconds, self.started_at = seconds, time.time()
+        self.stopped = False
+        atexit.register(self.stop)
+        threading.Thread(target=self.work, args=[text], daemon=True).start()
+
+    def stop(self):
+        """Stops the training, which saves what it has learned."""
+        self.stopped = True
+        if self.process:
+            self.process.terminate()
+
+    @property
+    def elapsed_s(self) -> float:
+        return (time.time() if self.stage else self.ended_at) - self.started_at
+
+    def work(self, text: str):
+        """Prepares the text and trains. A failure leaves a sentence in `error`, and no run."""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self.train(text, Path(folder))
+        except UserError as error:
+            self.error = str(error)
+        except Exception as error:  # the thread has no other way to report a bug
+            self.error = f"Something went wrong ({type(error).__name__}: {error})."
+        finally:
+            if not checkpoint.model_steps(self.run):
+                shutil.rmtree(self.run, ignore_errors=True)
+                self.error = self.error or "It ended before the model had learned anything."
+            (checkpoint.LOG / f".{self.name}.lock").unlink(missing_ok=True)
+            self.ended_at = time.time()
+            self.stage = ""
+
+    def train(self, text: str, folder: Path):
+        # prepare the text, one token per character
+        file, data = folder / f"{self.name}.txt", folder / f"{self.name}_char"
+        file.write_text(text, encoding="utf-8")
+        self.call(folder, "prepare.py", file, "--tokenizer=char", f"--out={data}")
+
+        # train at a constant rate until the decay just fits into the rest of the time
+        self.stage = "Learning"
+        self.size = None
+        options = [f"--name={self.name}", f"--data={data}", f"--sample-prompt={first_words(text)}"]
+        self.train_size(SIZES[0], folder, options)
+        if self.size not in (None, SIZES[0]) and not self.stopped:
+            shutil.rmtree(self.run)
+            self.train_size(self.size, folder, options)
+
+        # resume with the decay
+        saved = checkpoint.saved_steps(self.run)
+        if saved and not self.stopped:
+            self.stage = "Finishing"
+            steps = math.ceil(saved[-1] * (1 + DECAY))
+            self.train_size(self.size or SIZES[0], folder, options, steps)
+
+    def train_size(self, size: Size, folder: Path, options: list[str], steps: int | None = None):
+        """Runs train.py up to a number of steps. Without it, until the decay must start, or until
+        the speed shows that another size is better."""
+        launched_at = time.time()
+
+        def until() -> bool:
+            self.size = self.size or self.choose_size()
+            return self.size not in (None, size) or self.decay_must_start(launched_at)
+
+        max_steps = steps or round(MAX_STEPS_PER_S * self.seconds)
+        self.call(
+            folder, "train.py", "shakespeare-char-cpu", *options, f"--max-steps={max_steps}",
+            f"--n-layer={size.n_layer}", f"--n-head={size.n_head}", f"--n-embd={size.n_embd}",
+            f"--block-size={size.block_size}", f"--micro-batch={size.sequences}",
+            f"--batch-tokens={size.sequences * size.block_size}", "--schedule=wsd",
+            f"--learning-rate={size.learning_rate}", "--dropout=0.1", "--log-every=5",
+            "--eval-every=100", "--sample-every=100", "--save-every=100",
+            until=until if steps is None else lambda: False)
+
+    def decay_must_start(self, launched_at: float) -> bool:
+        """Whether a restart of train.py and the decay take all of the time that is left."""
+        lines = report.read_lines(self.run / "metrics.jsonl")
+        if not lines:
+            return False
+        first_step_at = lines[0]["time"]
+        restart_s = first_step_at - launched_at
+        decay_s = DECAY * (time.time() - first_step_at)
+        return self.elapsed_s + restart_s + decay_s >= self.seconds
+
+    def choose_size(self) -> Size | None:
+        """The largest size that reads enough in the time, by the speed of the run, which has the
+        first size. None before the speed is known."""
+        lines = report.read_lines(self.run / "metrics.jsonl")
+        speeds = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
+        if not speeds or lines[-1]["time"] - lines[0]["time"] < MEASURE_S:
+            return None
+        tokens = max(speeds) * (self.seconds - self.elapsed_s)  # that the first size would read
+        fitting = [size for size in SIZES
+                   if tokens / size.cost >= TOKENS_PER_PARAMETER * size.parameters]
+        return fitting[-1] if fitting else SIZES[0]
+
+    def call(self, folder: Path, program: str, *arguments, until: Callable = lambda: False):
+        """Runs a program to its end, or until `until` is true or a visitor stops it.
+
+        Raises UserError with the program's last line if it fails.
+        """
+        if self.stopped:
+            return
+        output = folder / "output.txt"
+        with open(output, "wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, ROOT / program, *map(str, arguments)], stdin=subprocess.DEVNULL,
+                stdout=file, stderr=subprocess.STDOUT, cwd=checkpoint.LOG.absolute().parent)
+        while self.process.poll() is None:
+            if until():
+                self.process.terminate()
+                self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(POLL_S)
+        if self.process.returncode not in (0, 143):  # 143: 128 + SIGTERM
+            lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+            raise UserError(last.removeprefix("error: "))
+
+
+# --------------------------------------------------------------------------------------------------
+# The text and its name
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, UTF-16 or Windows' code page. Raises UserError if it is not a
+    text."""
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = content.decode("utf-16", errors="replace")
+    else:
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("cp1252", errors="replace")
+    if "\0" in text:
+        raise UserError("This file is not plain text: save it as .txt first.")
+    return text.replace("\r\n", "\n")
+
+
+def free_name(title: str) -> str:
+    """A name for a run that does not exist yet, after the text's title."""
+    stem = re.sub(r"[^\w-]+", "-", title).strip("-_").lower()[:40] or "my-text"
+    name, number = stem, 1
+    while (checkpoint.LOG / name).exists():
+        number += 1
+        name = f"{stem}-{number}"
+    return name
+
+
+def first_words(text: str) -> str:
+    """The beginning of the text, from which the samples continue."""
+    line = next(line for line in text.splitlines() if line.strip())
+    return line.strip() if len(line) <= 40 else line.strip()[:40].rpartition(" ")[0] or line[:20]
+
+
+def tiny_shakespeare() -> Path | None:
+    """The file of tiny Shakespeare, if prepare.py has downloaded it."""
+    path = Path("data/downloads/tiny_shakespeare.txt")
+    return path if path.is_file() else None
