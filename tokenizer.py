@@ -293,7 +293,10 @@ class GPT2Tokenizer(BPETokenizer):
 
 def tiktoken_bpe(ranks: dict[bytes, int]) -> tiktoken.Encoding:
     """Return tiktoken's BPE for tokens whose ids follow the order of the merges."""
-    return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    # without a special token, tiktoken searches for the empty string: encoding takes twice as long
+    special = {END_OF_TEXT: max(ranks.values()) + 1}
+    return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens=special)
 
 
 def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:

@@ -259,6 +259,16 @@ def test_tiktoken_merges_as_the_tokenizers_library_does(size):
         assert bpe.encode(text) == bpe.bpe.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), train_bpe([PROSE], 300), SMALL_BPE])
+def test_tiktoken_knows_a_special_token_but_never_returns_it(tokenizer):
+    """Without one, tiktoken's search for special tokens stops at every character."""
+    special = tokenizer.fast.special_tokens_set
+    assert special == {"<|endoftext|>"}
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.fast.encode_single_token("<|endoftext|>") not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
 def test_a_bpe_whose_ids_do_not_follow_its_merges_runs_on_the_tokenizers_library():
     parts = json.loads(train_bpe([PROSE], 300).to_dict()["description"])
     vocab = parts["model"]["vocab"]
