@@ -88,17 +88,22 @@ def encode_batch(encoder: BatchEncoder, batch: list[reader.Passage]) -> EncodedB
         counts["repaired"] += passage.is_start and not passage.intact
 
     # join the tokens, marking where documents start
-    arrays = encoder.encode_batch(texts)
-    starts = np.cumsum([0, *map(len, arrays)])[:-1][np.array(is_start, dtype=bool)]
-    tokens = np.concatenate([np.empty(0, np.uint32), *arrays])
-    if tokenizer.eot is not None:
-        tokens = np.insert(tokens, starts, tokenizer.eot)
-        starts += np.arange(len(starts))
-
+    mark = [] if tokenizer.eot is None else [tokenizer.eot]
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    pieces = [np.empty(0, dtype)]
+    starts = []
+    length = 0
+    for ids, is_first in zip(encoder.encode_batch(texts), is_start):
+        if is_first:
+            starts.append(length)
+            pieces.append(mark)
+            length += len(mark)
+        pieces.append(ids)
+        length += len(ids)
+    tokens = np.concatenate(pieces, dtype=dtype, casting="unsafe")
     last = batch[-1]
-    return EncodedBatch(tokens.astype(dtype), starts, last.split, last.cursor, dict(counts),
-                        "".join(unknown))
+    return EncodedBatch(tokens, np.array(starts, dtype=np.int64), last.split, last.cursor,
+                        dict(counts), "".join(unknown))
 
 
 def copy_shards(files: list[str], cursor: reader.Cursor) -> Iterator[EncodedBatch]:

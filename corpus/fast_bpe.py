@@ -2,7 +2,6 @@
 
     encoder = BatchEncoder(load_tokenizer("gpt2"))
     encoder.encode_batch(["a text", "another"])  # one array of ids for each
-    python -m corpus.fast_bpe                    # finds DOUBTFUL, below, in two minutes
 
 The ids are always those of `tokenizer.encode`. A text that gigatoken could split in another way is
 left to tiktoken. So is every text if gigatoken is not installed or fails a comparison at the start.
@@ -13,10 +12,11 @@ import threading
 
 import numpy as np
 
-from tokenizer import RANKS, Tokenizer, load_tokenizer
+from tokenizer import RANKS, Tokenizer
 
 # Characters, as first and last code points, that gigatoken 0.10 and tiktoken 0.14 classify
-# differently: the letters and digits that are new in Unicode 17. Surrogates are not encoded at all.
+# differently: the letters and digits that are new in Unicode 17, found by trying every code point
+# (python -m benchmarks.doubtful_characters). Surrogates are not encoded at all.
 DOUBTFUL = (
     (0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2),
     (0xA7D4, 0xA7D4), (0xA7F1, 0xA7F1), (0xD800, 0xDFFF), (0x10940, 0x10959), (0x10EC5, 0x10EC7),
@@ -106,29 +106,3 @@ def is_doubtful(text: str) -> bool:
     rest = data[data >= 0x80].tobytes().decode("utf-8", "surrogatepass")
     codes = np.frombuffer(rest.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     return bool(IS_DOUBTFUL[codes].any())
-
-
-def main():
-    """Print the ranges of code points that gigatoken and tiktoken see differently."""
-    # every code point between all pairs of neighbors that matter to GPT-2's pattern
-    neighbors = "", "a", "1", ".", " ", "\n", "'s", "'ll"
-    template = "\n".join(f"{left}\0{right}" for left in neighbors for right in neighbors)
-    tokenizer = load_tokenizer("gpt2")
-    encoder = BatchEncoder(tokenizer)
-    found = []
-    for plane in range(0, 0x110000, 0x1000):
-        codes = [code for code in range(plane, plane + 0x1000) if not 0xD800 <= code < 0xE000]
-        texts = [template.replace("\0", chr(code)) for code in codes]
-        arrays = encoder.encode_with_gigatoken(texts)
-        for code, text, array in zip(codes, texts, arrays):
-            if not np.array_equal(array, tokenizer.encode_array(text)):
-                found.append(code)
-
-    # join neighbors into ranges
-    for _, group in itertools.groupby(enumerate(found), lambda pair: pair[1] - pair[0]):
-        codes = [code for _, code in group]
-        print(f"(0x{codes[0]:X}, 0x{codes[-1]:X}),")
-
-
-if __name__ == "__main__":
-    main()
