@@ -11,7 +11,7 @@
 
 Validation is the last 10% of a single text's characters, as in nanoGPT, or the first shard of a
 corpus (the first 10% if the corpus fills no shard). With --val-share it is the last part of either.
-The output does not depend on the number of workers. Run the same command again to resume.
+The output does not depend on the number of threads. Run the same command again to resume.
 """
 import contextlib
 import dataclasses
@@ -27,19 +27,20 @@ from typing import NamedTuple
 from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
 
 # isort: split
+import numpy as np
 import tyro
 from tqdm import tqdm
 
 from common.devices import allowed_cores
 from common.files import DISK_FULL
 from corpus import encoding, reader, sources
+from corpus.fast_bpe import BatchEncoder
 from corpus.shard_writer import ShardWriter
 from shards import MANIFEST, read_manifest, read_tokenizer
-from tokenizer import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
+from tokenizer import CharTokenizer, Tokenizer, code_points, load_tokenizer, train_bpe
 
 COMMIT_INTERVAL_S = 1.0  # a killed process loses at most so much work
-# smaller files are tokenized in this process: they are done before another one has started
-MIN_POOL_BYTES = 4 * reader.BLOCK_BYTES
+SAMPLE_BYTES = 16 * reader.BLOCK_BYTES  # for the estimate of time and disk
 DISK_BYTES_PER_S = 2e8  # assumed for the estimate of copying shards
 
 
@@ -48,7 +49,7 @@ class ShardOptions:
     """How to write shards, from any source."""
 
     workers: int | None = None
-    """Number of processes that tokenize; one per core if not given."""
+    """Number of threads that tokenize; one per core if not given."""
     shard_tokens: int = 100_000_000
     """Number of tokens in a shard."""
     val_share: float | None = None
@@ -124,25 +125,23 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
     identity = {"name": source.name, "revision": source.revision}
     if options.val_share:
         identity["val_share"] = options.val_share
-    workers = options.workers or available_cores()
-    if source.kind == "tokens" or sum(sizes) < MIN_POOL_BYTES:
-        workers = 0
+    threads = options.workers or available_cores()
+    encoder = BatchEncoder(tokenizer)
 
-    with encoding.start_workers(workers, tokenizer) as pool, report_full_disk(out):
-        plan = make_plan(source, files, sizes, tokenizer, val_share, workers or 1)
-        with ShardWriter(out, name, tokenizer, identity,
-                         options.shard_tokens, part, parts) as writer:
-            if not writer.finished:
-                print_plan(plan, source, files, out, writer.counts)
-                if source.kind == "tokens":
-                    batches = encoding.copy_shards(files, writer.cursor)
-                else:
-                    passages = reader.read(files, writer.cursor, val_share)
-                    if val_from:
-                        val_from = (val_from[0] - first, *val_from[1:])  # among this part's files
-                        passages = reader.assign_split(passages, val_from)
-                    batches = encoding.encode_passages(passages, tokenizer, pool)
-                write_shards(writer, plan, batches)
+    plan = make_plan(source, files, sizes, encoder, val_share, threads)
+    with report_full_disk(out), ShardWriter(out, name, tokenizer, identity, options.shard_tokens,
+                                            part, parts) as writer:
+        if not writer.finished:
+            print_plan(plan, source, files, out, writer.counts)
+            if source.kind == "tokens":
+                batches = encoding.copy_shards(files, writer.cursor)
+            else:
+                passages = reader.read(files, writer.cursor, val_share)
+                if val_from:
+                    val_from = (val_from[0] - first, *val_from[1:])  # among this part's files
+                    passages = reader.assign_split(passages, val_from)
+                batches = encoding.encode_passages(passages, encoder, threads)
+            write_shards(writer, plan, batches)
     print_summary(out, parts)
 
 
@@ -163,10 +162,10 @@ def choose_tokenizer(name: str, source: sources.Source, val_share: float,
     `char` takes its alphabet from the whole source; `bpe:N` is trained on a sample of it.
     """
     if name == "char":
-        alphabet = set()
+        alphabet = np.zeros(0x110000, dtype=bool)  # for each code point
         for passage in reader.read(source.files, val_share=val_share):
-            alphabet.update(reader.passage_text(passage)[0])
-        return CharTokenizer("".join(sorted(alphabet)))
+            alphabet[code_points(passage.text)] = True
+        return CharTokenizer("".join(map(chr, np.flatnonzero(alphabet))))
     if name.startswith("bpe:"):
         size = name.removeprefix("bpe:")
         if not size.isdecimal():
@@ -177,7 +176,7 @@ def choose_tokenizer(name: str, source: sources.Source, val_share: float,
         return load_tokenizer("gpt2")
     if (Path(name) / MANIFEST).exists():
         return read_tokenizer(name)
-    from checkpoint import load_model  # noqa: PLC0415 (worker processes do without torch)
+    from checkpoint import load_model  # noqa: PLC0415 (imports torch)
     return load_model(name)[1]
 
 
@@ -252,32 +251,34 @@ class Plan(NamedTuple):
     seconds: float
 
 
-def make_plan(source: sources.Source, files: list[str], sizes: list[int], tokenizer: Tokenizer,
-              val_share: float, workers: int) -> Plan:
-    """Measure the first megabyte of text and extrapolate."""
+def make_plan(source: sources.Source, files: list[str], sizes: list[int], encoder: BatchEncoder,
+              val_share: float, threads: int) -> Plan:
+    """Measure a sample of the text and extrapolate."""
     if source.kind == "tokens":
         total = sum(sizes)
         return Plan(len(files), 0, total // 2, total, total / DISK_BYTES_PER_S)
 
-    # read a sample
+    # read a sample, measuring CPU time, because other processes may be busy now
+    began = time.thread_time()
     sample = []
     size = 0
     for passage in reader.read(files, val_share=val_share):
         sample.append(passage)
-        size += len(passage.content)
-        if size > reader.BLOCK_BYTES:
+        size += passage.size
+        if size > SAMPLE_BYTES:
             break
     if not sample:
         return Plan(len(files), 0, 0, 0, 0.0)
+    read_s = time.thread_time() - began
 
-    # encode it, measuring CPU time, because other processes may be busy now
-    began = time.thread_time()
-    batch = encoding.encode_batch(tokenizer, sample)
-    seconds = time.thread_time() - began
+    # encode it
+    batch = encoding.encode_batch(encoder, sample)
+    encode_s = time.thread_time() - began - read_s
     scale = reader.estimate_content_bytes(files, sizes) / max(1, size)
     tokens = round(scale * len(batch.tokens))
+    seconds = scale * max(read_s, (read_s + encode_s) / threads)  # one thread reads
     return Plan(len(files), round(scale * batch.counts["bytes"]), tokens,
-                tokens * batch.tokens.itemsize, scale * seconds / workers)
+                tokens * batch.tokens.itemsize, seconds)
 
 
 def print_plan(plan: Plan, source: sources.Source, files: list[str], out: Path, counts: Counter):

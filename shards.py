@@ -32,8 +32,8 @@ MANIFEST = "manifest.json"
 SPLITS = ("val", "train")
 
 # llm.c's header: 256 int32, of which the first three are magic number, version, number of tokens
-LLMC_MAGIC = 20240520
 LLMC_HEADER_BYTES = 1024
+LLMC_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # by magic number: GPT-2's ids, Llama 3's
 
 
 class Shards:
@@ -152,12 +152,12 @@ def open_shard(path: Path) -> np.ndarray:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             header = np.fromfile(path, dtype=np.int32, count=3)
-            offset = 0
-            if len(header) == 3 and header[0] == LLMC_MAGIC:
-                offset = LLMC_HEADER_BYTES
-                if path.stat().st_size != offset + 2 * int(header[2]):
-                    raise ValueError(f"its header announces {header[2]:,} tokens")
-            tokens = np.memmap(path, dtype=np.uint16, mode="r", offset=offset)
+            known = len(header) == 3 and int(header[0]) in LLMC_DTYPES
+            dtype = np.dtype(LLMC_DTYPES[int(header[0])] if known else np.uint16)
+            offset = LLMC_HEADER_BYTES if known else 0
+            if known and path.stat().st_size != offset + dtype.itemsize * int(header[2]):
+                raise ValueError(f"its header announces {header[2]:,} tokens")
+            tokens = np.memmap(path, dtype=dtype, mode="r", offset=offset)
     except FileNotFoundError:
         raise UserError(f"{path} is missing but listed in the manifest: "
                         "prepare the data again.") from None

@@ -1,91 +1,115 @@
 """How fast text becomes token shards, compared with other ways to do it.
 
-    python -m benchmarks.tokenizing corpus.jsonl.zst    # or any text that prepare.py reads, 200 MB
+    python -m benchmarks.tokenizing corpus.parquet    # or any text that prepare.py reads, 200 MB
 
 Each round runs each way once, on all cores of this machine:
-  prepare.py             everything: start the processes, read the corpus, write shards and manifest
-  bare tokenizer calls   one process per core calls tiktoken on its share of the text, in memory
+  prepare.py             the whole command, with Python's start, shards and checksums
+  reading and encoding   pyarrow and json read the text, then gigatoken encodes it, in memory
   build-nanogpt's pool   as its fineweb.py: a pool of half the cores, documents through its pipes
   tokenizers             Hugging Face's encode_batch on all cores, the text in memory
+  datatrove              its DocumentTokenizer, a process per core, if it is installed
+
+The last three encode the first PART_BYTES of the text only, because they are slow.
 """
+import importlib.util
+import json
 import multiprocessing
 import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import gigatoken
 import numpy as np
 import tokenizers
 
 import prepare
 from benchmarks.ratio import print_ratio
 from corpus import reader, sources
-from tokenizer import load_tokenizer
+from tokenizer import RANKS, load_tokenizer
 
-ROUNDS = 5
+ROUNDS = 3
 CORES = prepare.available_cores()
+PART_BYTES = 3e7
+ROOT = Path(__file__).parents[1]
 
 
 def main():
     path = Path(sys.argv[1])
-    files = sources.local_source("", path).files
-    documents = [reader.passage_text(passage)[0] for passage in reader.read(files)]
+    documents = read_bare(path)
+    part, part_mb = [], 0.0
+    for text in documents:
+        if part_mb < PART_BYTES / 1e6:
+            part.append(text)
+            part_mb += len(text.encode()) / 1e6
     size_mb = sum(len(text.encode()) for text in documents) / 1e6
     print(f"{size_mb:.0f} MB of text in {len(documents):,} documents, {CORES} cores")
 
+    estimates = []
     ways = {
-        "bare tokenizer calls": lambda: time_bare_calls(documents),
-        "prepare.py": lambda: time_prepare(path),
-        "build-nanogpt's pool": lambda: time_pool(documents),
-        "tokenizers": lambda: time_huggingface(documents),
+        "prepare.py": (size_mb, lambda: time_prepare(path, estimates)),
+        "reading and encoding": (size_mb, lambda: time_bare(path)),
+        "build-nanogpt's pool": (part_mb, lambda: time_pool(part)),
+        "tokenizers": (part_mb, lambda: time_huggingface(part)),
     }
+    if importlib.util.find_spec("datatrove"):
+        ways["datatrove"] = (part_mb, lambda: time_datatrove(part))
     speeds = {name: [] for name in ways}  # MB/s
     for number in range(ROUNDS):
-        for name, way in ways.items():
-            speeds[name].append(size_mb / way())
+        for name, (way_mb, way) in ways.items():
+            speeds[name].append(way_mb / way())
             print(f"round {number + 1}: {name:20} {speeds[name][-1]:6.1f} MB/s", flush=True)
 
     for name in ways:
         print(f"{name:20} {statistics.median(speeds[name]):6.1f} MB/s")
         if name != "prepare.py":
             ratios = [ours / other for ours, other in zip(speeds["prepare.py"], speeds[name])]
-            print_ratio("text to shards by prepare.py", ratios, f"times {name}")
+            unit = "of" if name == "reading and encoding" else "times"
+            print_ratio("text to shards by prepare.py", ratios, f"{unit} {name}")
+    print_ratio("time that prepare.py predicts", estimates, "times its time")
 
 
 # --------------------------------------------------------------------------------------------------
 # The ways, each in seconds
 
-def time_prepare(path: Path) -> float:
+def time_prepare(path: Path, estimates: list[float]) -> float:
     with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, ROOT / "prepare.py", path, "--tokenizer", "gpt2",
+                "--out", Path(folder) / "out"]
         began = time.perf_counter()
-        prepare.main(prepare.PrepareConfig(str(path), "gpt2", out=Path(folder) / "out"))
-        return time.perf_counter() - began
-
-
-def time_bare_calls(documents: list[str]) -> float:
-    """The mean over the processes, without their start."""
-    context = multiprocessing.get_context("spawn")
-    barrier, times = context.Barrier(CORES), context.Queue()
-    processes = [
-        context.Process(target=encode_share, args=(documents[i::CORES], barrier, times))
-        for i in range(CORES)]
-    for process in processes:
-        process.start()
-    seconds = statistics.mean(times.get() for _ in processes)
-    for process in processes:
-        process.join()
+        done = subprocess.run(line, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              text=True)
+        seconds = time.perf_counter() - began
+    number, unit = re.search(r"about ([\d.]+) (s|min)$", done.stdout, re.MULTILINE).groups()
+    estimates.append(float(number) * (60 if unit == "min" else 1) / seconds)
     return seconds
 
 
-def encode_share(documents: list[str], barrier, times):
-    encode = load_tokenizer("gpt2").fast.encode_ordinary
-    barrier.wait()
+def time_bare(path: Path) -> float:
     began = time.perf_counter()
-    for text in documents:
-        encode(text)
-    times.put(time.perf_counter() - began)
+    documents = read_bare(path)
+    encoder = gigatoken.Tokenizer.from_tiktoken(RANKS, "gpt2", {})
+    for first in range(0, len(documents), 4096):
+        encoder.encode_batch(documents[first:first + 4096])  # on all cores
+    return time.perf_counter() - began
+
+
+def read_bare(path: Path) -> list[str]:
+    """The documents, read with no checks."""
+    documents = []
+    for file in sources.local_source("", path).files:
+        if sources.kind_of(file) == ".parquet":
+            with reader.open_parquet(file) as table:
+                for rows in table.iter_batches(columns=["text"]):
+                    documents += rows.column(0).to_pylist()
+        else:
+            _, stream = reader.open_stream(file)
+            documents += [json.loads(line)["text"] for line in stream]
+    return documents
 
 
 def time_pool(documents: list[str]) -> float:
@@ -116,6 +140,27 @@ def time_huggingface(documents: list[str]) -> float:
         for encoding in tokenizer.encode_batch(documents[first:first + 1000]):
             np.array(encoding.ids, dtype=np.uint16)
     return time.perf_counter() - began
+
+
+def time_datatrove(documents: list[str]) -> float:
+    from datatrove.executor import LocalPipelineExecutor  # noqa: PLC0415 (optional)
+    from datatrove.pipeline.readers import JsonlReader  # noqa: PLC0415
+    from datatrove.pipeline.tokens import DocumentTokenizer  # noqa: PLC0415
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        load_tokenizer("gpt2").save(folder)
+        (folder / "in").mkdir()
+        for i in range(CORES):
+            lines = (json.dumps({"id": "", "text": text}) + "\n" for text in documents[i::CORES])
+            (folder / "in" / f"{i}.jsonl").write_text("".join(lines))
+        pipeline = [JsonlReader(str(folder / "in"), compression=None),
+                    DocumentTokenizer(str(folder / "out"), shuffle_documents=False,
+                                      tokenizer_name_or_path=str(folder / "tokenizer.json"),
+                                      eos_token="<|endoftext|>")]
+        began = time.perf_counter()
+        LocalPipelineExecutor(pipeline, tasks=CORES, workers=CORES,
+                              logging_dir=str(folder / "logs")).run()
+        return time.perf_counter() - began
 
 
 if __name__ == "__main__":

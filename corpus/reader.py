@@ -5,7 +5,9 @@ one passage, a long one as several. `read(files, cursor)` resumes after any pass
 yields depends on the files only.
 """
 import codecs
+import contextlib
 import errno
+import functools
 import io
 import json
 import os
@@ -14,11 +16,14 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-# pyarrow and fsspec are imported when needed: worker processes import this module without them
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from common.errors import UserError
 from corpus.sources import codec_of, kind_of
+from tokenizer import without_surrogates
 
 BLOCK_BYTES = 2**20  # bytes to read, or characters to tokenize, at a time
 LONG_DOCUMENT_BYTES = 4 * BLOCK_BYTES  # a longer document is cut into passages of one block
@@ -33,11 +38,11 @@ Cursor = tuple[int, int, int]  # what to read next: file, document in it, passag
 
 class Passage(NamedTuple):
     """A document, or a part of a long one."""
-    content: bytes
-    form: Literal["json", "text", "repaired"]  # a JSON line, UTF-8, or UTF-8 after a repair
+    text: str
+    size: int  # bytes in the file: of the text, or of the JSON line
+    intact: bool  # False for a passage of a document that had to be repaired
     is_start: bool  # True for the first passage of a document
     split: str | None  # "train" or "val", or None if the shard writer decides
-    path: str
     cursor: Cursor  # of the next passage
 
 
@@ -89,11 +94,9 @@ def is_temporary(path: str, error: Exception) -> bool:
 def find_split(files: list[str], val_share: float) -> Cursor:
     """Return where the last `val_share` of all documents begins.
 
-    Both splits get at least one document. Reads all files once to count the documents.
+    Both splits get at least one document. Files other than parquet are read once to count theirs.
     """
-    counts = []  # documents in each file
-    for path in files:
-        counts.append(sum(passage.is_start for passage in read([path])))
+    counts = [count_documents(path) for path in files]
     total = sum(counts)
     first = min(max(1, round(total * (1 - val_share))), total - 1)
     for file, count in enumerate(counts):
@@ -101,6 +104,15 @@ def find_split(files: list[str], val_share: float) -> Cursor:
             return file, first, 0
         first -= count
     raise UserError("The files hold no text to divide into training and validation.")
+
+
+def count_documents(path: str) -> int:
+    """Return the number of documents, which a parquet file states in its footer."""
+    if kind_of(path) == ".parquet":
+        with contextlib.suppress(OSError, ValueError):  # reading the file reports what is wrong
+            with open_parquet(path) as file:
+                return file.metadata.num_rows
+    return sum(passage.is_start for passage in read([path]))
 
 
 def assign_split(passages: Iterator[Passage], val_from: Cursor) -> Iterator[Passage]:
@@ -124,8 +136,8 @@ def sample_texts(files: list[str], val_share: float, val_from: Cursor | None) ->
             if size >= SAMPLE_BYTES / len(files):
                 break
             if passage.split != "val":
-                size += len(passage.content)
-                yield passage_text(passage)[0]
+                size += passage.size
+                yield passage.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,45 +198,43 @@ def read_file(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
 
 def read_single_text(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
     """Yield a text's two splits as two documents."""
-    file, document, part = cursor
     splits = split_text(path, val_share)
-    for number, (split, blocks) in islice(enumerate(splits), document, None):
-        for i, block in islice(enumerate(blocks), part, None):
-            yield Passage(block.encode(), "text", i == 0, split, path, (file, number, i + 1))
-        part = 0
+    for number, (split, blocks) in islice(enumerate(splits), cursor[1], None):
+        yield from read_blocks(blocks, cursor, number, True, split)
 
 
 def read_text_file(path: str, cursor: Cursor) -> Iterator[Passage]:
     """Yield a text file as one document."""
+    if cursor[1] == 0:
+        yield from read_blocks(skip_leading_blank(text_blocks(path)), cursor, 0, True)
+
+
+def read_blocks(blocks: Iterator[str], cursor: Cursor, number: int, intact: bool,
+                split: str | None = None) -> Iterator[Passage]:
+    """Yield the blocks of document `number`, from the cursor's on if it is in this document."""
     file, document, part = cursor
-    if document == 0:
-        blocks = skip_leading_blank(text_blocks(path))
-        for i, block in islice(enumerate(blocks), part, None):
-            yield Passage(block.encode(), "text", i == 0, None, path, (file, 0, i + 1))
+    for i, block in enumerate(blocks):
+        if number > document or i >= part:
+            size = len(block.encode())
+            yield Passage(block, size, intact, i == 0, split, (file, number, i + 1))
 
 
 def read_documents(path: str, cursor: Cursor) -> Iterator[Passage]:
     """Yield the rows of a parquet file or the lines of a jsonl file as documents."""
-    file, document, part = cursor
     if kind_of(path) == ".parquet":
-        form = "text"
-        contents = parquet_rows(path, document)
+        contents = parquet_rows(path, cursor[1])
+        parse = decode
     else:
-        form = "json"
-        contents = islice(open_stream(path)[1], document, None)
-    for number, content in enumerate(contents, document):
-        passage = Passage(content, form, True, None, path, (file, number + 1, 0))
-        if len(content) <= LONG_DOCUMENT_BYTES:
-            yield passage
+        contents = islice(open_stream(path)[1], cursor[1], None)
+        parse = functools.partial(parse_line, path)
+    for number, content in enumerate(contents, cursor[1]):
+        text, intact = parse(content, number)
+        size = len(content)
+        if size <= LONG_DOCUMENT_BYTES:
+            yield Passage(text, size, intact, True, None, (cursor[0], number + 1, 0))
         else:
-            # cut a long document into blocks
-            text, intact = passage_text(passage)
-            del content, passage  # may be hundreds of megabytes
-            block_form = "text" if intact else "repaired"
-            blocks = skip_leading_blank(cut_text(text))
-            for i, block in islice(enumerate(blocks), part, None):
-                yield Passage(block.encode(), block_form, i == 0, None, path, (file, number, i + 1))
-        part = 0
+            del content  # may be hundreds of megabytes
+            yield from read_blocks(skip_leading_blank(cut_text(text)), cursor, number, intact)
 
 
 def skip_leading_blank(blocks: Iterator[str]) -> Iterator[str]:
@@ -261,35 +271,32 @@ def read_range(path: str, begin: int, end: int) -> Iterator[str]:
         position += len(block)
 
 
-def passage_text(passage: Passage) -> tuple[str, bool]:
-    """Return the passage's text, and whether it is intact.
-
-    Bytes that are not UTF-8 and lone surrogates become U+FFFD; the text then is not intact.
-    """
-    intact = passage.form != "repaired"
+def decode(content: bytes, _number: int) -> tuple[str, bool]:
+    """Return the text, and whether it is intact. Bytes that are not UTF-8 become U+FFFD."""
     try:
-        text = passage.content.decode()
+        return content.decode(), True
     except UnicodeDecodeError:
-        text = passage.content.decode(errors="replace")
-        intact = False
-    if passage.form != "json" or text.isspace():
-        return text, intact
+        return content.decode(errors="replace"), False
 
-    # parse the JSON line
+
+def parse_line(path: str, content: bytes, number: int) -> tuple[str, bool]:
+    """Return the text of a JSON line, and whether it is intact. Lone surrogates become U+FFFD."""
+    line, intact = decode(content.removeprefix(codecs.BOM_UTF8), number)
+    if not line.strip():
+        return "", True
     try:
-        document = json.loads(text)["text"]
-        if not isinstance(document, str | None):
+        text = json.loads(line)["text"]
+        if not isinstance(text, str | None):
             raise TypeError
-        if document and "\\u" in text:  # only escapes can give a lone surrogate
-            document.encode()
+        text = text or ""
+        if "\\u" in line:  # only escapes can give a lone surrogate
+            text.encode()
     except UnicodeEncodeError:
-        document = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        intact = False
+        return without_surrogates(text), False
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{passage.path}, line {passage.cursor[1]:,}, is not a JSON object with a "
-                        "string `text` (expected one object per line, in UTF-8): "
-                        f"{text[:60]!r}.") from None
-    return document or "", intact
+        raise UserError(f"{path}, line {number + 1:,}, is not a JSON object with a string `text` "
+                        f"(expected one object per line, in UTF-8): {line[:60]!r}.") from None
+    return text, intact
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,18 +311,22 @@ def open_file(path: str):
 
 
 def open_parquet(path: str):
-    """Open a parquet file. Raises UserError if it has no column `text`."""
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    """Open a parquet file. Raises UserError if it has no column `text` of strings."""
     file = pq.ParquetFile(open_file(path), buffer_size=16 * BLOCK_BYTES)
-    columns = file.schema_arrow.names
-    if "text" not in columns:
-        raise UserError(f"{path} has no column `text`; its columns are: {', '.join(columns)}.")
+    columns = file.schema_arrow
+    if "text" not in columns.names:
+        raise UserError(f"{path} has no column `text`; its columns are: "
+                        f"{', '.join(columns.names)}.")
+    kind = columns.field("text").type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not re.fullmatch("null|(large_)?(string|binary)", str(kind)):
+        raise UserError(f"{path}: the column `text` holds values of type {kind}, not strings.")
     return file
 
 
 def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
     """Yield the column `text` from row `skip` on, as UTF-8. Skipped row groups are not read."""
-    import pyarrow as pa  # noqa: PLC0415
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -335,7 +346,6 @@ def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
 
 def open_stream(path: str) -> tuple[io.IOBase, io.BufferedReader]:
     """Open a file. Returns it, and the stream of its decompressed content."""
-    import pyarrow as pa  # noqa: PLC0415
     raw = open_file(path)
     codec = codec_of(path)
     if codec and not raw.read(1):

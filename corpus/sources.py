@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import read_json, sha256
 
-# `datasets` and `requests` are imported when needed: worker processes import this module, too
+# `datasets` and `requests` are imported when needed: both take long
 
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
@@ -98,7 +98,7 @@ def local_source(name: str, path: Path, out: Path | None = None) -> Source:
         is_output = out is not None and out.absolute() in file.absolute().parents
         return kind_of(file.name) in KINDS and not hidden and not is_output
 
-    files = [path] if path.is_file() else sorted(filter(is_document, walk_files(path)))
+    files = sorted(filter(is_document, walk_files(path))) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no documents: expected {', '.join(KINDS)} files, "
                         "optionally compressed as .gz or .zst.")
@@ -123,7 +123,13 @@ def walk_files(folder: Path) -> Iterator[Path]:
 
 
 def revision_of(files: list[Path]) -> str:
-    """Return the sha256 of a single file, or of the names and sizes of several."""
+    """Return the sha256 of a single file, or of the names and sizes of several.
+
+    Raises UserError for what is not a file, such as a pipe, which can be read only once.
+    """
+    for path in files:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file: copy what it holds into a file first.")
     if len(files) == 1:
         return sha256(files[0])
     lines = [b"%s %d\n" % (os.fsencode(path.name), path.stat().st_size) for path in files]

@@ -6,7 +6,7 @@ import torch
 from common.errors import UserError
 from corpus.shard_writer import ShardWriter
 from dataloader import DataLoader, permute, round_keys
-from shards import LLMC_HEADER_BYTES, LLMC_MAGIC, Shards, verify
+from shards import LLMC_HEADER_BYTES, Shards, verify
 from tokenizer import CharTokenizer
 
 
@@ -173,7 +173,7 @@ def test_the_permutation_has_no_visible_pattern():
 def test_shards_of_other_programs_are_read_in_place(tmp_path):
     tokens = np.arange(300, dtype=np.uint16)
     header = np.zeros(256, dtype=np.int32)
-    header[:3] = LLMC_MAGIC, 1, len(tokens)
+    header[:3] = 20240520, 1, len(tokens)
     assert LLMC_HEADER_BYTES == header.nbytes
     with_header = header.tobytes() + tokens.tobytes()
     for folder, name, content in (
@@ -185,6 +185,20 @@ def test_shards_of_other_programs_are_read_in_place(tmp_path):
         path = tmp_path / folder / name
         np.save(path, tokens) if content is None else path.write_bytes(content)
         assert Shards(tmp_path / folder, "train").read(0, 300).tolist() == tokens.tolist()
+
+
+def test_llm_c_shards_of_llama_3_hold_32_bits_and_are_not_gpt2s(tmp_path):
+    tokens = np.arange(128_000, 128_300, dtype=np.uint32)
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240801, 7, len(tokens)
+    path = tmp_path / "fineweb_train_000001.bin"
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+    assert Shards(tmp_path, "train").read(0, 300).tolist() == tokens.tolist()
+    with pytest.raises(UserError, match=r"holds the id 128,.* made with another tokenizer"):
+        DataLoader(tmp_path, "train", batch_size=1, block_size=8).batch(0)
+    path.write_bytes(header.tobytes() + tokens.tobytes()[:-4])
+    with pytest.raises(UserError, match="announces 300 tokens"):
+        Shards(tmp_path, "train")
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):

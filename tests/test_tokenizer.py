@@ -3,6 +3,7 @@ import copy
 import json
 import random
 
+import numpy as np
 import pytest
 import tokenizers
 from conftest import PROSE, small_bpe
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 
 from common.errors import UserError
 from common.files import sha256
+from corpus import fast_bpe
 from tokenizer import (
     RANKS,
     BPETokenizer,
@@ -259,6 +261,16 @@ def test_tiktoken_merges_as_the_tokenizers_library_does(size):
         assert bpe.encode(text) == bpe.bpe.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), train_bpe([PROSE], 300), SMALL_BPE])
+def test_tiktoken_knows_a_special_token_but_never_returns_it(tokenizer):
+    """Without one, tiktoken's search for special tokens stops at every character."""
+    special = tokenizer.fast.special_tokens_set
+    assert special == {"<|endoftext|>"}
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.fast.encode_single_token("<|endoftext|>") not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
 def test_a_bpe_whose_ids_do_not_follow_its_merges_runs_on_the_tokenizers_library():
     parts = json.loads(train_bpe([PROSE], 300).to_dict()["description"])
     vocab = parts["model"]["vocab"]
@@ -268,6 +280,61 @@ def test_a_bpe_whose_ids_do_not_follow_its_merges_runs_on_the_tokenizers_library
     assert not swapped.fast
     assert swapped.encode("\ud800 the fox") == swapped.encode("\ufffd the fox")
     assert swapped.decode(swapped.encode(PROSE)) == PROSE
+
+
+# --------------------------------------------------------------------------------------------------
+# gigatoken
+
+HOSTILE = ["a", "the ", " fox", "'s", "'ll", "'", " ", "  ", "\n", "\t", "\x1c", "\u3000", "12",
+           "٣", "é", "я", "你", "🦊", "\u0301", "<|endoftext|>", ".", "\0", "\ufffd",
+           *(chr(code) for pair in fast_bpe.DOUBTFUL for code in pair)]
+
+
+@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), SMALL_BPE, train_bpe([PROSE], 400)])
+def test_gigatoken_gives_the_ids_of_tiktoken(tokenizer, monkeypatch):
+    monkeypatch.setattr(fast_bpe, "RENEW_CHARS", 20_000)
+    encoder = fast_bpe.BatchEncoder(tokenizer)
+    assert encoder.uses_gigatoken
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(HOSTILE, k=rng.randint(0, 40))) for _ in range(2000)]
+    texts += [chr(code) for code in range(0, 0x110000, 97)]
+    for i in range(0, len(texts), 400):
+        arrays = encoder.encode_batch(texts[i:i + 400])
+        assert [array.tolist() for array in arrays] == list(map(tokenizer.encode, texts[i:i + 400]))
+    assert encoder.encode_batch([]) == []
+
+
+def test_what_gigatoken_could_split_otherwise_is_left_to_tiktoken(gpt2, monkeypatch):
+    encoder = fast_bpe.BatchEncoder(gpt2)
+    sent = []
+    encode = encoder.encode_with_gigatoken
+    monkeypatch.setattr(encoder, "encode_with_gigatoken",
+                        lambda texts: encode(sent.append(texts) or texts))
+    doubtful = ["\u088f's", "a\ud800b", " " * 1_100_000 + "x", "x" + "\n" * 600_000 + "é"]
+    texts = ["one", *doubtful, "Я, 🦊 and 你好"]
+    arrays = encoder.encode_batch(texts)
+    assert sent == [["one", "", "", "", "", "Я, 🦊 and 你好"]]
+    assert [array.tolist() for array in arrays] == [gpt2.encode(text) for text in texts]
+
+
+def test_a_gigatoken_that_disagrees_or_fails_is_not_used(gpt2, monkeypatch, capsys):
+    other = train_bpe([PROSE], 300)
+    make = fast_bpe.make_gigatoken
+    for broken, sentence in ((lambda library, _: make(library, other), "gives other ids"),
+                             (lambda library, _: library.no_such_thing, "gigatoken failed")):
+        monkeypatch.setattr(fast_bpe, "make_gigatoken", broken)
+        encoder = fast_bpe.BatchEncoder(gpt2)
+        assert sentence in capsys.readouterr().out and not encoder.uses_gigatoken
+        assert np.array_equal(encoder.encode_batch(["the fox"])[0], gpt2.encode("the fox"))
+
+
+def test_a_batch_of_a_bpe_that_only_the_tokenizers_library_runs():
+    description = json.loads(train_bpe([PROSE], 300).description)
+    description["normalizer"] = {"type": "Lowercase"}
+    bpe = BPETokenizer(json.dumps(description))
+    texts = ["The FOX", "", "a<|endoftext|>\ud800"]
+    arrays = fast_bpe.BatchEncoder(bpe).encode_batch(texts)
+    assert [array.tolist() for array in arrays] == [bpe.encode(text) for text in texts]
 
 
 # --------------------------------------------------------------------------------------------------
