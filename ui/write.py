@@ -53,7 +53,8 @@ def build(models: Models) -> Tab:
     """Lays out the tab and connects its events."""
     gr.Markdown(HEAD, elem_id="write-head")
     with gr.Row(elem_id="beginnings"):
-        beginnings = [gr.Button(size="sm") for _ in range(3)]
+        beginnings = [gr.Button(size="sm", **shown)
+                      for shown in beginning_buttons(models, models.names[0])]
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             text = gr.Textbox(models.beginnings(models.names[0])[0], label="Text", lines=12,
@@ -64,20 +65,19 @@ def build(models: Models) -> Tab:
                 write_button = gr.Button("Write", variant="primary", elem_id="generate")
                 stop_button = gr.Button("Stop", variant="stop", elem_id="stop")
                 again_button = gr.Button("Try again", elem_id="again")
+            gr.Markdown(HELP, elem_id="write-help")
             with gr.Row(elem_id="tools"):
-                tools = {label.lower(): gr.Button(label, size="sm", min_width=60,
-                                                  elem_id=label.lower())
+                tools = {label.lower(): gr.Button(label, size="sm", elem_id=label.lower())
                          for label in ("Undo", "Redo", "Clear")}
                 look_button = gr.Button("Look inside this text", size="sm", elem_id="look")
-            colours = gr.Checkbox(label="Colour the text by probability", elem_id="colours")
-            figures = figures_box("status", "Speed and length appear here once the model writes.")
+                colours = gr.Checkbox(label="Colour by probability", elem_id="colours")
+            figures = figures_box("status", "")
 
             def measure(request: dict) -> dict:
                 return measure_text(models, request)
 
             gr.HTML(js_on_load="page.write.open(element, server)", server_functions=[measure],
                     elem_id="notebook")
-            gr.Markdown(HELP, elem_id="write-help")
         with gr.Column(scale=3, min_width=300):
             settings, more, new_seed = settings_column(models)
             link = save_column()
@@ -111,8 +111,8 @@ def build(models: Models) -> Tab:
     root.load(MethodType(read_link, models), opened_link,
               [opened_link, prompt, more, *settings.values()], js="() => location.hash.slice(1)",
               **quiet)
-    gr.on([root.load, model.change], MethodType(show_beginnings, models), model, beginnings,
-          **quiet)
+    model.change(lambda name: [gr.update(**shown) for shown in beginning_buttons(models, name)],
+                 model, beginnings, **quiet)
     gr.api(MethodType(write, models), api_name="generate", concurrency_limit=None)
     return Tab(text, model, look_button)
 
@@ -145,10 +145,10 @@ def save_column() -> gr.Textbox:
     return link
 
 
-def show_beginnings(models: Models, name: str) -> list[dict]:
-    """The buttons with the beginnings that suit a model."""
-    texts = models.beginnings(name) + [None] * 3
-    return [gr.update(value=text, visible=text is not None) for text in texts[:3]]
+def beginning_buttons(models: Models, name: str) -> list[dict]:
+    """The text and the visibility of the three buttons, for a model."""
+    texts = [*models.beginnings(name), "", "", ""]
+    return [{"value": text, "visible": text != ""} for text in texts[:3]]
 
 
 def read_link(models: Models, fragment: str | None) -> list:

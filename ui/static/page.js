@@ -14,10 +14,10 @@ window.page = {
     },
 };
 
-// Escape stops what is being written: it clicks every visible Stop button.
+// Escape stops what is being written: it clicks the visible Stop button.
 document.addEventListener('keydown', event => {
     if (event.key !== 'Escape') return;
-    for (const button of document.querySelectorAll('button.stop')) {
+    for (const button of document.querySelectorAll('#stop, #chat-stop, #compare-stop')) {
         if (button.offsetParent) button.click();
     }
 });

@@ -298,6 +298,7 @@ page.write = (() => {
         while (same < branch.text.length && branch.text[same] === doc.text[same]) same++;
         const column = (title, text) => element('div', {}, element('b', {}, title),
             element('p', {}, text.slice(0, same), element('mark', {}, text.slice(same))));
+        if (branch.text === doc.text) return comparison.replaceChildren('The text in the box is the same.');
         comparison.replaceChildren(column('This branch', branch.text),
                                    column('In the box now', doc.text));
     }
