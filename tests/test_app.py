@@ -242,7 +242,8 @@ def test_a_seed_and_a_link_write_the_same_text_again(open_page):
 def test_a_link_gives_only_what_the_page_offers(open_page):
     markup = "<a href='javascript:alert(1)'><img src=x onerror=alert(1)></a>"
     settings = {"prompt": f"ROMEO:\n{markup}", "model": markup, "dtype": markup, "length": 5,
-                "temperature": 1e9, "top_k": markup, "seed": 1.5, "versions": None, "stop": [markup]}
+                "temperature": 1e9, "top_k": markup, "seed": 1.5, "versions": None,
+                "stop": [markup]}
     page = open_page()
     page = open_page(page.url + "#" + urllib.parse.quote(json.dumps(settings)))
     finish(page, len(settings["prompt"]) + 5)
@@ -329,18 +330,19 @@ def test_text_branches_and_undo_stay_in_the_browser(open_page):
     assert second.endswith(marks[0]) and first.endswith(marks[1]) and marks[0][0] != marks[1][0]
 
 
-def test_what_is_typed_during_the_writing_is_kept(open_page):
+def test_what_is_typed_during_the_writing_is_kept(open_page, monkeypatch):
+    step = Scheduler.step
+    slow_step = lambda self: (time.sleep(0.01), step(self))[1]  # noqa: E731 (a slower model)
+    monkeypatch.setattr(Scheduler, "step", slow_step)
     page = open_page()
-    set_number(page, "length", 1500)
+    set_number(page, "length", 400)
     page.click("#generate")
-    box = page.locator("#text textarea")
     page.wait_for_function("document.querySelector('#text textarea').value.length > 30")
-    box.press("Control+Home")
-    page.keyboard.type("Act I. ")
-    box.press("Control+End")
-    page.keyboard.type(" The end.")
-    expect(page.locator("#stop")).to_be_visible()  # it still writes
-    text = finish(page, len(f"Act I. {BEGINNING} The end.") + 1500)
+    for key, text in ("Home", "Act I. "), ("End", " The end."):
+        page.locator("#text textarea").press(f"Control+{key}")
+        page.keyboard.insert_text(text)
+        assert page.is_visible("#stop"), "it still writes"
+    text = finish(page, len(f"Act I. {BEGINNING} The end.") + 400)
     assert text.startswith(f"Act I. {BEGINNING}") and text.endswith(" The end.")
     own = page.locator("#text .mirror span:not(.made)").all_inner_texts()
     assert "".join(own) == f"Act I. {BEGINNING} The end."

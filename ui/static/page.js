@@ -1,5 +1,5 @@
-// What the browser does without the server, for all tabs. Each tab adds its functions to `page`, and
-// its Python file names them: js="page.someFunction".
+// What the browser does without the server, for all tabs. Each tab adds its functions to `page`,
+// and its Python file names them: js="page.someFunction".
 window.page = {
     // An HTML element with properties and children. A string becomes text, never HTML.
     element(tag, properties = {}, ...children) {

@@ -6,7 +6,8 @@ page.write = (() => {
     const MAX_BRANCHES = 40;
     const MAX_UNDO = 200;
     const TYPING_MS = 800;   // letters typed within this time are undone together
-    const MEASURE_MS = 400;  // measure the text after this pause
+    const SAVE_MS = 200;     // store the notebook after this pause,
+    const MEASURE_MS = 400;  // and measure the text after this one
     // a token's colour, by its probability: the lower bound of each class
     const CLASSES = [[0.5, 'above 50%'], [0.1, '10 to 50%'], [0.01, '1 to 10%'],
                      [0.001, '0.1 to 1%'], [0, 'below 0.1%']];
@@ -37,7 +38,8 @@ page.write = (() => {
             [[a, Math.min(b, at)], [Math.max(a, end) + shift, b + shift]]);
         if (byModel) cut.push([at, at + inserted.length]);
         doc.made = [];
-        for (const [a, b] of cut.filter(([a, b]) => a < b).sort((x, y) => x[0] - y[0])) {
+        cut.sort((x, y) => x[0] - y[0]);
+        for (const [a, b] of cut.filter(([a, b]) => a < b)) {
             const before = doc.made.at(-1);
             if (before && before[1] === a) before[1] = b; else doc.made.push([a, b]);
         }
@@ -67,9 +69,13 @@ page.write = (() => {
         const added = doc.text.length - box.value.length;
         const atEnd = scrollHeight - scrollTop - clientHeight < 80;
         if (added || box.value !== doc.text) {
-            const behind = position => run && position >= run.end - added ? position + added : position;
+            const focused = document.activeElement === box;
+            const moved = position => {
+                if (!focused) return doc.text.length;
+                return run && position >= run.end - added ? position + added : position;
+            };
             box.value = doc.text;
-            box.setSelectionRange(behind(selectionStart), behind(selectionEnd));
+            box.setSelectionRange(moved(selectionStart), moved(selectionEnd));
             box.dispatchEvent(new Event('input', {bubbles: true}));  // Gradio reads the value
         }
         changed();
@@ -118,15 +124,17 @@ page.write = (() => {
         parts.bar.firstChild.style.width = `${100 * used / size}%`;
         parts.bar.ariaValueNow = used;
         parts.bar.ariaValueMax = size;
+        const number = value => value.toLocaleString('en');
         parts.used.textContent = left > 0
-            ? `${count(used, 'token')} of ${size.toLocaleString('en')} used, ${left.toLocaleString('en')} left`
+            ? `${count(used, 'token')} of ${number(size)} used, ${number(left)} left`
             : `The model reads only the last ${count(size, 'token')}.`;
     }
 
     // ---------------------------------------------------------------------------------------------
     // Undo, and what stays after a reload
 
-    const snapshot = () => ({text: doc.text, made: doc.made.map(part => [...part]), from: doc.from});
+    const snapshot = () =>
+        ({text: doc.text, made: doc.made.map(part => [...part]), from: doc.from});
 
     // Keeps the text as it is now, for undo.
     function remember() {
@@ -155,8 +163,11 @@ page.write = (() => {
     const undo = () => step(past, future);
     const redo = () => step(future, past);
 
+    let saving;
+    const save = () => { clearTimeout(saving); saving = setTimeout(store, SAVE_MS); };
+
     // Stores the notebook; the oldest branches go if the browser has no more space.
-    function save() {
+    function store() {
         for (let kept = branches.length; kept >= 0; kept = kept ? Math.floor(kept / 2) : -1) {
             try {
                 const notebook = {...snapshot(), branches: branches.slice(0, kept)};
@@ -221,7 +232,8 @@ page.write = (() => {
         if (run) keep();
         if (!last) return '';
         const stop = last.stop.map(text => text.replaceAll('\n', '\\n')).join('\n');
-        return location.href.split('#')[0] + '#' + encodeURIComponent(JSON.stringify({...last, stop}));
+        const request = encodeURIComponent(JSON.stringify({...last, stop}));
+        return `${location.href.split('#')[0]}#${request}`;
     }
 
     // Keeps every version that was written as a branch.
@@ -298,7 +310,7 @@ page.write = (() => {
         while (same < branch.text.length && branch.text[same] === doc.text[same]) same++;
         const column = (title, text) => element('div', {}, element('b', {}, title),
             element('p', {}, text.slice(0, same), element('mark', {}, text.slice(same))));
-        if (branch.text === doc.text) return comparison.replaceChildren('The text in the box is the same.');
+        if (branch.text === doc.text) return comparison.append('The text in the box is the same.');
         comparison.replaceChildren(column('This branch', branch.text),
                                    column('In the box now', doc.text));
     }
@@ -337,14 +349,15 @@ page.write = (() => {
         if (!token || token.p === null || box.selectionEnd !== at) return;
         const percent = p => p < 0.001 ? 'under 0.1%' : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)}%`;
         const word = doc.text.slice(token.start, token.end);
-        const visible = text => text.trim() ? text.replaceAll('\n', '⏎') : text.replaceAll(' ', '␣')
-            .replaceAll('\n', '⏎');
+        const visible = text =>
+            (text.trim() ? text : text.replaceAll(' ', '␣')).replaceAll('\n', '⏎');
         const choices = token.others.map(([text, p]) =>
             element('button', {onclick: () => take(token.start, text)},
                     element('span', {}, visible(text)), element('small', {}, percent(p))));
         parts.others.replaceChildren(
-            element('p', {}, element('b', {}, visible(word)), ` had a probability of ${percent(token.p)}. `
-                    + 'Choose another word and the model continues from there:'),
+            element('p', {}, element('b', {}, visible(word)),
+                    ` had a probability of ${percent(token.p)}. `,
+                    'Choose another word and the model continues from there:'),
             ...choices);
         // open it below the word
         const span = mirror.querySelector(`[data-start="${token.start}"]`).getBoundingClientRect();
@@ -406,8 +419,11 @@ page.write = (() => {
         parts.branches.append(parts.list, element('button', {
             onclick: () => { branches = []; drawBranches(); save(); }}, 'Delete all branches'),
             element('small', {}, 'Text and branches are kept in this browser only.'));
-        place.replaceChildren(parts.gauge, parts.legend, parts.versions, parts.branches, parts.others);
+        place.replaceChildren(
+            parts.gauge, parts.legend, parts.versions, parts.branches, parts.others);
 
+        window.addEventListener('pagehide', store);
+        find('stop').addEventListener('click', end);  // at once; Gradio's own event comes later
         box.addEventListener('input', typed);
         box.addEventListener('scroll', () => { mirror.scrollTop = box.scrollTop; });
         box.addEventListener('click', ask);
@@ -429,7 +445,12 @@ page.write = (() => {
     return {
         open, typed, start, receive, end, undo, redo, begin, measure,
         again: (seed, newSeed) => start(seed, newSeed, true),
-        clear: () => { if (run) stop(); remember(); splice(0, doc.text.length, ''); doc.from = null; show(); },
+
+        clear() {
+            if (run) stop();
+            remember();
+            replace({text: '', made: [], from: null});
+        },
 
         // Starts the text of a link; the text of the last visit can be had by undo.
         follow(prompt) {
