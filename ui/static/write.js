@@ -89,7 +89,7 @@ page.write = (() => {
     }
 
     // ---------------------------------------------------------------------------------------------
-    // Drawing: a textarea has one colour, so its text is invisible, and a copy behind it is coloured
+    // Drawing: a textarea has one colour, so its text is invisible and a copy behind it has colours
 
     function draw() {
         const cuts = new Set([0, doc.text.length, ...doc.made.flat()]);
@@ -115,7 +115,7 @@ page.write = (() => {
         parts.undo.disabled = !past.length;
         parts.redo.disabled = !future.length;
         parts.again.disabled = doc.from === null;
-        document.body.classList.toggle('writing', Boolean(run));
+        parts.actions.toggleAttribute('data-writing', run !== null);
     }
 
     function drawGauge(used, size) {
@@ -393,7 +393,7 @@ page.write = (() => {
     function open(place, functions) {
         server = functions;
         box = document.querySelector('#text textarea');
-        const needed = ['undo', 'redo', 'again', 'generate', 'stop', 'colours', 'model'];
+        const needed = ['undo', 'redo', 'again', 'actions', 'stop', 'colours', 'model'];
         if (!box || !needed.every(id => document.getElementById(id))) {
             return requestAnimationFrame(() => open(place, functions));
         }
@@ -402,7 +402,7 @@ page.write = (() => {
         box.classList.add('mirrored');
         const find = id => document.getElementById(id);
         parts = {
-            undo: find('undo'), redo: find('redo'), again: find('again'),
+            undo: find('undo'), redo: find('redo'), again: find('again'), actions: find('actions'),
             bar: element('div', {className: 'bar', role: 'meter', ariaLabel: 'Tokens used'},
                          element('i')),
             used: element('span'),
