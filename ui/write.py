@@ -54,10 +54,10 @@ def build(models: Models) -> Tab:
     gr.Markdown(HEAD, elem_id="write-head")
     with gr.Row(elem_id="beginnings"):
         beginnings = [gr.Button(size="sm", **shown)
-                      for shown in beginning_buttons(models, models.names[0])]
+                      for shown in beginning_buttons(models, models.default)]
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            text = gr.Textbox(models.beginnings(models.names[0])[0], label="Text", lines=12,
+            text = gr.Textbox(models.beginnings(models.default)[0], label="Text", lines=12,
                               max_lines=12, max_length=MAX_BYTES, show_label=False,
                               container=False, autoscroll=False, elem_id="text",
                               placeholder="Write the beginning of a text …")
