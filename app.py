@@ -31,9 +31,12 @@ from engine.packed import use_allowed_cores
 from generate import Dtype
 from ui import about, chat, compare, look, training, write
 from ui.models import Models
+from ui.theme import THEME
 
 STATIC = Path(__file__).parent / "ui" / "static"
 MAX_SESSIONS = 200  # visitors whose page state is kept, 150 kB each; Gradio's default is 10,000
+TITLE = """# GPT-2 From Scratch
+Small language models that write, and everything it takes to build one, in plain PyTorch."""
 TABS = {"Write": write, "Chat": chat, "Look inside": look, "Compare": compare, "Training": training,
         "About": about}
 
@@ -63,21 +66,19 @@ def build(models: Models) -> gr.Blocks:
     """Builds the page: a title and the tabs."""
     with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False,
                    delete_cache=(3600, 3600)) as page:
-        gr.Markdown(
-            "# GPT-2 From Scratch\n"
-            "A small language model and everything it takes to build one, in plain PyTorch: "
-            "tokenizer, data, training, sampling and this page."
-        )
+        gr.Markdown(TITLE, elem_id="title")
         built = {}
         with gr.Tabs() as tabs:
             for name, tab in TABS.items():
                 with gr.Tab(name, id=name):
                     built[name] = tab.build(models)
 
-        # the button under Write hands its text to Look inside and opens that tab
-        built["Write"].look_button.click(
-            lambda text: (text, gr.Tabs(selected="Look inside")), inputs=built["Write"].text,
-            outputs=[built["Look inside"], tabs], api_visibility="private", show_progress="hidden")
+        # the button under Write hands its text and model to Look inside and opens that tab
+        source, target = built["Write"], built["Look inside"]
+        source.look_button.click(
+            lambda text, model: (text[-look.MAX_TEXT:], model, gr.Tabs(selected="Look inside")),
+            inputs=[source.text, source.model], outputs=[target.text, target.model, tabs],
+            api_visibility="private", show_progress="hidden")
         connect_training(page, models, built["Training"], built["Write"], tabs)
         gr.api(models.list_names, api_name="models")
     return page
@@ -122,7 +123,7 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     scripts = sorted(STATIC.glob("*.js"), key=lambda path: (path.stem != "page", path.stem))
     head = "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in scripts)
     page.launch(server_name=config.host, server_port=config.port, share=config.share,
-                theme=gr.themes.Default(), head=head, css_paths=sorted(STATIC.glob("*.css")),
+                theme=THEME, head=head, css_paths=sorted(STATIC.glob("*.css")),
                 footer_links=["api"], ssr_mode=False, run_history=False, enable_monitoring=False,
                 max_threads=100, state_session_capacity=MAX_SESSIONS,
                 max_file_size=training.MAX_BYTES,

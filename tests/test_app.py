@@ -9,9 +9,11 @@ import time
 import urllib.parse
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import pytest
 import torch
+from axe_playwright_python.sync_playwright import Axe
 from conftest import small_bpe, tiny_gpt
 from gradio_client import Client
 from playwright.sync_api import expect
@@ -22,7 +24,7 @@ from common.errors import UserError
 from engine.scheduler import Scheduler
 from generate import Engine
 from tokenizer import CharTokenizer
-from ui.models import BEGINNINGS, Models
+from ui.models import BEGINNINGS, Models, show_user_errors
 from ui.stream import MAX_BYTES
 from ui.write import write
 from weights.huggingface import save_huggingface
@@ -107,7 +109,7 @@ def open_page(chromium, url):
         page.on("dialog", lambda dialog: (page.dialogs.append(dialog.message), dialog.dismiss()))
         page.goto(address or url)
         expect(page.locator("#generate")).to_be_visible(timeout=30_000)
-        page.wait_for_function("() => Boolean(onhashchange)")  # the link's settings are applied
+        expect(page.locator("#text .mirror")).to_be_attached()  # the notebook is ready
         return page
 
     yield open_it
@@ -143,6 +145,7 @@ def finish(page, characters: int) -> str:
     """Waits until the text is finished and has this many characters, and returns it."""
     page.wait_for_function(
         f"document.querySelector('#text textarea').value.length == {characters}", timeout=60_000)
+    expect(page.locator("#stop")).to_be_hidden()
     expect(page.locator("#status textarea")).to_have_value(re.compile(r"^[\d,]+ tokens"))
     return text_of(page)
 
@@ -159,17 +162,23 @@ def test_a_person_types_generates_and_watches_the_text_stream(open_page):
     page = open_page()
     page.fill("#text textarea", "JULIET:\nO ")
     set_number(page, "length", 1000)
+    expect(page.locator("#stop")).to_be_hidden()
     page.click("#generate")
+    expect(page.locator("#stop")).to_be_in_viewport()
+    expect(page.locator("#generate")).to_be_hidden()
     seen, deadline = {text_of(page)}, time.monotonic() + 60
     while (not page.input_value("#status textarea").startswith("1,000 tokens")
            and time.monotonic() < deadline):
         seen.add(text_of(page))
     assert len({len(text) for text in seen}) > 3, "the text grew in several pieces"
-    text = text_of(page)
-    assert text.startswith("JULIET:\nO ") and len(text) == len("JULIET:\nO ") + 1000
+    text = finish(page, len("JULIET:\nO ") + 1000)
+    assert text.startswith("JULIET:\nO ")
     figures = (r"1,000 tokens · first after [\d,]+ ms · [\d,]+ tokens/s"
                r" · context 236 of 256 · seed \d+")
     assert re.fullmatch(figures, page.input_value("#status textarea"))
+    expect(page.locator("#stop")).to_be_hidden()
+    below = "({scrollHeight, scrollTop, clientHeight}) => scrollHeight - scrollTop - clientHeight"
+    assert page.locator("#text textarea").evaluate(below) < 40, "the box shows the newest line"
 
 
 def test_stop_stops_the_computation_and_so_does_leaving(open_page, steps):
@@ -183,7 +192,7 @@ def test_stop_stops_the_computation_and_so_does_leaving(open_page, steps):
     steps_at_stop, text = steps[0], text_of(page)
     time.sleep(0.5)
     assert steps[0] == steps_at_stop and text_of(page) == text and len(text) < 2000
-    page.click("#continue")
+    page.click("#generate")
     page.wait_for_function(
         f"document.querySelector('#text textarea').value.length > {len(text) + 20}", timeout=60_000)
     assert steps[0] > steps_at_stop
@@ -196,36 +205,53 @@ def test_stop_stops_the_computation_and_so_does_leaving(open_page, steps):
 
 def test_a_seed_and_a_link_write_the_same_text_again(open_page):
     page = open_page()
-    page.uncheck("#new-seed input")
     page.click("#more button")
+    page.uncheck("#new-seed input")
     page.fill("#stops textarea", "\\n\\n\\n\\n\nzzz")
     for name, value in {"length": 60, "temperature": 0.9, "top-k": 20, "seed": 7}.items():
         set_number(page, name, value)
     texts, prompt = [], "Никто & \"nobody\" # 100%\n"
-    for button in "#generate", "#generate", "#regenerate":
+    for button in "#generate", "#generate", "#again":
         if button == "#generate":
-            page.fill("#text textarea", "")
             page.fill("#text textarea", prompt)
-        before = text_of(page)
         page.click(button)
-        page.wait_for_function(
-            "text => document.querySelector('#text textarea').value != text", arg=before)
-        expect(page.locator("#status textarea")).to_have_value(
-            re.compile(r"^60 tokens.* seed \d"), timeout=30_000)
-        page.wait_for_timeout(300)
-        texts.append(text_of(page))
+        expect(page.locator("#stop")).to_be_hidden(timeout=30_000)
+        texts.append(finish(page, len(prompt) + 60))
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith(prompt) for text in texts)
 
     page.click("#save button")
+    expect(page.locator("#link textarea")).to_have_value(re.compile("seed"))
     link = page.input_value("#link textarea")
     assert link.partition("#")[0] == page.url
     other = open_page(link)
     other.wait_for_function(
         "text => document.querySelector('#text textarea').value == text", arg=texts[2],
         timeout=30_000)
+    expect(other.locator("#stops textarea")).to_be_visible()  # the fold with its settings is open
+    assert other.input_value("#top-k input[type=number]") == "20"
     sent = [urllib.parse.unquote(address.partition("#")[0]) for address in other.addresses]
     assert not any("nobody" in address for address in sent), "no address contains the prompt"
+
+
+def test_a_link_gives_only_what_the_page_offers(open_page):
+    markup = "<a href='javascript:alert(1)'><img src=x onerror=alert(1)></a>"
+    settings = {"prompt": f"ROMEO:\n{markup}", "model": markup, "dtype": markup, "length": 5,
+                "temperature": 1e9, "top_k": markup, "seed": 1.5, "versions": None,
+                "stop": [markup]}
+    page = open_page()
+    page = open_page(page.url + "#" + urllib.parse.quote(json.dumps(settings)))
+    finish(page, len(settings["prompt"]) + 5)
+    expect(page.get_by_text("does not have the model that the link names")).to_be_visible()
+    assert page.input_value("#model input") == "bundled:shakespeare"
+    assert page.input_value("#temperature input[type=number]") == "0.7"
+    assert page.locator("img[src=x]").count() == 0 and not page.dialogs
+
+
+def test_an_error_shows_what_it_quotes_as_text():
+    with pytest.raises(gr.Error) as caught, show_user_errors():
+        raise UserError(f"The name {MARKUP} is not valid.")
+    assert caught.value.message == "The name &lt;img src=x onerror=alert(1)&gt; is not valid."
 
 
 def test_a_new_seed_is_drawn_and_the_text_can_be_saved(open_page, bundled):
@@ -233,6 +259,7 @@ def test_a_new_seed_is_drawn_and_the_text_can_be_saved(open_page, bundled):
     set_number(page, "length", 30)
     page.click("#generate")
     text = finish(page, len(BEGINNING) + 30)
+    page.click("#more button")
     seed = int(page.input_value("#seed input"))
     expected = bundled.generate(BEGINNING, max_new_tokens=30, **DEFAULTS, seed=seed)[0]
     assert seed != 42 and text == BEGINNING + expected
@@ -248,24 +275,92 @@ def test_a_new_seed_is_drawn_and_the_text_can_be_saved(open_page, bundled):
     assert record["dtype"] == "float32"
 
 
-def test_continue_uses_the_whole_text_and_generate_the_last_prompt(open_page):
+def test_a_beginning_is_one_click_and_try_again_replaces_what_was_written_last(open_page):
     page = open_page()
     set_number(page, "length", 30)
-    prompt = "KING HENRY:\nWell, "
-    page.fill("#text textarea", prompt)
-    page.click("#continue")
+    page.locator("#beginnings button").nth(2).click()
+    prompt = BEGINNINGS["bundled:shakespeare"][2]
     first = finish(page, len(prompt) + 30)
     set_number(page, "length", 20)
-    page.click("#continue")
+    page.click("#generate")
     second = finish(page, len(first) + 20)
     assert second.startswith(first) and first.startswith(prompt)
-    page.click("#generate")
+    page.click("#again")
     page.wait_for_function(
         "text => document.querySelector('#text textarea').value != text", arg=second)
     assert finish(page, len(second)).startswith(first)
     page.locator("#text textarea").press_sequentially("!")
     page.click("#generate")
     assert finish(page, len(second) + 21)[len(second)] == "!"
+
+
+def test_text_branches_and_undo_stay_in_the_browser(open_page):
+    page = open_page()
+    set_number(page, "length", 20)
+    page.click("#generate")
+    first = finish(page, len(BEGINNING) + 20)
+    page.click("#again")
+    page.wait_for_function("first => document.querySelector('#text textarea').value != first",
+                           arg=first)
+    second = finish(page, len(first))
+    box = page.locator("#text textarea")
+    box.press("Control+z")
+    assert text_of(page) == first
+    box.press("Control+Shift+z")
+    assert text_of(page) == second
+    page.click("#undo")
+    page.click("#undo")
+    assert text_of(page) == BEGINNING
+    page.reload()
+    expect(page.locator("#text textarea")).to_have_value(BEGINNING, timeout=30_000)
+    page.click(".branches summary")
+    assert page.locator(".branches .card").count() == 2
+    page.get_by_label("Name of branch 1").fill("mine")
+    page.get_by_label("Open branch 1").click()
+    assert text_of(page) == first
+    made = page.locator("#text .mirror .made").all_inner_texts()
+    assert "".join(made) == first.removeprefix(BEGINNING)
+    page.get_by_label("Compare branch 2").click()
+    marks = page.locator(".comparison mark").all_inner_texts()
+    assert second.endswith(marks[0]) and first.endswith(marks[1]) and marks[0][0] != marks[1][0]
+
+
+def test_what_is_typed_during_the_writing_is_kept(open_page, monkeypatch):
+    step = Scheduler.step
+    slow_step = lambda self: (time.sleep(0.01), step(self))[1]  # noqa: E731 (a slower model)
+    monkeypatch.setattr(Scheduler, "step", slow_step)
+    page = open_page()
+    set_number(page, "length", 400)
+    page.click("#generate")
+    page.wait_for_function("document.querySelector('#text textarea').value.length > 30")
+    for key, text in ("Home", "Act I. "), ("End", " The end."):
+        page.locator("#text textarea").press(f"Control+{key}")
+        page.keyboard.insert_text(text)
+        assert page.is_visible("#stop"), "it still writes"
+    text = finish(page, len(f"Act I. {BEGINNING} The end.") + 400)
+    assert text.startswith(f"Act I. {BEGINNING}") and text.endswith(" The end.")
+    own = page.locator("#text .mirror span:not(.made)").all_inner_texts()
+    assert "".join(own) == f"Act I. {BEGINNING} The end."
+
+
+def test_a_click_on_a_word_shows_what_else_it_could_have_been(open_page, bundled):
+    page = open_page()
+    text = "ROMEO:\nO Juliet"
+    page.fill("#text textarea", text)
+    set_number(page, "length", 10)
+    page.check("#colours input")
+    expect(page.locator("#text .mirror .p0").first).to_be_attached(timeout=10_000)
+    expect(page.locator(".gauge")).to_have_text("15 tokens of 256 used, 241 left")
+    at = text.index("J")
+    page.locator("#text textarea").evaluate(f"box => box.setSelectionRange({at}, {at})")
+    page.locator("#text textarea").press("Alt+ArrowDown")
+    expected = [other for other, _ in bundled.inspect(text)[at]["top"]][:8]
+    choices = page.locator(".others button span").all_inner_texts()
+    assert [choice for choice in choices if choice.isalpha()] == [
+        other for other in expected if other.isalpha()]
+    page.keyboard.press("Enter")  # the likeliest one
+    result = finish(page, at + 1 + 10)
+    assert result.startswith(text[:at] + expected[0])
 
 
 def test_versions_stream_side_by_side_and_the_likeliest_comes_first(open_page):
@@ -275,15 +370,21 @@ def test_versions_stream_side_by_side_and_the_likeliest_comes_first(open_page):
     set_number(page, "length", 40)
     page.click("#generate")
     text = finish(page, len(BEGINNING) + 40)
-    versions = [page.input_value(f"#version-{i} textarea") for i in range(3)]
-    labels = [page.inner_text(f"#version-{i}") for i in range(3)]
-    means = [float(re.search(r"\d · (-[\d.]+) nats per token", label)[1]) for label in labels]
-    assert text == BEGINNING + versions[0] and len(set(versions)) == 3
-    assert means == sorted(means, reverse=True)
-    page.locator("#version-2").get_by_role("button", name="Use").click()
-    page.wait_for_function(
-        "text => document.querySelector('#text textarea').value == text",
-        arg=BEGINNING + versions[2])
+    notes = page.locator(".branches .card small").all_inner_texts()
+    percents = [int(re.search(r"probability of (\d+)%", note)[1]) for note in notes]
+    assert len(notes) == 3 and percents == sorted(percents, reverse=True)
+    page.locator(".branches .card").nth(2).get_by_text("Open").click()
+    other = text_of(page)
+    assert other != text and other.startswith(BEGINNING) and len(other) == len(text)
+
+
+def test_look_inside_gets_the_text_and_the_model_that_wrote_it(open_page, url):
+    page = open_page()
+    choose(page, "model", find_run(url))
+    page.fill("#text textarea", "abcab")
+    page.click("#look")
+    expect(page.locator("#look-text textarea")).to_have_value("abcab")
+    expect(page.locator("#look-model input")).to_have_value(find_run(url))
 
 
 def test_the_selector_changes_the_model(open_page, url):
@@ -356,6 +457,22 @@ def test_the_page_loads_nothing_from_other_servers(open_page, url):
     assert all(address.startswith((url, "data:", "blob:")) for address in page.addresses)
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nobody_is_kept_out(open_page, scheme):
+    """axe-core finds nothing serious on any tab."""
+    page = open_page()
+    page.emulate_media(color_scheme=scheme)
+    problems = []
+    for tab in app.TABS:
+        go_to(page, tab)
+        page.wait_for_timeout(1000)
+        for found in Axe().run(page).response["violations"]:
+            if found["impact"] in ("serious", "critical"):
+                targets = [node["target"] for node in found["nodes"]]
+                problems.append((tab, found["id"], found["help"], targets))
+    assert not problems
+
+
 @pytest.mark.parametrize("tab", TABS)
 def test_the_page_fits_a_phone_and_warns(open_page, tab):
     page = open_page(width=390, height=844)
@@ -369,7 +486,7 @@ def test_a_bad_request_reaches_the_person_as_a_sentence(open_page):
     page = open_page()
     page.evaluate("document.querySelector('#text textarea').removeAttribute('maxlength')")
     page.fill("#text textarea", "a" * (MAX_BYTES + 1))
-    page.click("#continue")
+    page.click("#generate")
     expect(page.get_by_text("at most 40,000 bytes")).to_be_visible(timeout=10_000)
 
 

@@ -3,6 +3,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import html
 import sys
 import threading
 from pathlib import Path
@@ -103,17 +104,17 @@ class Models:
     # ----------------------------------------------------------------------------------------------
     # Prompts
 
-    def examples(self) -> list[list[str]]:
-        """[prompt, model name] pairs for the bundled models."""
-        return [[prompt, name] for name in self.names for prompt in BEGINNINGS.get(name, ())]
+    def beginnings(self, name: str) -> list[str]:
+        """Prompts that suit a model."""
+        if name in BEGINNINGS:
+            return BEGINNINGS[name]
+        with contextlib.suppress(OSError, UserError, KeyError):  # not a run
+            return [report.read_config(name)["sample_prompt"]]
+        return [TrainConfig.sample_prompt]
 
     def first_prompt(self) -> str:
         """A prompt for the default model."""
-        if self.default in BEGINNINGS:
-            return BEGINNINGS[self.default][0]
-        with contextlib.suppress(OSError, UserError, KeyError):  # not a run
-            return report.read_config(self.default)["sample_prompt"]
-        return TrainConfig.sample_prompt
+        return self.beginnings(self.default)[0]
 
     def chat_model(self) -> str:
         """The model that Chat opens with: the bundled chat model, if there is one."""
@@ -191,8 +192,10 @@ class Models:
 
 @contextlib.contextmanager
 def show_user_errors():
-    """Shows a UserError to the visitor as Gradio's error message."""
+    """Shows a UserError to the visitor as Gradio's error message. Gradio reads it as HTML, so what
+    it quotes from the visitor is escaped."""
     try:
         yield
     except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        message = html.escape(str(error), quote=False)
+        raise gr.Error(message, print_exception=False) from None

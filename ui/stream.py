@@ -45,7 +45,7 @@ RANGES = {
         "Sample from the smallest set of tokens with this total probability. 1 turns this off."),
     "length": Range(
         1, MAX_LENGTH, 1, 300, "Length",
-        "Number of tokens to generate."),
+        "How many tokens to write. A token is a word or a part of one."),
     "versions": Range(
         1, 4, 1, 1, "Versions",
         "Number of continuations. The most likely one comes first when all have ended."),
@@ -60,6 +60,14 @@ def default_of(name: str) -> float:
     return RANGES[name].default
 
 
+def in_range(name: str, value) -> bool:
+    """Whether a value from outside is a valid number for a setting."""
+    limits = RANGES[name]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    valid = number and limits.minimum <= value <= limits.maximum
+    return valid and (limits.step != 1 or value == value // 1)
+
+
 def slider(name: str, tab: str = "", **changes) -> gr.Slider | gr.Number:
     """The component for a setting. `tab` prefixes its element id; `changes` override options."""
     limits = RANGES[name]
@@ -72,7 +80,7 @@ def slider(name: str, tab: str = "", **changes) -> gr.Slider | gr.Number:
         **changes,
     }
     if name == "seed":
-        return gr.Number(minimum=limits.minimum, maximum=limits.maximum, **options)
+        return gr.Number(**options)
     return gr.Slider(limits.minimum, limits.maximum, step=limits.step, **options)
 
 
@@ -92,7 +100,7 @@ def model_box(models: Models, tab: str = "", value: str | None = None) -> gr.Dro
 def figures_box(elem_id: str, placeholder: str) -> gr.Textbox:
     """The line below a text that shows its length and speed."""
     return gr.Textbox(label="Figures", show_label=False, container=False, interactive=False,
-                      max_lines=8, elem_id=elem_id, placeholder=placeholder)
+                      max_lines=8, elem_id=elem_id, elem_classes="plain", placeholder=placeholder)
 
 
 def validate_settings(prompt: str, stop: list[str] = (), **numbers) -> Sampling:
@@ -110,10 +118,7 @@ def validate_settings(prompt: str, stop: list[str] = (), **numbers) -> Sampling:
     for name, value in numbers.items():
         limits = RANGES[name]
         whole = limits.step == 1
-        valid = isinstance(value, int | float) and not isinstance(value, bool)
-        if valid and whole:
-            valid = value == value // 1
-        if not valid or not limits.minimum <= value <= limits.maximum:
+        if not in_range(name, value):
             kind = "a whole number" if whole else "a number"
             raise UserError(f"{limits.label} must be {kind} from {limits.minimum} to "
                             f"{limits.maximum}, not {value!r:.40}.")
@@ -192,15 +197,15 @@ class Writing:
         """The mean log-probability of a version's tokens, in nats."""
         return self.logprobs[i] / max(1, self.tokens[i])
 
-    def context(self) -> str:
-        """How many tokens of context the model sees for the first version."""
+    def context(self) -> dict[str, int]:
+        """How many tokens of its context the model uses for the first version: "used" of "size"."""
         size = self.engine.block_size
         used = len(self.ids) + self.tokens[0]
         if used > size:
             # at size + 1 tokens the engine keeps half of the context, which then fills up again
             half = max(1, size // 2)
             used = half + (used - size - 1) % (size + 1 - half)
-        return f"context {used:,} of {size:,}"
+        return {"used": used, "size": size}
 
     def figures(self) -> str:
         """Length and speed so far, or what the request is waiting for."""
@@ -214,11 +219,13 @@ class Writing:
 
         first_at = self.request.first_event_at or self.started_at
         last_at = self.request.last_event_at or self.started_at
-        parts = [f"{tokens:,} tokens", f"first after {(first_at - self.started_at) * 1000:,.0f} ms"]
+        parts = [f"{tokens:,} token{'s' * (tokens != 1)}",
+                 f"first after {(first_at - self.started_at) * 1000:,.0f} ms"]
         after_first = tokens - len(self.texts)
         if after_first > 0 and last_at > first_at:
             parts.append(f"{after_first / (last_at - first_at):,.0f} tokens/s")
-        parts += [self.context(), f"seed {self.request.seed}"]
+        context = "context {used:,} of {size:,}".format(**self.context())
+        parts += [context, f"seed {self.request.seed}"]
         if "deadline" in self.reasons:
             parts.append("stopped at the time limit")
         return "  ".join([" · ".join(parts), *self.notices])

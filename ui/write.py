@@ -1,10 +1,13 @@
-"""The Write tab: one text box, in which the model continues the text in place.
+"""The Write tab: a notebook with one text box, in which the model continues the text in place.
 
-The browser keeps the last request (prompt, settings and seed) in a hidden box. Regenerate, the link
-and the downloads are made from it; the server stores nothing.
+The notebook lives in the browser (ui/static/write.js): who wrote what, undo, branches, and the text
+after a reload. The server continues texts and measures them; it stores nothing.
 """
+import codecs
 import json
+import math
 import secrets
+import urllib.parse
 from types import MethodType
 from typing import NamedTuple
 
@@ -14,93 +17,31 @@ from ui.models import Models, show_user_errors
 from ui.stream import (
     DTYPES,
     MAX_BYTES,
-    RANGES,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
     Writing,
     default_of,
     figures_box,
     follow,
+    in_range,
     model_box,
     slider,
     stop_strings,
     validate_settings,
 )
 
-WARNING = (
-    "The model continues your text; it does not answer questions. What it writes is made up and "
-    "can be false or offensive."
-)
+HEAD = """## Give it a beginning, and it writes on
+Choose one of these or type your own. A small language model, trained from zero with this
+repository, continues it word by word. What it writes is made up and can be false or offensive."""
+HELP = ("**Write** continues the text from its end (Shift+Enter; Escape stops). **Try again** "
+        "replaces what was written last. What the model wrote is blue.")
 SETTINGS = ["model", "dtype", "temperature", "top_k", "top_p", "length", "seed", "versions", "stop"]
-MAX_VERSIONS = RANGES["versions"].maximum
-
-# --------------------------------------------------------------------------------------------------
-# JavaScript that runs in the browser. A function gets the values of an event's inputs and returns
-# the values of its outputs. `request` is the last request as JSON, or "" before the first one.
-
-RANDOM_SEED = "Math.floor(Math.random() * 2 ** 32)"
-CHOSEN_SEED = f"newSeed ? {RANDOM_SEED} : seed"
-
-
-def start_js(restart: bool, seed: str) -> str:
-    """Picks the prompt and the seed of the next text: with `restart` the last prompt again, else
-    all of the text."""
-    return f"""(text, request, seed, newSeed) => {{
-        // use the whole text if it has been edited since the last request
-        const restart = {str(restart).lower()} && request && !window.edited;
-        const prompt = restart ? JSON.parse(request).prompt : text;
-        window.edited = false;
-        // the box may have been filled with something else, an example for instance
-        return [text.startsWith(prompt) ? prompt : text, {seed}];
-    }}"""
-
-
-# Clicks the Stop button of every tab.
-STOP_JS = """document.querySelectorAll('#stop, #chat-stop, #compare-stop')
-    .forEach(button => button.click())"""
-
-# Makes the link: the page's address, with the request after the #.
-LINK_JS = """request =>
-    request ? location.href.split('#')[0] + '#' + encodeURIComponent(request) : ''"""
-
-# Runs once when the page opens: installs the keyboard handlers and reads the settings of a link.
-OPEN_JS = f"""(...values) => {{
-    // another link in the address bar opens like the first one
-    onhashchange = () => location.reload();
-    // Escape stops all texts
-    document.addEventListener('keydown', event => {{ if (event.key == 'Escape') {STOP_JS}; }});
-    // remember that the visitor has typed into the text
-    document.addEventListener('input', event => {{
-        window.edited ||= Boolean(event.target.closest('#text'));
-    }});
-    try {{
-        // take each setting from the link if it is there; the last output starts the text
-        const request = JSON.parse(decodeURIComponent(location.hash.slice(1)));
-        const settings = {["prompt", *SETTINGS]}.map((name, i) => request[name] ?? values[i]);
-        return settings.concat(location.hash);
-    }} catch {{
-        return values;  // no link, or not one of ours
-    }}
-}}"""
-
-# Puts one of several versions after the prompt.
-USE_JS = "(request, version) => JSON.parse(request).prompt + version"
-
-
-def download_js(kind: str) -> str:
-    """Saves the text as a file: "txt", or "json" with the settings that made it."""
-    content = "JSON.stringify(record, null, 2)" if kind == "json" else "text"
-    return f"""(text, request) => {{
-        // the settings belong to the text only if it has not been edited
-        const record = request && !window.edited ? {{...JSON.parse(request), text}} : {{text}};
-        const link = document.createElement('a');
-        link.href = URL.createObjectURL(new Blob([{content}], {{type: 'text/plain'}}));
-        link.download = 'text.{kind}';
-        link.click();
-        return [];
-    }}"""
+FOLDED = ["dtype", "top_k", "top_p", "versions", "stop"]  # settings that a visitor does not see
+OTHERS = 8  # tokens that a word could also have been
 
 
 # --------------------------------------------------------------------------------------------------
-# The page
+# The page. An event's `js` names a function in ui/static/write.js.
 
 class Tab(NamedTuple):
     text: gr.Textbox
@@ -110,84 +51,169 @@ class Tab(NamedTuple):
 
 def build(models: Models) -> Tab:
     """Lays out the tab and connects its events."""
+    gr.Markdown(HEAD, elem_id="write-head")
+    with gr.Row(elem_id="beginnings"):
+        beginnings = [gr.Button(size="sm", **shown)
+                      for shown in beginning_buttons(models, models.default)]
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            text = gr.Textbox(models.first_prompt(), label="Text",
-                              info="Edit it as you like. Shift+Enter generates, Escape stops.",
-                              placeholder="Write the beginning of a text. The model continues it.",
-                              lines=14, max_lines=28, max_length=MAX_BYTES, autofocus=True,
-                              buttons=["copy"], elem_id="text")
-            with gr.Row():
-                generate_button = gr.Button(
-                    "Generate", variant="primary", min_width=120, elem_id="generate")
-                continue_button = gr.Button("Continue", min_width=120, elem_id="continue")
-                regenerate_button = gr.Button("Regenerate", min_width=120, elem_id="regenerate")
-                stop_button = gr.Button("Stop", variant="stop", min_width=120, elem_id="stop")
-            figures = figures_box("status", "Speed and length appear here once the model writes.")
-            # several versions of the continuation, side by side
-            with gr.Row():
-                use_buttons = [gr.Button("Use", size="sm") for _ in range(MAX_VERSIONS)]
-                versions = [
-                    gr.Textbox(visible=False, lines=8, max_lines=16, min_width=220,
-                               interactive=False, buttons=["copy", use_button],
-                               elem_id=f"version-{i}")
-                    for i, use_button in enumerate(use_buttons)
-                ]
-            look_button = gr.Button("Look inside this text", size="sm", elem_id="look")
-            beginnings = gr.Column()
-            gr.Markdown(WARNING)
-        with gr.Column(scale=3, min_width=300):
-            model = model_box(models)
-            with beginnings:
-                gr.Examples(models.examples(), [text, model], label="Try one of these beginnings")
-            sliders = [slider(name) for name in ("temperature", "top_k", "top_p", "length")]
-            seed = slider("seed")
-            new_seed = gr.Checkbox(value=True, label="New seed each time", elem_id="new-seed")
-            with gr.Accordion("More settings", open=False, elem_id="more"):
-                version_count = slider("versions")
-                stop = gr.Textbox(
-                    label="Stop strings",
-                    info="One per line, \\n for a line break. The text ends before the first one.",
-                    lines=2, elem_id="stops")
-                dtype = gr.Dropdown(DTYPES, value=models.dtype, label="Precision", elem_id="dtype")
-            with gr.Accordion("Save or share", open=False, elem_id="save"):
-                link = gr.Textbox(
-                    label="Link",
-                    info="Contains prompt, settings and seed, and writes the same text again.",
-                    buttons=["copy"], interactive=False, max_lines=2, elem_id="link")
-                with gr.Row():
-                    download_buttons = {
-                        kind: gr.Button(f"Download {kind}", size="sm") for kind in ("txt", "json")
-                    }
-    request = gr.Textbox(visible="hidden", elem_id="request")
-    opened_link = gr.Textbox(visible="hidden")
+            text = gr.Textbox(models.beginnings(models.default)[0], label="Text", lines=12,
+                              max_lines=12, max_length=MAX_BYTES, show_label=False,
+                              container=False, autoscroll=False, elem_id="text",
+                              placeholder="Write the beginning of a text …")
+            with gr.Row(elem_id="actions"):
+                write_button = gr.Button("Write", variant="primary", elem_id="generate")
+                stop_button = gr.Button("Stop", variant="stop", elem_id="stop")
+                again_button = gr.Button("Try again", elem_id="again")
+            gr.Markdown(HELP, elem_id="write-help")
+            with gr.Row(elem_id="tools"):
+                tools = {label.lower(): gr.Button(label, size="sm", elem_id=label.lower())
+                         for label in ("Undo", "Redo", "Clear")}
+                look_button = gr.Button("Look inside this text", size="sm", elem_id="look")
+                colours = gr.Checkbox(label="Colour by probability", elem_id="colours")
+            figures = figures_box("status", "")
 
-    # generating: the browser picks prompt and seed, then the server streams the text
-    settings = [model, dtype, *sliders, seed, version_count, stop]
-    run = {"fn": MethodType(show, models), "inputs": [text, *settings],
-           "outputs": [text, figures, request, *versions], "api_visibility": "private",
-           "show_progress": "hidden", "concurrency_limit": None}
-    starts = [([generate_button.click, text.submit], start_js(restart=True, seed=CHOSEN_SEED)),
-              ([continue_button.click], start_js(restart=False, seed=CHOSEN_SEED)),
-              ([regenerate_button.click], start_js(restart=True, seed=RANDOM_SEED))]
-    running = [opened_link.change(**run)]
-    for triggers, js in starts:
-        picked = gr.on(triggers, None, [text, request, seed, new_seed], [text, seed], js=js)
-        running.append(picked.then(**run))
+            def measure(request: dict) -> dict:
+                return measure_text(models, request)
+
+            gr.HTML(js_on_load="page.write.open(element, server)", server_functions=[measure],
+                    elem_id="notebook")
+        with gr.Column(scale=3, min_width=300):
+            settings, more, new_seed = settings_column(models)
+            link = save_column()
+    model, seed = settings["model"], settings["seed"]
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+
+    # writing: the browser picks the prompt and the seed, then the server streams the text
+    prompt, written, opened_link = [gr.Textbox(visible="hidden") for _ in range(3)]
+    run = {"fn": MethodType(show, models), "inputs": [prompt, *settings.values()],
+           "outputs": [written, figures], "concurrency_limit": None, **quiet}
+    starts = [gr.on(triggers, None, [seed, new_seed], [prompt, seed], js=js) for triggers, js in (
+        ([write_button.click, text.submit], "page.write.start"),
+        ([again_button.click], "page.write.again"))]
+    starts.append(opened_link.change(None, prompt, None, js="page.write.follow"))
+    running = [start.then(**run) for start in starts]
+    written.change(None, written, link, js="page.write.receive")
     stop_button.click(None, cancels=running)
+    for ended in (stop_button.click, *(event.failure for event in running)):
+        ended(None, None, link, js="page.write.end")
 
     # what the browser does without the server
-    request.change(None, request, link, js=LINK_JS)
-    for use_button, version in zip(use_buttons, versions):
-        use_button.click(None, [request, version], text, js=USE_JS)
-    for kind, button in download_buttons.items():
-        button.click(None, [text, request], [], js=download_js(kind))
-    boxes = [text, *settings, opened_link]
-    gr.context.Context.root_block.load(None, boxes, boxes, js=OPEN_JS)
+    text.change(None, None, None, js="page.write.typed")
+    for name, button in tools.items():
+        button.click(None, None, None, js=f"page.write.{name}")
+    for button in beginnings:
+        button.click(None, button, None, js="page.write.begin")
+    gr.on([colours.change, model.change], None, None, None, js="page.write.measure")
 
+    # opening the page, and choosing a model
+    root = gr.context.Context.root_block
+    root.load(MethodType(read_link, models), opened_link,
+              [opened_link, prompt, more, *settings.values()], js="() => location.hash.slice(1)",
+              **quiet)
+    model.change(lambda name: [gr.update(**shown) for shown in beginning_buttons(models, name)],
+                 model, beginnings, **quiet)
     gr.api(MethodType(write, models), api_name="generate", concurrency_limit=None)
     return Tab(text, model, look_button)
 
+
+def settings_column(models: Models) -> tuple[dict[str, gr.Component], gr.Accordion, gr.Checkbox]:
+    """The settings by their names in SETTINGS, the fold that holds most of them, and the box for a
+    new seed."""
+    boxes = {"model": model_box(models), "temperature": slider("temperature"),
+             "length": slider("length")}
+    with gr.Accordion("More settings", open=False, elem_id="more") as more:
+        boxes |= {name: slider(name) for name in ("top_k", "top_p", "versions", "seed")}
+        new_seed = gr.Checkbox(value=True, label="New seed each time", elem_id="new-seed")
+        boxes["stop"] = gr.Textbox(
+            label="Stop strings", lines=2, elem_id="stops",
+            info="One per line, \\n for a line break. The text ends before the first one.")
+        boxes["dtype"] = gr.Dropdown(DTYPES, value=models.dtype, label="Precision", elem_id="dtype")
+    return {name: boxes[name] for name in SETTINGS}, more, new_seed
+
+
+def save_column() -> gr.Textbox:
+    """The fold with the link and the downloads; returns the box of the link."""
+    with gr.Accordion("Save or share", open=False, elem_id="save"):
+        link = gr.Textbox(
+            label="Link", buttons=["copy"], interactive=False, max_lines=2, elem_id="link",
+            info="Contains prompt, settings and seed, and writes the same text again.")
+        with gr.Row():
+            for kind in "txt", "json":
+                button = gr.Button(f"Download {kind}", size="sm")
+                button.click(None, None, None, js=f"() => page.write.download('{kind}')")
+    return link
+
+
+def beginning_buttons(models: Models, name: str) -> list[dict]:
+    """The text and the visibility of the three buttons, for a model."""
+    texts = [*models.beginnings(name), "", "", ""]
+    return [{"value": text, "visible": text != ""} for text in texts[:3]]
+
+
+def read_link(models: Models, fragment: str | None) -> list:
+    """Values for the opened link, the prompt, the fold and the settings, from a link's fragment:
+    JSON that write.js has made.
+
+    Anybody can make a link, so only what the page itself offers is taken: its models and
+    precisions, and numbers in their range.
+    """
+    try:
+        request = json.loads(urllib.parse.unquote(fragment or ""))
+        prompt = request["prompt"]
+    except (ValueError, KeyError, TypeError):  # no link, or not one of ours
+        return [gr.skip()] * (3 + len(SETTINGS))
+    stop_limit = MAX_STOPS * (MAX_STOP_CHARS + 1)
+    valid = {
+        "model": lambda value: value in models.names,
+        "dtype": lambda value: value in DTYPES,
+        "stop": lambda value: isinstance(value, str) and len(value) <= stop_limit,
+    }
+    taken = {}
+    for name in SETTINGS:
+        value = request.get(name)
+        if valid.get(name, lambda value, name=name: in_range(name, value))(value):
+            taken[name] = value
+    if "model" in request and "model" not in taken:
+        gr.Warning("This page does not have the model that the link names.")
+    # show the settings that a fold would hide
+    usual = {"dtype": models.dtype, "stop": ""} | {name: default_of(name) for name in FOLDED[1:4]}
+    hidden = any(taken.get(name, usual[name]) != usual[name] for name in FOLDED)
+    return [fragment, str(prompt)[:MAX_BYTES], gr.Accordion(open=hidden),
+            *(taken.get(name, gr.skip()) for name in SETTINGS)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+def measure_text(models: Models, request: dict) -> dict:
+    """How much of the context a text uses, and how likely each of its tokens was.
+
+    `request` has "text", "model", "dtype" and "colours". The result has "used" and "size" (tokens
+    of the context) and "tokens", empty without colours: for each token at the end of the text that
+    the model reads, its "text", its probability "p" (None for the first one) and the "others".
+    """
+    text = str(request["text"])[:MAX_BYTES]
+    with show_user_errors():
+        engine = models.engine(str(request["model"]), request["dtype"])
+    text, _ = engine.tokenizer.replace_unknown(text.encode(errors="replace").decode())
+    ids = engine.tokenizer.encode(text)
+    used = min(len(ids), engine.block_size)
+    tokens = []
+    if request["colours"] and ids:
+        read = engine.inspect(text if used == len(ids) else ids[-used:], OTHERS)
+        # a character can span tokens: it counts with the one that completes it
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in read:
+            p = None if token["logprob"] is None else math.exp(token["logprob"])
+            others = [(other, math.exp(logprob)) for other, logprob in token["top"]]
+            own = decoder.decode(engine.tokenizer.decode_bytes([token["id"]]))
+            tokens.append({"text": own, "p": p, "others": others})
+    return {"used": used, "size": engine.block_size, "tokens": tokens}
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
 
 async def write(models: Models, prompt: str = "", model: str | None = None,
                 dtype: str | None = None, temperature: float = default_of("temperature"),
@@ -214,6 +240,7 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
             all have ended.
         "versions": For each version its "text", its number of "tokens", the "reason" why it
             ended, and with several versions "mean_logprob" (nats per token).
+        "context": How many tokens of the model's context are used ("used", of "size").
         "figures": Length and speed, as a sentence for people.
         "settings": The arguments that give the same result again.
     """
@@ -224,7 +251,8 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
         sampling = validate_settings(prompt, stop, temperature=temperature, top_k=top_k,
                                      top_p=top_p, length=length, seed=seed, versions=versions)
         if not models.future(model, dtype).done():
-            yield {"text": prompt, "versions": [], "figures": "Loading the model …", "settings": {}}
+            yield {"text": prompt, "versions": [], "context": {}, "figures": "Loading the model …",
+                   "settings": {}}
         loaded = await models.wait_for(model, dtype)
         writing = Writing(loaded, prompt, sampling, versions)
         settings = {"prompt": prompt, "model": model, "dtype": loaded.engine.dtype,
@@ -239,22 +267,13 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
             ]
             # several versions have a winner only once all have ended
             best = results[0]["text"] if versions == 1 or writing.done else ""
-            yield {"text": prompt + best, "versions": results, "figures": writing.figures(),
-                   "settings": settings}
+            yield {"text": prompt + best, "versions": results, "context": writing.context(),
+                   "figures": writing.figures(), "settings": settings}
 
 
 async def show(models: Models, prompt: str, *values):
-    """Runs `write` for the page: yields the values of its text, figures, request and versions."""
+    """Runs `write` for the page: yields JSON for `page.write.receive`, and the figures."""
     *values, stop = values
     async for result in write(models, prompt or "", *values, stop_strings(stop)):
-        # show a box for each version if there are several
-        boxes = [gr.update(visible=False)] * MAX_VERSIONS
-        if len(result["versions"]) > 1:
-            for i, version in enumerate(result["versions"]):
-                label = f"Version {i + 1} · {version['mean_logprob']:.3f} nats per token"
-                boxes[i] = gr.update(visible=True, value=version["text"], label=label)
-        # write the stop strings into the request as the page's box has them, one per line
-        request = dict(result["settings"])
-        if request:
-            request["stop"] = "\n".join(s.replace("\n", "\\n") for s in request["stop"])
-        yield result["text"], result["figures"], json.dumps(request) if request else "", *boxes
+        del result["text"]  # the versions have it
+        yield json.dumps(result), result["figures"]
