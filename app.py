@@ -30,9 +30,12 @@ from engine.packed import use_allowed_cores
 from generate import Dtype
 from ui import about, chat, compare, look, training, write
 from ui.models import Models
+from ui.theme import THEME
 
 STATIC = Path(__file__).parent / "ui" / "static"
 MAX_SESSIONS = 200  # visitors whose page state is kept, 150 kB each; Gradio's default is 10,000
+TITLE = """# GPT-2 From Scratch
+Small language models that write, and everything it takes to build one, in plain PyTorch."""
 TABS = {"Write": write, "Chat": chat, "Look inside": look, "Compare": compare, "Training": training,
         "About": about}
 
@@ -61,11 +64,7 @@ class AppConfig:
 def build(models: Models) -> gr.Blocks:
     """Builds the page: a title and the tabs."""
     with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False) as page:
-        gr.Markdown(
-            "# GPT-2 From Scratch\n"
-            "A small language model and everything it takes to build one, in plain PyTorch: "
-            "tokenizer, data, training, sampling and this page."
-        )
+        gr.Markdown(TITLE, elem_id="title")
         built = {}
         with gr.Tabs() as tabs:
             for name, tab in TABS.items():
@@ -97,7 +96,7 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     scripts = sorted(STATIC.glob("*.js"), key=lambda path: (path.stem != "page", path.stem))
     head = "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in scripts)
     page.launch(server_name=config.host, server_port=config.port, share=config.share,
-                theme=gr.themes.Default(), head=head, css_paths=sorted(STATIC.glob("*.css")),
+                theme=THEME, head=head, css_paths=sorted(STATIC.glob("*.css")),
                 footer_links=["api"], ssr_mode=False, run_history=False, enable_monitoring=False,
                 max_threads=100, state_session_capacity=MAX_SESSIONS,
                 app_kwargs={"routes": api.routes, "middleware": [guard]}, **launch_options)

@@ -92,7 +92,7 @@ def model_box(models: Models, tab: str = "", value: str | None = None) -> gr.Dro
 def figures_box(elem_id: str, placeholder: str) -> gr.Textbox:
     """The line below a text that shows its length and speed."""
     return gr.Textbox(label="Figures", show_label=False, container=False, interactive=False,
-                      max_lines=8, elem_id=elem_id, placeholder=placeholder)
+                      max_lines=8, elem_id=elem_id, elem_classes="plain", placeholder=placeholder)
 
 
 def validate_settings(prompt: str, stop: list[str] = (), **numbers) -> Sampling:
