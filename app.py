@@ -71,10 +71,12 @@ def build(models: Models) -> gr.Blocks:
                 with gr.Tab(name, id=name):
                     built[name] = tab.build(models)
 
-        # the button under Write hands its text to Look inside and opens that tab
-        built["Write"].look_button.click(
-            lambda text: (text, gr.Tabs(selected="Look inside")), inputs=built["Write"].text,
-            outputs=[built["Look inside"], tabs], api_visibility="private", show_progress="hidden")
+        # the button under Write hands its text and model to Look inside and opens that tab
+        source, target = built["Write"], built["Look inside"]
+        source.look_button.click(
+            lambda text, model: (text[-look.MAX_TEXT:], model, gr.Tabs(selected="Look inside")),
+            inputs=[source.text, source.model], outputs=[target.text, target.model, tabs],
+            api_visibility="private", show_progress="hidden")
         gr.api(models.list_names, api_name="models")
     return page
 

@@ -38,8 +38,13 @@ PROBABILITY_CLASSES = {
 # --------------------------------------------------------------------------------------------------
 # The page
 
-def build(models: Models) -> gr.Textbox:
-    """Lays out the tab, connects its events and returns the box with the text."""
+class Tab(NamedTuple):
+    text: gr.Textbox  # app.py connects both to the Write tab
+    model: gr.Dropdown
+
+
+def build(models: Models) -> Tab:
+    """Lays out the tab and connects its events."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             text = gr.Textbox(
@@ -97,7 +102,7 @@ def build(models: Models) -> gr.Textbox:
           concurrency_id="engine")
     # the browser copies the fork into the text box
     again.click(None, fork_text, text, js="fork => fork", api_visibility="private")
-    return text
+    return Tab(text, model)
 
 
 def plain_box(label: str, elem_id: str) -> gr.Textbox:

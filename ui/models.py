@@ -3,6 +3,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import html
 import sys
 import threading
 from pathlib import Path
@@ -191,8 +192,10 @@ class Models:
 
 @contextlib.contextmanager
 def show_user_errors():
-    """Shows a UserError to the visitor as Gradio's error message."""
+    """Shows a UserError to the visitor as Gradio's error message. Gradio reads it as HTML, so what
+    it quotes from the visitor is escaped."""
     try:
         yield
     except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        message = html.escape(str(error), quote=False)
+        raise gr.Error(message, print_exception=False) from None

@@ -104,6 +104,7 @@ def download_js(kind: str) -> str:
 
 class Tab(NamedTuple):
     text: gr.Textbox
+    model: gr.Dropdown
     look_button: gr.Button  # app.py connects it to the Look inside tab
 
 
@@ -185,7 +186,7 @@ def build(models: Models) -> Tab:
     gr.context.Context.root_block.load(None, boxes, boxes, js=OPEN_JS)
 
     gr.api(MethodType(write, models), api_name="generate", concurrency_limit=None)
-    return Tab(text, look_button)
+    return Tab(text, model, look_button)
 
 
 async def write(models: Models, prompt: str = "", model: str | None = None,
