@@ -14,10 +14,11 @@ import pandas as pd
 from common.errors import UserError
 from engine.sampling import top_ids, weigh
 from generate import Engine
+from ui import layers
 from ui.models import Models, show_user_errors
-from ui.stream import slider
+from ui.reading import MAX_TEXT, read, visible
+from ui.stream import model_box, slider
 
-MAX_TEXT = 4_000  # characters
 MAX_ALTERNATIVES = 10
 FORK_LENGTH = 100  # tokens
 REFRESH_TOKENS = 4  # update the fork on the page after this many tokens
@@ -51,13 +52,13 @@ def build(models: Models) -> Tab:
                 SAMPLE, label="Text",
                 info="Any text, written by a model or by you. The page updates as you type.",
                 lines=4, max_lines=10, max_length=MAX_TEXT, elem_id="look-text")
-            model = gr.Dropdown(
-                models.names, value=models.names[0], label="Model", elem_id="look-model")
+            model = model_box(models, "look-")
             summary = plain_box("Summary", "look-summary")
             tokens = gr.HighlightedText(
-                label="Tokens, coloured by their probability. Click one to see its alternatives.",
+                label="Tokens, coloured by their probability. Click one to look at it.",
                 color_map={label: colour for label, (_, colour) in PROBABILITY_CLASSES.items()},
                 show_legend=True, elem_id="look-tokens")
+            chosen_mark = gr.HTML()  # the style that marks the chosen token
             surprisal = gr.BarPlot(x="token", y="bits",
                                    label="Surprisal in bits (high: unexpected)", x_title="position",
                                    y_title="bits", height=170, tooltip="all",
@@ -83,25 +84,34 @@ def build(models: Models) -> Tab:
                                    elem_id="look-fork")
             again = gr.Button("Look inside the new text", size="sm", elem_id="look-again")
 
+    layers.build(models, text, model, position)
+
     def fork_at(choice: gr.SelectData, *values):
         yield from fork(models, str(choice.value), *values)
 
     settings = [text, model, position, temperature, top_k, top_p]
     opened = gr.context.Context.root_block.load
+    private = {"api_visibility": "private", "show_progress": "hidden"}
     # while one request runs, remember only the last change
     latest = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look",
               "trigger_mode": "always_last"}
-    gr.on([opened, text.change, model.change], functools.partial(inspect, models),
-          inputs=[text, model], outputs=[summary, tokens, surprisal], api_name="inspect", **latest)
+    inspected = gr.on([opened, text.change, model.change], functools.partial(inspect, models),
+                      inputs=[text, model], outputs=[summary, tokens, surprisal],
+                      api_name="inspect", **latest)
+    # no tokens of an earlier text stay below a text that cannot be read
+    inspected.failure(lambda: ("", [], None), None, [summary, tokens, surprisal], **private)
     gr.on([opened, *(setting.change for setting in settings)],
           functools.partial(alternatives, models), inputs=settings,
           outputs=[token, expected, sampled], api_name="alternatives", **latest)
-    tokens.select(position_of, None, position, api_visibility="private", show_progress="hidden")
-    gr.on([expected.select, sampled.select], fork_at, inputs=settings, outputs=fork_text,
-          api_visibility="private", show_progress="hidden", concurrency_limit=32,
-          concurrency_id="engine")
+    tokens.select(position_of, None, position, **private)
+    gr.on([opened, position.change], None, position, chosen_mark, js="page.markToken", **private)
+    forking = gr.on([expected.select, sampled.select], fork_at, inputs=settings, outputs=fork_text,
+                    concurrency_limit=32, concurrency_id="engine", **private)
+    # a new text ends the fork of the old one
+    gr.on([text.change, model.change], None, None, fork_text, js="() => ''", cancels=forking,
+          **private)
     # the browser copies the fork into the text box
-    again.click(None, fork_text, text, js="fork => fork", api_visibility="private")
+    again.click(None, fork_text, text, js="fork => fork", **private)
     return Tab(text, model)
 
 
@@ -117,27 +127,6 @@ def position_of(token: gr.SelectData) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # The whole text
-
-def read(models: Models, text: str | None, name: str) -> tuple[Engine, list[int], str]:
-    """The model's engine, the text's ids, and the text without characters that the model's
-    vocabulary lacks."""
-    text = text or ""
-    if len(text) > MAX_TEXT:
-        raise UserError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed.")
-    engine = models.engine(name)
-    # a lone surrogate, which UTF-8 cannot encode, becomes "?"
-    text = text.encode(errors="replace").decode()
-    text, _ = engine.tokenizer.replace_unknown(text)
-    return engine, engine.tokenizer.encode(text), text
-
-
-def visible(engine: Engine, token: int) -> str:
-    """A token's text with visible spaces, line breaks and incomplete characters."""
-    text = engine.tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace")
-    if text == " ":
-        return "␣"
-    return text.replace("\n", "⏎").replace("\t", "⇥")
-
 
 def probability_class(bits: float) -> str:
     """The label in PROBABILITY_CLASSES for a token's surprisal."""
@@ -167,7 +156,10 @@ def inspect(models: Models, text: str, model: str):
             total_bits += bits
             scored_bytes += len(engine.tokenizer.decode_bytes([i]))
         line_end = "\n" if token["text"].endswith("\n") else ""
-        spans.append((visible(engine, i) + line_end, label))
+        name = visible(engine, i)
+        # a space within a word's colour is clear, and "␣" before every word would be hard to read
+        name = name if name.strip("␣") == "" else name.replace("␣", " ")
+        spans.append((name + line_end, label))
 
     summary = f"{len(ids):,} tokens, {len(text.encode()):,} bytes"
     if rows:
@@ -247,11 +239,12 @@ def alternatives(models: Models, text: str, model: str, position: int, temperatu
         token = place.token
         rank = 1 + (logprobs > logprobs[token]).sum()
         candidates = (sampled > 0).sum()
+        name = visible(place.engine, token)
         sentence = (
-            f"“{visible(place.engine, token)}” has probability {expected[token]:.2%}: number "
-            f"{rank:,} of {len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. "
-            f"With the settings it is sampled with probability {sampled[token]:.2%}; "
-            f"candidates: {candidates:,}.")
+            f"“{name}” has probability {expected[token]:.2%}, rank {rank:,} of "
+            f"{len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. The settings "
+            f"leave {candidates:,} tokens to choose from, this one with probability "
+            f"{sampled[token]:.2%}. ␣ is a space.")
     names = most_likely(place.engine, logprobs)
     return (sentence, {name: float(expected[i]) for name, i in names.items()},
             {name: float(sampled[i]) for name, i in names.items()})

@@ -1,0 +1,244 @@
+"""The layers in Look inside: attention, logit lens, and what each part adds to a prediction.
+
+The views are tables and texts in HTML; ui/static/look.css shades their cells by weight.
+"""
+import base64
+import functools
+import io
+from html import escape
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from engine.sampling import top_ids
+from ui.models import Models, show_user_errors
+from ui.reading import Place, place_in, visible
+
+LENS_COLUMNS = 12  # tokens
+PREDICTIONS = 10  # offered for the contributions
+NO_PREDICTION = "<p>Nothing comes before this token, so the model does not predict it.</p>"
+
+INTRO = """### Inside the layers
+A token passes through the layers one after another. In each layer, **heads** look back at earlier
+tokens and fetch something from them, then an **MLP** works on the token by itself."""
+ATTENTION = """Each cell is a head: the token that it looks at most, from the chosen token, and how
+much of its attention goes there. Choose a head to see all of its attention."""
+LENS = """What the model would predict next if it stopped after a layer. Read a column downwards to
+see the prediction form; the darker, the surer, and bold if it is what comes next in the text."""
+CONTRIBUTIONS = """What each part adds to the logit, the score of a token before the softmax: blue
+raises it, orange lowers it, compared with the average token. The parts add up to the logit (the
+final LayerNorm's scale is held fixed)."""
+
+# --------------------------------------------------------------------------------------------------
+# The page
+
+def build(models: Models, text: gr.Textbox, model: gr.Dropdown, position: gr.Number):
+    """Lays out the views for the chosen token of the text and connects their events."""
+    gr.Markdown(INTRO)
+    with gr.Tabs():
+        with gr.Tab("Attention"):
+            gr.Markdown(ATTENTION)
+            with gr.Row():
+                with gr.Column(scale=5, min_width=320):
+                    heads = gr.HTML(js_on_load="page.chooseHead(element, trigger)",
+                                    elem_id="layers-heads")
+                with gr.Column(scale=4, min_width=320):
+                    with gr.Row():
+                        layer = gr.Slider(1, 12, 1, step=1, label="Layer", min_width=140,
+                                          elem_id="layers-layer")
+                        head = gr.Slider(1, 12, 1, step=1, label="Head", min_width=140,
+                                         elem_id="layers-head")
+                    attention = gr.HTML(elem_id="layers-attention")
+        with gr.Tab("Logit lens"):
+            gr.Markdown(LENS)
+            lens = gr.HTML(elem_id="layers-lens")
+        with gr.Tab("Contributions"):
+            gr.Markdown(CONTRIBUTIONS)
+            prediction = gr.Dropdown([], label="Prediction", elem_id="layers-prediction")
+            contributions = gr.HTML(elem_id="layers-contributions")
+
+    def update(*values):
+        return show(models, *values)
+
+    def update_attention(text, model, position, layer, head):
+        with show_user_errors():
+            return attention_html(place_in(models, text, model, position), layer - 1, head - 1)
+
+    def update_contributions(text, model, position, prediction):
+        with show_user_errors():
+            return contributions_html(place_in(models, text, model, position), prediction)
+
+    latest = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 2,
+              "concurrency_id": "look", "trigger_mode": "always_last"}
+    place = [text, model, position]
+    opened = gr.context.Context.root_block.load
+    gr.on([opened, *(box.change for box in place)], update, [*place, layer, head],
+          [heads, layer, head, attention, lens, prediction, contributions], **latest)
+    gr.on([layer.change, head.change], update_attention, [*place, layer, head], attention, **latest)
+    prediction.input(update_contributions, [*place, prediction], contributions, **latest)
+    heads.click(chosen_head, None, [layer, head], api_visibility="private", show_progress="hidden")
+
+
+def chosen_head(event: gr.EventData) -> tuple[int, int]:
+    """The layer and the head of a click in the table, counted from 1."""
+    return event.layer, event.head
+
+
+def show(models: Models, text: str, model: str, position: int, layer: int, head: int):
+    """All views of the token at a position."""
+    with show_user_errors():
+        place = place_in(models, text, model, position)
+    n_layer, n_head = place.trace.attention.shape[:2]
+    layer, head = min(layer, n_layer), min(head, n_head)
+    choices = predictions(place)
+    chosen = choices[0][1] if choices else None
+    return (heads_html(place), gr.update(maximum=n_layer, value=layer),
+            gr.update(maximum=n_head, value=head), attention_html(place, layer - 1, head - 1),
+            lens_html(place), gr.update(choices=choices, value=chosen),
+            contributions_html(place, chosen))
+
+
+# --------------------------------------------------------------------------------------------------
+# Shaded texts and tables
+
+def shade(weight: float = 0.0, title: str = "", chosen: bool = False) -> str:
+    """Attributes of an element that is shaded by a weight from -1 to 1."""
+    classes = ("lowers " if weight < 0 else "raises ") + ("chosen" if chosen else "")
+    return f'class="{classes}" style="--weight:{abs(weight):.3f}" title="{escape(title)}"'
+
+
+def cell(content: str, *shading, **options) -> str:
+    return f"<td {shade(*shading, **options)}>{content}</td>"
+
+
+def table_html(label: str, head: list[str], rows: list[list[str]]) -> str:
+    """A table that scrolls sideways. A row is the text of its heading, then cells."""
+    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in head)
+    body = "".join(f"<tr><th scope=row>{escape(name)}</th>{''.join(cells)}</tr>"
+                   for name, *cells in rows)
+    return (f'<div class="shaded" role="region" tabindex="0" aria-label="{escape(label)}">'
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+
+
+def text_html(names: list[str], weights: list[float], chosen: int | None = None,
+              titles: list[str] | None = None) -> str:
+    """A text with shaded tokens."""
+    titles = titles or [f"{weight:.1%}" for weight in weights]
+    tokens = [f"<span {shade(weight, title, chosen=i == chosen)}>{escape(name)}</span>"
+              for i, (name, weight, title) in enumerate(zip(names, weights, titles))]
+    return f'<p class="shaded">{"<wbr>".join(tokens)}</p>'
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+def heads_html(place: Place) -> str:
+    """A table of layers and heads: where each looks most from the place's token."""
+    attention = place.trace.attention[:, :, place.reader]  # (L, nh, T)
+    weights, targets = attention.max(-1)  # (L, nh) each
+    rows = []
+    for layer, (row_weights, row_targets) in enumerate(zip(weights.tolist(), targets.tolist()), 1):
+        cells = []
+        for head, (weight, target) in enumerate(zip(row_weights, row_targets), 1):
+            name = escape(place.name(target))
+            cells.append(cell(
+                f'<button data-layer="{layer}" data-head="{head}"><b>{name}</b> {weight:.0%}'
+                "</button>", weight, f"layer {layer}, head {head}"))
+        rows.append([f"layer {layer}", *cells])
+    head = ["", *(f"head {head + 1}" for head in range(weights.size(1)))]
+    return table_html("Heads", head, rows)
+
+
+def attention_html(place: Place, layer: int, head: int) -> str:
+    """One head's attention from the place's token, over the text, and the matrix of all tokens."""
+    matrix = place.trace.attention[layer, head]  # (T, T)
+    name, T = escape(place.name(place.reader)), len(matrix)
+    # the picture's opacity is the weight, and CSS gives it a colour and marks the token's row
+    pixels = (matrix.sqrt() * 255).byte().cpu().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    picture = base64.b64encode(file.getvalue()).decode()
+    return (
+        f"<p>“{name}” looks back at:</p>"
+        f"{text_html(place.names(), matrix[place.reader].tolist(), place.reader)}"
+        f"<p>The same for each of the {T:,} tokens: a row is a token, from left to right is the "
+        "text that it looks at. The row of the chosen token is marked.</p>"
+        f'<div class="matrix" role="img" aria-label="Attention of {T} tokens to each other" '
+        f'style="--row:{place.reader / T};--height:{1 / T}">'
+        f'<div style="mask-image:url(data:image/png;base64,{picture})"></div></div>')
+
+
+# --------------------------------------------------------------------------------------------------
+# Logit lens
+
+def lens_html(place: Place) -> str:
+    """A table of layers and tokens: the most likely next token after each layer."""
+    rows = list(range(max(0, place.row - LENS_COLUMNS), place.row))
+    if not rows:
+        return NO_PREDICTION
+    vocab_size = place.engine.tokenizer.vocab_size
+    best = place.trace.lens(rows)[..., :vocab_size].softmax(-1).max(-1)  # (L + 1, R)
+    # the tokens that come next; nothing does at the end of the text
+    following = [*place.trace.ids, None][1:]
+    lines = []
+    for layer, (probabilities, ids) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+        cells = []
+        for row, probability, token in zip(rows, probabilities, ids):
+            name = escape(visible(place.engine, token))
+            content = f"<b>{name}</b>" if token == following[row] else name
+            cells.append(cell(content, probability, f"{probability:.1%}", chosen=row == rows[-1]))
+        lines.append([f"layer {layer}" if layer else "embedding", *cells])
+    names = ["?" if token is None else visible(place.engine, token) for token in following]
+    lines.append(["in the text", *(cell(escape(names[row]), chosen=row == rows[-1])
+                                   for row in rows)])
+    return table_html("Logit lens", ["after", *(place.name(row) for row in rows)], lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Contributions
+
+def predictions(place: Place) -> list[tuple[str, int]]:
+    """(name, id) of the token at the place and of the most likely ones there."""
+    if place.row == 0:
+        return []
+    logits = place.trace.lens([place.row - 1])[-1, 0, :place.engine.tokenizer.vocab_size]
+    ids = top_ids(logits.cpu().numpy(), min(PREDICTIONS, len(logits))).tolist()
+    ids = dict.fromkeys(place.trace.ids[place.row:place.row + 1] + ids)
+    return [(visible(place.engine, i), i) for i in ids]
+
+
+@functools.lru_cache(maxsize=2)
+def average_embedding(engine) -> torch.Tensor:
+    """The mean of all token embeddings (C,), whose logit is the mean of all logits."""
+    return engine.model.transformer.wte.weight[:engine.tokenizer.vocab_size].detach().mean(0)
+
+
+def contributions_to(place: Place, token: int):
+    """What each part adds to the token's logit at the place, above the mean of all logits. The
+    softmax ignores what all logits have in common."""
+    wte = place.engine.model.transformer.wte.weight.detach()
+    return place.trace.contributions(place.row - 1, wte[token] - average_embedding(place.engine))
+
+
+def contributions_html(place: Place, token: int | None) -> str:
+    """A table of layers and their parts: what each adds to the logit of a token."""
+    if token is None:
+        return NO_PREDICTION
+    parts = contributions_to(place, token)
+    # one row per layer: the heads, the bias they share, the MLP
+    values = torch.cat([parts.heads, parts.attention_bias[:, None], parts.mlp[:, None]], 1)
+    largest = values.abs().max().item() or 1.0
+    rows = []
+    for layer, row in enumerate(values.tolist(), 1):
+        cells = [cell(f"{value:+.2f}", value / largest) for value in row]
+        rows.append([f"layer {layer}", *cells, cell(f"{sum(row):+.2f}")])
+    heads = [f"head {head + 1}" for head in range(parts.heads.size(1))]
+    embedding = parts.token + parts.position
+    sentence = (
+        f"<p>After “{escape(place.name(place.row - 1))}”, the logit of "
+        f"“{escape(visible(place.engine, token))}” is {parts.total():+.2f}: "
+        f"{embedding.item():+.2f} from the embeddings of token and position, "
+        f"{values.sum().item():+.2f} from the layers, "
+        f"{parts.final_bias.item():+.2f} from the bias of the final LayerNorm.</p>")
+    return sentence + table_html("Contributions", ["", *heads, "bias", "MLP", "sum"], rows)
