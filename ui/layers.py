@@ -23,7 +23,8 @@ INTRO = """### Inside the layers
 A token passes through the layers one after another. In each layer, **heads** look back at earlier
 tokens and fetch something from them, then an **MLP** works on the token by itself."""
 ATTENTION = """Each cell is a head: the token that it looks at most, from the chosen token, and how
-much of its attention goes there. Choose a head to see all of its attention."""
+much of its attention goes there. Choose a head to see all of its attention. `<|endoftext|>` stands
+before every text; heads that find nothing look there."""
 LENS = """What the model would predict next if it stopped after a layer. Read a column downwards to
 see the prediction form; the darker, the surer, and bold if it is what comes next in the text."""
 CONTRIBUTIONS = """What each part adds to the logit, the score of a token before the softmax: blue
@@ -45,7 +46,7 @@ def build(models: Models, text: gr.Textbox, model: gr.Dropdown, position: gr.Num
                                     elem_id="layers-heads")
                 with gr.Column(scale=4, min_width=320):
                     with gr.Row():
-                        layer = gr.Slider(1, 12, 1, step=1, label="Layer", min_width=140,
+                        layer = gr.Slider(1, 12, 3, step=1, label="Layer", min_width=140,
                                           elem_id="layers-layer")
                         head = gr.Slider(1, 12, 1, step=1, label="Head", min_width=140,
                                          elem_id="layers-head")
@@ -122,11 +123,14 @@ def table_html(label: str, head: list[str], rows: list[list[str]]) -> str:
 
 
 def text_html(names: list[str], weights: list[float], chosen: int | None = None,
-              titles: list[str] | None = None) -> str:
-    """A text with shaded tokens."""
-    titles = titles or [f"{weight:.1%}" for weight in weights]
-    tokens = [f"<span {shade(weight, title, chosen=i == chosen)}>{escape(name)}</span>"
-              for i, (name, weight, title) in enumerate(zip(names, weights, titles))]
+              notes: list[str] | None = None) -> str:
+    """A text with shaded tokens, and a note in small letters after each of them if there are
+    notes."""
+    tokens = []
+    for i, (name, weight) in enumerate(zip(names, weights)):
+        note = f"<small>{notes[i]}</small>" if notes else ""
+        attributes = shade(weight, "" if notes else f"{weight:.1%}", chosen=i == chosen)
+        tokens.append(f"<span {attributes}>{escape(name)}{note}</span>")
     return f'<p class="shaded">{"<wbr>".join(tokens)}</p>'
 
 
@@ -143,7 +147,7 @@ def heads_html(place: Place) -> str:
         for head, (weight, target) in enumerate(zip(row_weights, row_targets), 1):
             name = escape(place.name(target))
             cells.append(cell(
-                f'<button data-layer="{layer}" data-head="{head}"><b>{name}</b> {weight:.0%}'
+                f'<button data-layer="{layer}" data-head="{head}">{weight:.0%} <b>{name}</b>'
                 "</button>", weight, f"layer {layer}, head {head}"))
         rows.append([f"layer {layer}", *cells])
     head = ["", *(f"head {head + 1}" for head in range(weights.size(1)))]
@@ -202,8 +206,8 @@ def predictions(place: Place) -> list[tuple[str, int]]:
     """(name, id) of the token at the place and of the most likely ones there."""
     if place.row == 0:
         return []
-    logits = place.trace.lens([place.row - 1])[-1, 0, :place.engine.tokenizer.vocab_size]
-    ids = top_ids(logits.cpu().numpy(), min(PREDICTIONS, len(logits))).tolist()
+    logits = place.logits()
+    ids = top_ids(logits, min(PREDICTIONS, len(logits))).tolist()
     ids = dict.fromkeys(place.trace.ids[place.row:place.row + 1] + ids)
     return [(visible(place.engine, i), i) for i in ids]
 

@@ -14,18 +14,16 @@ import pandas as pd
 from common.errors import UserError
 from engine.sampling import top_ids, weigh
 from generate import Engine
-from ui import layers
+from ui import layers, tour
 from ui.models import Models, show_user_errors
-from ui.reading import MAX_TEXT, read, visible
+from ui.reading import MAX_TEXT, SAMPLE, in_text, read, visible
 from ui.stream import model_box, slider
 
 MAX_ALTERNATIVES = 10
 FORK_LENGTH = 100  # tokens
 REFRESH_TOKENS = 4  # update the fork on the page after this many tokens
 
-SAMPLE = (
-    "It is the east, and Juliet is the sun. The sun is a star, and the earth moves around it.\n"
-)
+SAMPLE_POSITION = 13  # the second "fox" for the default model
 
 # The colour of a token, by the probability that the model gave it: label -> (lower bound, colour).
 PROBABILITY_CLASSES = {
@@ -46,13 +44,14 @@ class Tab(NamedTuple):
 
 def build(models: Models) -> Tab:
     """Lays out the tab and connects its events."""
+    model = model_box(models, "look-")
+    tour.build(models, model)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             text = gr.Textbox(
                 SAMPLE, label="Text",
                 info="Any text, written by a model or by you. The page updates as you type.",
                 lines=4, max_lines=10, max_length=MAX_TEXT, elem_id="look-text")
-            model = model_box(models, "look-")
             summary = plain_box("Summary", "look-summary")
             tokens = gr.HighlightedText(
                 label="Tokens, coloured by their probability. Click one to look at it.",
@@ -61,7 +60,7 @@ def build(models: Models) -> Tab:
             chosen_mark = gr.HTML()  # the style that marks the chosen token
             surprisal = gr.BarPlot(x="token", y="bits",
                                    label="Surprisal in bits (high: unexpected)", x_title="position",
-                                   y_title="bits", height=170, tooltip="all",
+                                   y_title="bits", height=200, tooltip="all",
                                    elem_id="look-surprisal")
             with gr.Row():
                 narrow = {"min_width": 180, "buttons": [], "info": None}
@@ -70,7 +69,7 @@ def build(models: Models) -> Tab:
                 top_p = slider("top_p", "look-", **narrow)
         with gr.Column(scale=4, min_width=320):
             position = gr.Number(
-                1, label="Position",
+                SAMPLE_POSITION, label="Position",
                 info="The token to look at, counted from 1. The arrow keys move through the text.",
                 precision=0, minimum=1, maximum=MAX_TEXT, elem_id="look-position")
             token = plain_box("Token", "look-token")
@@ -79,9 +78,10 @@ def build(models: Models) -> Tab:
                                     elem_id="look-expected")
                 sampled = gr.Label(label="With the settings", show_heading=False, min_width=150,
                                    elem_id="look-sampled")
-            fork_text = gr.Textbox(label="New text: click an alternative above", lines=4,
-                                   max_lines=10, interactive=False, buttons=["copy"],
-                                   elem_id="look-fork")
+            fork_text = gr.Textbox(label="What if", lines=4, max_lines=10, interactive=False,
+                                   placeholder="Click a token in the lists above, and the model "
+                                   "continues the text with it.",
+                                   buttons=["copy"], elem_id="look-fork")
             again = gr.Button("Look inside the new text", size="sm", elem_id="look-again")
 
     layers.build(models, text, model, position)
@@ -118,7 +118,7 @@ def build(models: Models) -> Tab:
 def plain_box(label: str, elem_id: str) -> gr.Textbox:
     """A sentence without a frame."""
     return gr.Textbox(label=label, show_label=False, container=False, interactive=False,
-                      max_lines=3, elem_id=elem_id)
+                      max_lines=8, elem_id=elem_id, elem_classes="plain")
 
 
 def position_of(token: gr.SelectData) -> int:
@@ -156,10 +156,7 @@ def inspect(models: Models, text: str, model: str):
             total_bits += bits
             scored_bytes += len(engine.tokenizer.decode_bytes([i]))
         line_end = "\n" if token["text"].endswith("\n") else ""
-        name = visible(engine, i)
-        # a space within a word's colour is clear, and "␣" before every word would be hard to read
-        name = name if name.strip("␣") == "" else name.replace("␣", " ")
-        spans.append((name + line_end, label))
+        spans.append((in_text(engine, i) + line_end, label))
 
     summary = f"{len(ids):,} tokens, {len(text.encode()):,} bytes"
     if rows:
@@ -242,9 +239,9 @@ def alternatives(models: Models, text: str, model: str, position: int, temperatu
         name = visible(place.engine, token)
         sentence = (
             f"“{name}” has probability {expected[token]:.2%}, rank {rank:,} of "
-            f"{len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. The settings "
-            f"leave {candidates:,} tokens to choose from, this one with probability "
-            f"{sampled[token]:.2%}. ␣ is a space.")
+            f"{len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. With the "
+            f"settings its probability is {sampled[token]:.2%}, and the number of tokens to choose "
+            f"from is {candidates:,}. ␣ is a space.")
     names = most_likely(place.engine, logprobs)
     return (sentence, {name: float(expected[i]) for name, i in names.items()},
             {name: float(sampled[i]) for name, i in names.items()})

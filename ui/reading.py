@@ -7,6 +7,7 @@ from engine.internals import Trace, trace_tokens
 from generate import Engine
 from ui.models import Models
 
+SAMPLE = "Once upon a time, there was a little fox. The fox was very sad, because he had no"
 MAX_TEXT = 4_000  # characters
 MAX_TOKENS = 256  # traced at a time: the attention of T tokens takes T * T numbers for each head
 
@@ -30,6 +31,12 @@ def visible(engine: Engine, token: int) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
 
 
+def in_text(engine: Engine, token: int) -> str:
+    """A token's text within a coloured text: the colour shows a space, so it need not be marked."""
+    name = visible(engine, token)
+    return name.replace("␣", " ") if name.strip("␣") else name
+
+
 class Place(NamedTuple):
     """A token of a text, and what the model computes for the tokens around it."""
     engine: Engine
@@ -45,7 +52,12 @@ class Place(NamedTuple):
         return visible(self.engine, self.trace.ids[row])
 
     def names(self) -> list[str]:
-        return [visible(self.engine, i) for i in self.trace.ids]
+        return [in_text(self.engine, i) for i in self.trace.ids]
+
+    def logits(self):
+        """Logits (V,) of the token at the place, which the tokens before it predict."""
+        logits = self.trace.lens([self.row - 1])[-1, 0]
+        return logits[:self.engine.tokenizer.vocab_size].cpu().numpy()
 
 
 def place_in(models: Models, text: str | None, model: str, position: int | None) -> Place:
