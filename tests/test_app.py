@@ -401,6 +401,7 @@ def test_two_checkpoints_write_side_by_side_and_all_of_a_run_in_a_table(open_pag
         f"Identical for the first {agree} characters, then they part.")
     for i in range(2):
         assert page.locator(f"#side-{i} mark").text_content() == expected[i][agree:]
+    expect(page.locator("#compare-stop")).to_be_hidden()
     assert page.locator("#side-1 h4").text_content() == f"B · {run}/model_00007.pt · float32"
 
     choose(page, "timeline-run", run)

@@ -190,7 +190,7 @@ def test_tokens_are_sampled_from_the_softmax_that_the_settings_cut(
 @pytest.mark.parametrize("model", ["log/bpe", "log/markup", "bundled:shakespeare"])
 def test_bits_per_byte_are_those_of_the_whole_text(client, folder, model):
     name = model.replace("log", str(folder / "log"))
-    summary, tokens, surprisal = client.predict(TEXT[:16], name, api_name="/inspect")
+    summary, tokens = client.predict(TEXT[:16], name, api_name="/inspect")
     gpt, tokenizer, _ = checkpoint.load_model(name)
     expected = perplexity(gpt, tokenizer, TEXT[:16])
     pattern = r"([\d.]+) nats per token · perplexity ([\d.,]+) · ([\d.]+) bits"
@@ -198,7 +198,8 @@ def test_bits_per_byte_are_those_of_the_whole_text(client, folder, model):
     assert (nats, bits) == pytest.approx(
         (expected["nats_per_token"], expected["bits_per_byte"]), abs=2e-3)
     assert ppl == pytest.approx(expected["perplexity"], rel=1e-2)
-    assert len(surprisal["data"]) == expected["tokens"]
+    coloured = [token for token in tokens if token["class_or_confidence"]]
+    assert len(coloured) == expected["tokens"]
     assert len(tokens) == len(tokenizer.encode(TEXT[:16]))
 
 
@@ -250,37 +251,30 @@ def test_the_layers_show_what_the_model_computes(folder, model, position):
     place = place_in(models, TEXT, models.names[0], position)
     gpt, tokenizer, _ = checkpoint.load_model(models.names[0])
     ids = tokenizer.encode(TEXT)
-    assert (place.trace.ids[place.row:place.row + 1] or [None]) == (
-        ids[position - 1:position] or [None])
+    assert place.token == (ids[position - 1] if position <= len(ids) else None)
+    assert place.trace.ids[place.row:place.row + 1] == ids[position - 1:position]
     assert len(place.trace.ids) <= gpt.config.block_size
     n_layer, n_head = gpt.config.n_layer, gpt.config.n_head
 
     # each head's cell has the token that it looks at most
     heads = cells(layers.heads_html(place))
-    weights = place.trace.attention[:, :, place.reader]
-    best, target = weights[1, 1].max(0)
+    row = min(place.row, len(place.trace.ids) - 1)
+    best, target = place.trace.attention[1, 1, row].max(0)
     assert len(heads) == n_layer * n_head
-    assert heads[n_head + 1] == f"{best:.0%} {place.name(target)}"
-    assert layers.attention_html(place, 1, 1).count("<span") == len(place.trace.ids)
-
-    # nothing predicts the first token of a model without <|endoftext|>
-    lens, choices = layers.lens_html(place), layers.predictions(place)
-    if place.row == 0:
-        assert tokenizer.eot is None and not choices and "does not predict" in lens
-        assert layers.contributions_html(place, None) == lens
-        return
+    assert heads[n_head + 1] == f"{best:.0%} {visible(place.engine, place.trace.ids[target])}"
+    assert layers.attention_html(place, 2, 2).count("<span") == len(place.trace.ids)
 
     # the last layer of the lens predicts what the model predicts
     before = place.trace.ids[:place.row]
     with torch.no_grad():
         logits = gpt(torch.tensor([before]))[0][0, -1, :tokenizer.vocab_size]
     columns = min(place.row, layers.LENS_COLUMNS)
-    assert cells(lens)[n_layer * columns + columns - 1] == visible(
-        place.engine, int(logits.argmax()))
+    lens = cells(layers.lens_html(place))
+    assert lens[n_layer * columns + columns - 1] == visible(place.engine, int(logits.argmax()))
     np.testing.assert_allclose(place.logits(), logits, atol=1e-3)
 
     # the contributions add up to the logit above the mean
-    _, token = choices[0]
+    _, token = layers.predictions(place)[0]
     html = layers.contributions_html(place, token)
     shown = re.search(r"is ([+-][\d.]+): ([+-][\d.]+) .*? ([+-][\d.]+) .*? ([+-][\d.]+)", html)
     total, *parts = map(float, shown.groups())

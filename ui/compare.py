@@ -28,73 +28,78 @@ MAX_TIMELINE_LENGTH = 200  # tokens of a text in the timeline
 # --------------------------------------------------------------------------------------------------
 # The page
 
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+
+
 def build(models: Models):
     """Lays out the tab and connects its events."""
     prompt = gr.Textbox(models.first_prompt(), label="Prompt", lines=3, max_lines=10,
                         max_length=MAX_BYTES, elem_id="compare-prompt")
-    # two texts side by side
-    names = models.list_with_checkpoints()
     chosen, dtypes = [], []
     with gr.Row():
         for i, (letter, dtype) in enumerate((("A", "float32"), ("B", "int8"))):
-            chosen.append(gr.Dropdown(names, value=models.names[0], label=f"Model {letter}",
-                                      scale=3, elem_id=f"compare-model-{i}"))
+            chosen.append(gr.Dropdown(models.list_with_checkpoints(), value=models.names[0],
+                                      label=f"Model {letter}", scale=3,
+                                      elem_id=f"compare-model-{i}"))
             dtypes.append(gr.Dropdown(DTYPES, value=dtype, label=f"Precision {letter}",
                                       min_width=130, elem_id=f"compare-dtype-{i}"))
     with gr.Accordion("Settings", open=False, elem_id="compare-settings"), gr.Row():
-        names = ["temperature", "top_k", "top_p", "length", "seed"]
-        changes = {"length": {"value": LENGTH}}
-        sliders = [slider(name, "compare-", info=None, min_width=220, **changes.get(name, {}))
-                   for name in names]
+        narrow = {"info": None, "min_width": 220}
+        sliders = [slider(name, "compare-", **narrow) for name in ("temperature", "top_k", "top_p")]
+        sliders += [slider("length", "compare-", value=LENGTH, **narrow),
+                    slider("seed", "compare-", **narrow)]
     with gr.Row():
-        start_button = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
-        stop_button = gr.Button("Stop", variant="stop", min_width=120, visible=False,
-                                elem_id="compare-stop")
+        start = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
+        stop = gr.Button("Stop", variant="stop", min_width=120, visible=False,
+                         elem_id="compare-stop")
     figures = figures_box("compare-status", "Both models continue the prompt with the same random "
                           "numbers, and the page marks where the texts part.")
     with gr.Row():
         texts = [gr.HTML(min_width=300, elem_id=f"side-{i}") for i in range(2)]
 
-    # all checkpoints of a run
+    connect(start, stop, MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
+            [*texts, figures])
+    build_timeline(models, chosen, [prompt, *sliders])
+    gr.api(MethodType(compare, models), api_name="compare", concurrency_limit=None)
+    gr.api(MethodType(timeline, models), api_name="timeline", concurrency_limit=None)
+
+
+def build_timeline(models: Models, chosen: list[gr.Dropdown], settings: list):
+    """Lays out the texts of all checkpoints of a run, and keeps the lists of models up to date."""
     gr.Markdown("### How a run improves\n"
                 "Every saved checkpoint of a run continues the prompt above, with the same "
                 "settings and seed.")
     no_run = gr.Markdown("No run has saved a checkpoint yet. Train a model in the Training tab, "
                          "and its checkpoints appear here.")
-    with gr.Column(visible=False) as timeline_column:
+    with gr.Column(visible=False) as column:
         run = gr.Dropdown([], label="Run", elem_id="timeline-run")
-        timeline_button = gr.Button("Write with every checkpoint", elem_id="timeline")
+        with gr.Row():
+            start = gr.Button("Write with every checkpoint", elem_id="timeline")
+            stop = gr.Button("Stop", variant="stop", visible=False, elem_id="timeline-stop")
     table = gr.Dataframe(headers=["step", "loss", "text"], column_widths=["20%", "20%", "60%"],
                          interactive=False, wrap=True, visible=False, buttons=["copy"],
                          elem_id="timeline-table")
-
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
-    running = [
-        start_button.click(MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
-                           [*texts, figures], concurrency_limit=None, **quiet),
-        timeline_button.click(MethodType(rows, models), [prompt, run, *sliders], table,
-                              concurrency_limit=None, **quiet),
-    ]
-    stop_button.click(None, cancels=running)
-    # show Stop only while something is written
-    gr.on([start_button.click, timeline_button.click], lambda: gr.update(visible=True), None,
-          stop_button, **quiet)
-    for ended in (stop_button.click, *(event.then for event in running)):
-        ended(lambda: gr.update(visible=False), None, stop_button, **quiet)
+    prompt, *sliders = settings
+    connect(start, stop, MethodType(rows, models), [prompt, run, *sliders], table)
 
     # list the models again whenever the page opens: a run may have saved a checkpoint
     def update_choices():
-        names = models.list_with_checkpoints()
-        runs = list_runs(models)
+        names, runs = models.list_with_checkpoints(), list_runs(models)
         return (gr.update(choices=names), gr.update(choices=names),
                 gr.update(choices=runs, value=runs[0] if runs else None),
                 gr.update(visible=bool(runs)), gr.update(visible=not runs))
 
     page = gr.context.Context.root_block
-    page.load(update_choices, None, [*chosen, run, timeline_column, no_run], **quiet)
+    page.load(update_choices, None, [*chosen, run, column, no_run], **QUIET)
 
-    gr.api(MethodType(compare, models), api_name="compare", concurrency_limit=None)
-    gr.api(MethodType(timeline, models), api_name="timeline", concurrency_limit=None)
+
+def connect(start: gr.Button, stop: gr.Button, write, inputs: list, outputs):
+    """Lets one button start the writing and another, which is visible meanwhile, stop it."""
+    shown = start.click(lambda: gr.update(visible=True), None, stop, **QUIET)
+    running = shown.then(write, inputs, outputs, concurrency_limit=None, **QUIET)
+    stop.click(None, cancels=running)
+    for ended in stop.click, running.then:
+        ended(lambda: gr.update(visible=False), None, stop, **QUIET)
 
 
 def list_runs(models: Models) -> list[str]:

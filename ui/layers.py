@@ -3,7 +3,6 @@
 The views are tables and texts in HTML; ui/static/look.css shades their cells by weight.
 """
 import base64
-import functools
 import io
 from html import escape
 
@@ -11,13 +10,13 @@ import gradio as gr
 import torch
 from PIL import Image
 
+from engine.internals import Contributions
 from engine.sampling import top_ids
 from ui.models import Models, show_user_errors
-from ui.reading import Place, place_in, visible
+from ui.reading import Place, in_text, place_in, visible
 
 LENS_COLUMNS = 12  # tokens
 PREDICTIONS = 10  # offered for the contributions
-NO_PREDICTION = "<p>Nothing comes before this token, so the model does not predict it.</p>"
 
 INTRO = """### Inside the layers
 A token passes through the layers one after another. In each layer, **heads** look back at earlier
@@ -59,25 +58,23 @@ def build(models: Models, text: gr.Textbox, model: gr.Dropdown, position: gr.Num
             prediction = gr.Dropdown([], label="Prediction", elem_id="layers-prediction")
             contributions = gr.HTML(elem_id="layers-contributions")
 
-    def update(*values):
-        return show(models, *values)
-
-    def update_attention(text, model, position, layer, head):
-        with show_user_errors():
-            return attention_html(place_in(models, text, model, position), layer - 1, head - 1)
-
-    def update_contributions(text, model, position, prediction):
-        with show_user_errors():
-            return contributions_html(place_in(models, text, model, position), prediction)
+    def at_place(view):
+        """An event handler that shows the view of the chosen token."""
+        def handle(text, model, position, *values):
+            with show_user_errors():
+                place = place_in(models, text, model, position)
+            return view(place, *values)
+        return handle
 
     latest = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 2,
               "concurrency_id": "look", "trigger_mode": "always_last"}
-    place = [text, model, position]
+    chosen = [text, model, position]
     opened = gr.context.Context.root_block.load
-    gr.on([opened, *(box.change for box in place)], update, [*place, layer, head],
+    gr.on([opened, *(box.change for box in chosen)], at_place(show), [*chosen, layer, head],
           [heads, layer, head, attention, lens, prediction, contributions], **latest)
-    gr.on([layer.change, head.change], update_attention, [*place, layer, head], attention, **latest)
-    prediction.input(update_contributions, [*place, prediction], contributions, **latest)
+    gr.on([layer.change, head.change], at_place(attention_html), [*chosen, layer, head], attention,
+          **latest)
+    prediction.input(at_place(contributions_html), [*chosen, prediction], contributions, **latest)
     heads.click(chosen_head, None, [layer, head], api_visibility="private", show_progress="hidden")
 
 
@@ -86,18 +83,16 @@ def chosen_head(event: gr.EventData) -> tuple[int, int]:
     return event.layer, event.head
 
 
-def show(models: Models, text: str, model: str, position: int, layer: int, head: int):
-    """All views of the token at a position."""
-    with show_user_errors():
-        place = place_in(models, text, model, position)
+def show(place: Place, layer: int, head: int):
+    """All views of a place, with the sliders' values within the model's sizes."""
     n_layer, n_head = place.trace.attention.shape[:2]
     layer, head = min(layer, n_layer), min(head, n_head)
     choices = predictions(place)
-    chosen = choices[0][1] if choices else None
+    token = choices[0][1]
     return (heads_html(place), gr.update(maximum=n_layer, value=layer),
-            gr.update(maximum=n_head, value=head), attention_html(place, layer - 1, head - 1),
-            lens_html(place), gr.update(choices=choices, value=chosen),
-            contributions_html(place, chosen))
+            gr.update(maximum=n_head, value=head), attention_html(place, layer, head),
+            lens_html(place), gr.update(choices=choices, value=token),
+            contributions_html(place, token))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,39 +132,46 @@ def text_html(names: list[str], weights: list[float], chosen: int | None = None,
 # --------------------------------------------------------------------------------------------------
 # Attention
 
+def names_of(place: Place, name=visible) -> list[str]:
+    """Names of the traced tokens, and a question mark for the end of the text."""
+    return [*(name(place.engine, i) for i in place.trace.ids), "?"]
+
+
+def reader_of(place: Place) -> int:
+    """The row whose attention is shown: the token's, or the last one at the end of the text."""
+    return min(place.row, len(place.trace.ids) - 1)
+
+
 def heads_html(place: Place) -> str:
     """A table of layers and heads: where each looks most from the place's token."""
-    attention = place.trace.attention[:, :, place.reader]  # (L, nh, T)
-    weights, targets = attention.max(-1)  # (L, nh) each
+    names = [escape(name) for name in names_of(place)]
+    best = place.trace.attention[:, :, reader_of(place)].max(-1)  # (L, nh)
     rows = []
-    for layer, (row_weights, row_targets) in enumerate(zip(weights.tolist(), targets.tolist()), 1):
-        cells = []
-        for head, (weight, target) in enumerate(zip(row_weights, row_targets), 1):
-            name = escape(place.name(target))
-            cells.append(cell(
-                f'<button data-layer="{layer}" data-head="{head}">{weight:.0%} <b>{name}</b>'
-                "</button>", weight, f"layer {layer}, head {head}"))
+    for layer, (weights, targets) in enumerate(zip(best.values.tolist(), best.indices.tolist()), 1):
+        cells = [cell(f'<button data-layer="{layer}" data-head="{head}">{weight:.0%} '
+                      f"<b>{names[target]}</b></button>", weight)
+                 for head, (weight, target) in enumerate(zip(weights, targets), 1)]
         rows.append([f"layer {layer}", *cells])
-    head = ["", *(f"head {head + 1}" for head in range(weights.size(1)))]
+    head = ["", *(f"head {head + 1}" for head in range(best.values.size(1)))]
     return table_html("Heads", head, rows)
 
 
 def attention_html(place: Place, layer: int, head: int) -> str:
-    """One head's attention from the place's token, over the text, and the matrix of all tokens."""
-    matrix = place.trace.attention[layer, head]  # (T, T)
-    name, T = escape(place.name(place.reader)), len(matrix)
+    """The attention of one head (both counted from 1) from the place's token, over the text, and
+    the matrix of all tokens."""
+    matrix = place.trace.attention[layer - 1, head - 1]  # (T, T)
+    row, T = reader_of(place), len(matrix)
     # the picture's opacity is the weight, and CSS gives it a colour and marks the token's row
-    pixels = (matrix.sqrt() * 255).byte().cpu().numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
+    Image.fromarray((matrix.sqrt() * 255).byte().cpu().numpy()).save(file, "png")
     picture = base64.b64encode(file.getvalue()).decode()
     return (
-        f"<p>“{name}” looks back at:</p>"
-        f"{text_html(place.names(), matrix[place.reader].tolist(), place.reader)}"
+        f"<p>“{escape(names_of(place)[row])}” looks back at:</p>"
+        f"{text_html(names_of(place, in_text), matrix[row].tolist(), row)}"
         f"<p>The same for each of the {T:,} tokens: a row is a token, from left to right is the "
         "text that it looks at. The row of the chosen token is marked.</p>"
         f'<div class="matrix" role="img" aria-label="Attention of {T} tokens to each other" '
-        f'style="--row:{place.reader / T};--height:{1 / T}">'
+        f'style="--row:{row / T};--height:{1 / T}">'
         f'<div style="mask-image:url(data:image/png;base64,{picture})"></div></div>')
 
 
@@ -178,25 +180,22 @@ def attention_html(place: Place, layer: int, head: int) -> str:
 
 def lens_html(place: Place) -> str:
     """A table of layers and tokens: the most likely next token after each layer."""
-    rows = list(range(max(0, place.row - LENS_COLUMNS), place.row))
-    if not rows:
-        return NO_PREDICTION
+    rows = range(max(0, place.row - LENS_COLUMNS), place.row)
     vocab_size = place.engine.tokenizer.vocab_size
-    best = place.trace.lens(rows)[..., :vocab_size].softmax(-1).max(-1)  # (L + 1, R)
-    # the tokens that come next; nothing does at the end of the text
-    following = [*place.trace.ids, None][1:]
+    best = place.trace.lens(list(rows))[..., :vocab_size].softmax(-1).max(-1)  # (L + 1, R)
+    names = names_of(place)
     lines = []
     for layer, (probabilities, ids) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
         cells = []
         for row, probability, token in zip(rows, probabilities, ids):
-            name = escape(visible(place.engine, token))
-            content = f"<b>{name}</b>" if token == following[row] else name
-            cells.append(cell(content, probability, f"{probability:.1%}", chosen=row == rows[-1]))
+            name = visible(place.engine, token)
+            tag = "b" if name == names[row + 1] else "span"  # it is what comes next
+            cells.append(cell(f"<{tag}>{escape(name)}</{tag}>", probability,
+                              f"{probability:.1%}", chosen=row == rows[-1]))
         lines.append([f"layer {layer}" if layer else "embedding", *cells])
-    names = ["?" if token is None else visible(place.engine, token) for token in following]
-    lines.append(["in the text", *(cell(escape(names[row]), chosen=row == rows[-1])
-                                   for row in rows)])
-    return table_html("Logit lens", ["after", *(place.name(row) for row in rows)], lines)
+    following = [cell(escape(names[row + 1]), chosen=row == rows[-1]) for row in rows]
+    lines.append(["in the text", *following])
+    return table_html("Logit lens", ["after", *(names[row] for row in rows)], lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,31 +203,23 @@ def lens_html(place: Place) -> str:
 
 def predictions(place: Place) -> list[tuple[str, int]]:
     """(name, id) of the token at the place and of the most likely ones there."""
-    if place.row == 0:
-        return []
     logits = place.logits()
     ids = top_ids(logits, min(PREDICTIONS, len(logits))).tolist()
-    ids = dict.fromkeys(place.trace.ids[place.row:place.row + 1] + ids)
-    return [(visible(place.engine, i), i) for i in ids]
+    if place.token is not None:
+        ids.insert(0, place.token)
+    return [(visible(place.engine, i), i) for i in dict.fromkeys(ids)]
 
 
-@functools.lru_cache(maxsize=2)
-def average_embedding(engine) -> torch.Tensor:
-    """The mean of all token embeddings (C,), whose logit is the mean of all logits."""
-    return engine.model.transformer.wte.weight[:engine.tokenizer.vocab_size].detach().mean(0)
-
-
-def contributions_to(place: Place, token: int):
+def contributions_to(place: Place, token: int) -> Contributions:
     """What each part adds to the token's logit at the place, above the mean of all logits. The
     softmax ignores what all logits have in common."""
     wte = place.engine.model.transformer.wte.weight.detach()
-    return place.trace.contributions(place.row - 1, wte[token] - average_embedding(place.engine))
+    average = wte[:place.engine.tokenizer.vocab_size].mean(0)  # (C,)
+    return place.trace.contributions(place.row - 1, wte[token] - average)
 
 
-def contributions_html(place: Place, token: int | None) -> str:
+def contributions_html(place: Place, token: int) -> str:
     """A table of layers and their parts: what each adds to the logit of a token."""
-    if token is None:
-        return NO_PREDICTION
     parts = contributions_to(place, token)
     # one row per layer: the heads, the bias they share, the MLP
     values = torch.cat([parts.heads, parts.attention_bias[:, None], parts.mlp[:, None]], 1)
@@ -240,7 +231,7 @@ def contributions_html(place: Place, token: int | None) -> str:
     heads = [f"head {head + 1}" for head in range(parts.heads.size(1))]
     embedding = parts.token + parts.position
     sentence = (
-        f"<p>After “{escape(place.name(place.row - 1))}”, the logit of "
+        f"<p>After “{escape(names_of(place)[place.row - 1])}”, the logit of "
         f"“{escape(visible(place.engine, token))}” is {parts.total():+.2f}: "
         f"{embedding.item():+.2f} from the embeddings of token and position, "
         f"{values.sum().item():+.2f} from the layers, "

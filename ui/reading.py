@@ -38,41 +38,45 @@ def in_text(engine: Engine, token: int) -> str:
 
 
 class Place(NamedTuple):
-    """A token of a text, and what the model computes for the tokens around it."""
+    """A position in a text, what the model reads before it, and what it computes around it."""
     engine: Engine
-    trace: Trace  # of T tokens, <|endoftext|> first if the vocabulary has it
-    row: int  # the token's row in the trace; T at the end of the text
+    ids: list[int]  # the text, after <|endoftext|> if the vocabulary has it
+    start: int  # index of the text's first token
+    index: int  # of the token at the position; len(ids) at the end of the text
+    first: int  # index of the first traced token
 
     @property
-    def reader(self) -> int:
-        """The row whose attention is shown: the token's, or the last one at the end of the text."""
-        return min(self.row, len(self.trace.ids) - 1)
+    def token(self) -> int | None:
+        """The token at the position; None at the end of the text."""
+        return self.ids[self.index] if self.index < len(self.ids) else None
 
-    def name(self, row: int) -> str:
-        return visible(self.engine, self.trace.ids[row])
+    @property
+    def trace(self) -> Trace:
+        """The trace of T tokens around the position."""
+        length = min(MAX_TOKENS, self.engine.block_size)
+        return trace_of(self.engine, tuple(self.ids[self.first:self.first + length]))
 
-    def names(self) -> list[str]:
-        return [in_text(self.engine, i) for i in self.trace.ids]
+    @property
+    def row(self) -> int:
+        """The position's row in the trace; T at the end of the text."""
+        return self.index - self.first
 
     def logits(self):
-        """Logits (V,) of the token at the place, which the tokens before it predict."""
+        """Logits (V,) of the token at the position, which the tokens before it predict."""
         logits = self.trace.lens([self.row - 1])[-1, 0]
         return logits[:self.engine.tokenizer.vocab_size].cpu().numpy()
 
 
 def place_in(models: Models, text: str | None, model: str, position: int | None) -> Place:
-    """The token at a position, counted from 1; one past the end of the text means its end."""
+    """The place of a position, counted from 1; one past the end of the text means its end."""
     engine, ids, _ = read(models, text, model)
-    start = [] if engine.tokenizer.eot is None else [engine.tokenizer.eot]
-    row = len(start) + min(max(position or 1, 1) - 1, len(ids))
-    ids = start + ids
-    if not ids:
-        ids = engine.empty_prompt()
-        row = len(ids)
-    # trace as many tokens as the model reads, the last ones before the position
-    limit = min(MAX_TOKENS, engine.block_size)
-    first = max(0, min(row + 1, len(ids)) - limit)
-    return Place(engine, trace_of(engine, tuple(ids[first:first + limit])), row - first)
+    index = min(max(position or 1, 1) - 1, len(ids))
+    # a model without <|endoftext|> still needs something to read before the first token
+    start = engine.empty_prompt() if index == 0 or engine.tokenizer.eot is not None else []
+    ids, index = start + ids, len(start) + index
+    # trace at most as many tokens as the model reads, up to the position and as far as they go
+    first = max(0, min(index + 1, len(ids)) - min(MAX_TOKENS, engine.block_size))
+    return Place(engine, ids, len(start), index, first)
 
 
 @functools.lru_cache(maxsize=2)

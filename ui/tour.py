@@ -1,7 +1,6 @@
 """The guided tour in Look inside: eight steps from text to loss, each with a view of the model."""
-from collections.abc import Callable
 from html import escape
-from typing import NamedTuple
+from pathlib import Path
 
 import gradio as gr
 import numpy as np
@@ -9,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from engine.sampling import sample, top_ids, weigh
-from ui.layers import attention_html, cell, contributions_to, table_html, text_html
+from ui import layers
+from ui.layers import cell, table_html, text_html
 from ui.models import Models, show_user_errors
-from ui.reading import SAMPLE, Place, place_in, visible
+from ui.reading import SAMPLE, Place, in_text, place_in, visible
 
 ROWS = 8  # tokens in a table
 TEMPERATURES = [0.3, 0.7, 1.0, 1.5]
@@ -22,8 +22,8 @@ DRAWS = 100
 # The views, each of the end of the text
 
 def tokens_view(place: Place) -> str:
-    names = place.names()
-    return text_html(names, [0.3] * len(names), notes=[str(i) for i in place.trace.ids])
+    numbers = [str(i) for i in place.trace.ids]
+    return text_html(layers.names_of(place, in_text), [0.3] * len(numbers), notes=numbers)
 
 
 def embedding_view(place: Place) -> str:
@@ -43,15 +43,15 @@ def attention_view(place: Place) -> str:
     """The head that looks most at one token, leaving out the first one and the last two."""
     attention = place.trace.attention[:, :, -1].clone()  # (L, nh, T)
     attention[:, :, [0, -2, -1]] = 0
-    layer, head, _ = torch.unravel_index(attention.argmax(), attention.shape)
+    layer, head, _ = (int(i) for i in torch.unravel_index(attention.argmax(), attention.shape))
     return (f"<p>Layer {layer + 1}, head {head + 1}.</p>"
-            f"{attention_html(place, int(layer), int(head))}")
+            f"{layers.attention_html(place, layer + 1, head + 1)}")
 
 
 def mlp_view(place: Place) -> str:
     """What the attention and the MLP of each layer add to the most likely token."""
     best = int(top_ids(place.logits(), 1)[0])
-    parts = contributions_to(place, best)
+    parts = layers.contributions_to(place, best)
     attention = (parts.heads.sum(1) + parts.attention_bias).tolist()
     mlp = parts.mlp.tolist()
     largest = max(map(abs, attention + mlp)) or 1.0
@@ -106,57 +106,17 @@ def loss_view(place: Place) -> str:
     losses = F.cross_entropy(logits.cpu(), torch.tensor(ids[1:]), reduction="none")  # (T - 1,)
     weights = (-losses / losses.max()).tolist()
     notes = [f"{loss:.1f}" for loss in losses.tolist()]
-    return (text_html(place.names()[1:], weights, notes=notes)
+    return (text_html(layers.names_of(place, in_text)[1:], weights, notes=notes)
             + f"<p>The mean, which is the loss of this text: {losses.mean():.2f} nats.</p>")
 
 
 # --------------------------------------------------------------------------------------------------
 # The steps
 
-class Step(NamedTuple):
-    title: str
-    paragraph: str
-    view: Callable[[Place], str]
-
-
-STEPS = [
-    Step("Tokens", """A model does not read letters. It reads **tokens**, pieces of text from a
-    fixed list, its vocabulary. A common word is one token, a rare one several; a model that writes
-    by character has one token for each. Here is the text of this tour, with each token's
-    number in the list. Everything that follows happens with these numbers.""", tokens_view),
-    Step("Embedding", """The number of a token picks a row of a table: a list of numbers, its
-    **embedding**. Nobody wrote them; they were learned. Tokens that are used alike have similar
-    embeddings: each row of the table is a token of the text and those most similar to it. A
-    second table does the same for the position in the text, and the two are added.""",
-         embedding_view),
-    Step("Attention", """“He had no …” what? To know, the model must look back. In **attention**,
-    each token compares itself with the tokens before it and fetches information from those that
-    fit. Each layer has several heads, which look for different things. Here is what one head
-    sees from the last token; the darker, the more it looks there. No head sees the future.""",
-         attention_view),
-    Step("MLP", """After attention each token passes through a small neural network, the **MLP**,
-    which works on that token alone. Much of what the model knows sits here. Attention and MLP add
-    their results to the token's list of numbers, layer by layer. The table shows how much each
-    addition raises (blue) or lowers (orange) the score of the most likely next token.""",
-         mlp_view),
-    Step("Logits", """After the last layer, the list of numbers of the last token is compared with
-    the embedding of every token in the vocabulary. That gives each a score, its **logit**: the
-    higher, the better it fits as the next token. The softmax turns the scores into probabilities
-    that add up to 100%.""", logits_view),
-    Step("Temperature", """Before the softmax, the logits are divided by the **temperature**. A low
-    temperature makes the likely tokens even likelier, so the text gets safe and repetitive. A high
-    one gives unlikely tokens a chance, so it gets surprising and at some point nonsense.""",
-         temperature_view),
-    Step("Sampling", """Now the model draws the next token, as if it rolled a loaded die:
-    **sampling**. Top-p first removes the unlikely tokens: it keeps the smallest set whose
-    probabilities add up to 90%. The drawn token joins the text, and everything starts again for the
-    next one. In the last column the die is rolled a hundred times.""", sampling_view),
-    Step("Loss", """How does a model learn all this? It reads text and predicts each token. The
-    **loss** of a token is minus the logarithm of the probability that the model gave it: near 0 for
-    a token that it expected, large for a surprise. Training changes all weights a little, again and
-    again, so that the mean loss falls. That is the whole training of a language model.""",
-         loss_view),
-]
+VIEWS = [tokens_view, embedding_view, attention_view, mlp_view, logits_view, temperature_view,
+         sampling_view, loss_view]
+# a title and a paragraph for each view
+STEPS = (Path(__file__).parents[1] / "assets" / "tour.md").read_text("utf-8").split("\n## ")[1:]
 
 
 def build(models: Models, model: gr.Dropdown):
@@ -192,9 +152,7 @@ def build(models: Models, model: gr.Dropdown):
 
 def show(models: Models, number: int, model: str):
     """The step's number, paragraph and view, and which buttons can be used."""
-    step = STEPS[number]
     with show_user_errors():
-        place = place_in(models, SAMPLE, model, len(SAMPLE))
-    paragraph = f"### {number + 1} of {len(STEPS)}: {step.title}\n{step.paragraph}"
-    return (number, paragraph, step.view(place), gr.update(interactive=number > 0),
-            gr.update(interactive=number < len(STEPS) - 1))
+        place = place_in(models, SAMPLE, model, len(SAMPLE) + 1)
+    return (number, f"### {number + 1} of {len(STEPS)}: {STEPS[number]}", VIEWS[number](place),
+            gr.update(interactive=number > 0), gr.update(interactive=number < len(STEPS) - 1))
