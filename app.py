@@ -76,7 +76,9 @@ def build(models: Models) -> gr.Blocks:
         # the button under Write hands its text and model to Look inside and opens that tab
         source, target = built["Write"], built["Look inside"]
         source.look_button.click(
-            lambda text, model: (text[-look.MAX_TEXT:], model, gr.Tabs(selected="Look inside")),
+            lambda text, model: (text[-look.MAX_TEXT:],
+                                 gr.Dropdown(models.list_names(), value=model),
+                                 gr.Tabs(selected="Look inside")),
             inputs=[source.text, source.model], outputs=[target.text, target.model, tabs],
             api_visibility="private", show_progress="hidden")
         connect_training(page, models, built["Training"], built["Write"], tabs)

@@ -409,11 +409,12 @@ def test_two_checkpoints_write_side_by_side_and_all_of_a_run_in_a_table(open_pag
     choose(page, "compare-model-1", f"{run}/model_00007.pt")
     choose(page, "compare-dtype-1", "float32")
     page.fill("#compare-prompt textarea", f"abc{MARKUP}")
+    page.click("#compare-settings button")
     set_number(page, "compare-length", 50)
     page.click("#compare")
     expect(page.locator("#compare-status textarea")).to_have_value(
         re.compile(r"B: 50 tokens.* seed 42"), timeout=30_000)
-    texts = [page.input_value(f"#side-{i} textarea") for i in range(2)]
+    texts = [page.locator(f"#side-{i} .side").text_content() for i in range(2)]
     expected = []
     for step in 5, 7:
         engine = Engine(*checkpoint.load_model(f"{run}/model_0000{step}.pt")[:2])
@@ -421,7 +422,11 @@ def test_two_checkpoints_write_side_by_side_and_all_of_a_run_in_a_table(open_pag
     assert texts == [f"abc{MARKUP}" + text for text in expected]
     agree = next(i for i, (a, b) in enumerate(zip(*expected)) if a != b)
     assert page.input_value("#compare-status textarea").startswith(
-        f"Identical for the first {agree} characters.")
+        f"Identical for the first {agree} characters, then they part.")
+    for i in range(2):
+        assert page.locator(f"#side-{i} mark").text_content() == expected[i][agree:]
+    expect(page.locator("#compare-stop")).to_be_hidden()
+    assert page.locator("#side-1 h4").text_content() == f"B · {run}/model_00007.pt · float32"
 
     choose(page, "timeline-run", run)
     page.click("#timeline")

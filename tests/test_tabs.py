@@ -1,6 +1,7 @@
 """The tab Look inside, in a browser and through the page's API."""
 import re
 import socket
+from html import unescape
 
 import gradio as gr
 import numpy as np
@@ -11,10 +12,12 @@ from gradio_client import Client
 from playwright.sync_api import expect
 
 import checkpoint
+from app import STATIC
 from engine.likelihood import perplexity
 from tokenizer import CharTokenizer
-from ui import look
+from ui import layers, look, tour
 from ui.models import Models
+from ui.reading import MAX_TEXT, SAMPLE, place_in, visible
 
 MARKUP = "<img src=x onerror=window.hacked=1>"
 TEXT = "the fox went out on a chilly night"
@@ -41,8 +44,11 @@ def url(folder):
         page.queue()
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
+        scripts = ["page.js", "look.js"]
+        head = "".join(f"<script>{(STATIC / name).read_text()}</script>" for name in scripts)
         page.launch(server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False,
-                    run_history=False, max_threads=100)
+                    run_history=False, max_threads=100, head=head,
+                    css_paths=[STATIC / "page.css", STATIC / "look.css"])
         yield f"http://127.0.0.1:{port}/"
         page.close()
 
@@ -96,12 +102,12 @@ def test_a_person_looks_into_a_text_and_forks_it(open_tab):
     expect(page.locator("#look-position input")).to_have_value("11")
     page.fill("#look-top-p input[type=number]", "1")
     page.keyboard.press("Tab")
-    wait_for_text(
-        page, "look-token",
-        "^“s” has probability .* sampled with probability .*; candidates: 65")
+    expect(page.locator("#look-tokens .token").nth(10)).to_have_css("outline-style", "solid")
+    expect(page.locator("#look-tokens .token").nth(9)).to_have_css("outline-style", "none")
+    wait_for_text(page, "look-token", "^“s” has probability .* tokens to choose from is 65")
     page.fill("#look-top-k input[type=number]", "3")
     page.keyboard.press("Tab")
-    wait_for_text(page, "look-token", r"candidates: 3\.")
+    wait_for_text(page, "look-token", r"tokens to choose from is 3\.")
 
     other = page.locator("#look-expected button").nth(1)
     letter = other.locator("dt").inner_text()
@@ -115,6 +121,7 @@ def test_a_person_looks_into_a_text_and_forks_it(open_tab):
     written = page.input_value("#look-fork textarea")
     page.click("#look-again")
     wait_for_text(page, "look-text", re.escape(written))
+    expect(page.locator("#look-fork textarea")).to_have_value("")  # it belonged to the old text
 
 
 @pytest.mark.parametrize("model, temperature, top_k, top_p", [
@@ -140,13 +147,13 @@ def test_tokens_are_sampled_from_the_softmax_that_the_settings_cut(
     for shown, probabilities in (expected, logits.softmax(-1)[order]), (sampled, p):
         values = sorted((row["confidence"] for row in shown["confidences"]), reverse=True)
         np.testing.assert_allclose(values, probabilities[:10].tolist(), atol=2e-4)
-    assert f"candidates: {(p > 0).sum():,}." in sentence
+    assert f"tokens to choose from is {(p > 0).sum():,}." in sentence
 
 
 @pytest.mark.parametrize("model", ["log/bpe", "log/markup", "bundled:shakespeare"])
 def test_bits_per_byte_are_those_of_the_whole_text(client, folder, model):
     name = model.replace("log", str(folder / "log"))
-    summary, tokens, surprisal = client.predict(TEXT[:16], name, api_name="/inspect")
+    summary, tokens = client.predict(TEXT[:16], name, api_name="/inspect")
     gpt, tokenizer, _ = checkpoint.load_model(name)
     expected = perplexity(gpt, tokenizer, TEXT[:16])
     pattern = r"([\d.]+) nats per token · perplexity ([\d.,]+) · ([\d.]+) bits"
@@ -154,7 +161,8 @@ def test_bits_per_byte_are_those_of_the_whole_text(client, folder, model):
     assert (nats, bits) == pytest.approx(
         (expected["nats_per_token"], expected["bits_per_byte"]), abs=2e-3)
     assert ppl == pytest.approx(expected["perplexity"], rel=1e-2)
-    assert len(surprisal["data"]) == expected["tokens"]
+    coloured = [token for token in tokens if token["class_or_confidence"]]
+    assert len(coloured) == expected["tokens"]
     assert len(tokens) == len(tokenizer.encode(TEXT[:16]))
 
 
@@ -170,6 +178,129 @@ def test_the_end_of_a_text_and_no_text_have_alternatives_too(client):
 def test_looking_inside_is_checked_on_the_server(client, values):
     with pytest.raises(Exception, match=r"at most 4,000|in the list"):
         client.predict(*values, api_name="/inspect")
+
+
+def test_a_token_that_begins_with_a_space_looks_different(client, folder):
+    _, expected, _ = client.predict(
+        "the fox", str(folder / "log" / "bpe"), 2, 1.0, 0, 1.0, api_name="/alternatives")
+    labels = [row["label"] for row in expected["confidences"]]
+    assert len(set(labels)) == 10 and not any(" " in label for label in labels)
+
+
+def test_a_text_that_cannot_be_read_leaves_no_tokens_of_the_last_one(open_tab):
+    page = open_tab("Look inside")
+    page.fill("#look-text textarea", "ROMEO")
+    tokens = page.locator("#look-tokens .token")
+    expect(tokens).to_have_count(5)
+    page.evaluate("document.querySelector('#look-text textarea').removeAttribute('maxlength')")
+    page.fill("#look-text textarea", "a" * (MAX_TEXT + 1))
+    expect(page.get_by_text("at most 4,000 are allowed").first).to_be_visible()
+    expect(tokens).to_have_count(0)
+    expect(page.locator("#look-summary textarea")).to_have_value("")
+
+
+# --------------------------------------------------------------------------------------------------
+# The layers, and the tour through them
+
+def cells(html: str) -> list[str]:
+    """The texts of a table's cells."""
+    return [unescape(re.sub("<.*?>", "", found)) for found in re.findall("<td.*?</td>", html)]
+
+
+@pytest.mark.parametrize("model", ["log/bpe", "bundled:shakespeare"])
+@pytest.mark.parametrize("position", [1, 7, 1_000])
+def test_the_layers_show_what_the_model_computes(folder, model, position):
+    models = Models(model.replace("log", str(folder / "log")))
+    place = place_in(models, TEXT, models.names[0], position)
+    gpt, tokenizer, _ = checkpoint.load_model(models.names[0])
+    ids = tokenizer.encode(TEXT)
+    assert place.token == (ids[position - 1] if position <= len(ids) else None)
+    assert place.trace.ids[place.row:place.row + 1] == ids[position - 1:position]
+    assert len(place.trace.ids) <= gpt.config.block_size
+    n_layer, n_head = gpt.config.n_layer, gpt.config.n_head
+
+    # each head's cell has the token that it looks at most
+    heads = cells(layers.heads_html(place))
+    row = min(place.row, len(place.trace.ids) - 1)
+    best, target = place.trace.attention[1, 1, row].max(0)
+    assert len(heads) == n_layer * n_head
+    assert heads[n_head + 1] == f"{best:.0%} {visible(place.engine, place.trace.ids[target])}"
+    assert layers.attention_html(place, 2, 2).count("<span") == len(place.trace.ids)
+
+    # the last layer of the lens predicts what the model predicts
+    before = place.trace.ids[:place.row]
+    with torch.no_grad():
+        logits = gpt(torch.tensor([before]))[0][0, -1, :tokenizer.vocab_size]
+    columns = min(place.row, layers.LENS_COLUMNS)
+    lens = cells(layers.lens_html(place))
+    assert lens[n_layer * columns + columns - 1] == visible(place.engine, int(logits.argmax()))
+    np.testing.assert_allclose(place.logits(), logits, atol=1e-3)
+
+    # the contributions add up to the logit above the mean
+    _, token = layers.predictions(place)[0]
+    html = layers.contributions_html(place, token)
+    shown = re.search(r"is ([+-][\d.]+): ([+-][\d.]+) .*? ([+-][\d.]+) .*? ([+-][\d.]+)", html)
+    total, *parts = map(float, shown.groups())
+    assert total == pytest.approx((logits[token] - logits.mean()).item(), abs=0.01)
+    assert sum(parts) == pytest.approx(total, abs=0.02)
+
+
+def test_a_person_chooses_a_head_and_a_prediction(open_tab):
+    page = open_tab("Look inside")
+    page.fill("#look-text textarea", "ROMEO:\nO, speak again")
+    page.fill("#look-position input", "9")
+    page.keyboard.press("Tab")
+    attention = page.locator("#layers-attention")
+    expect(attention).to_contain_text("“,” looks back at:", timeout=60_000)
+    button = page.locator("#layers-heads button[data-layer='2'][data-head='2']")
+    before = attention.inner_html()
+    button.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#layers-layer input[type=number]")).to_have_value("2")
+    expect(page.locator("#layers-head input[type=number]")).to_have_value("2")
+    page.wait_for_function(
+        "before => document.querySelector('#layers-attention').innerHTML != before", arg=before)
+    page.get_by_role("tab", name="Contributions").click()
+    expect(page.locator("#layers-contributions")).to_contain_text("the logit of “,” is")
+    page.click("#layers-prediction input")
+    page.get_by_role("option").nth(2).click()
+    other = page.input_value("#layers-prediction input")
+    expect(page.locator("#layers-contributions")).to_contain_text(f"the logit of “{other}” is")
+
+
+@pytest.mark.parametrize("model", ["log/bpe", "log/markup", "bundled:shakespeare"])
+def test_every_step_of_the_tour_has_a_view_of_every_model(folder, model):
+    models = Models(model.replace("log", str(folder / "log")))
+    views = []
+    for number in range(len(tour.STEPS)):
+        _, paragraph, view, back, forward = tour.show(models, number, models.names[0])
+        assert paragraph.startswith(f"### {number + 1} of 8: ")
+        assert back["interactive"] == (number > 0) and forward["interactive"] == (number < 7)
+        views.append(view)
+    assert len(set(views)) == 8
+    # the loss is the model's
+    gpt, tokenizer, _ = checkpoint.load_model(models.names[0])
+    text, _ = tokenizer.replace_unknown(SAMPLE)
+    if len(tokenizer.encode(text)) < gpt.config.block_size:
+        nats = perplexity(gpt, tokenizer, text)["nats_per_token"]
+        assert f"the loss of this text: {nats:.2f} nats" in views[-1]
+
+
+def test_a_person_takes_the_tour(open_tab):
+    page = open_tab("Look inside")
+    page.click("#tour-start")
+    text = page.locator("#tour-text")
+    expect(text).to_contain_text("1 of 8: Tokens", timeout=60_000)
+    expect(page.locator("#tour-back")).to_be_disabled()
+    for title in "2 of 8: Embedding", "3 of 8: Attention":
+        page.click("#tour-next")
+        expect(text).to_contain_text(title)
+    expect(page.locator("#tour-view")).to_contain_text("looks back at")
+    page.click("#tour-back")
+    expect(text).to_contain_text("2 of 8: Embedding")
+    page.click("#tour-close")
+    expect(text).to_be_hidden()
+    expect(page.locator("#tour-start")).to_be_visible()
 
 
 def test_markup_stays_text_and_the_page_fits_a_phone(open_tab):

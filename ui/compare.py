@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import itertools
 import secrets
+from html import escape
 from types import MethodType
 
 import gradio as gr
@@ -27,66 +28,78 @@ MAX_TIMELINE_LENGTH = 200  # tokens of a text in the timeline
 # --------------------------------------------------------------------------------------------------
 # The page
 
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+
+
 def build(models: Models):
     """Lays out the tab and connects its events."""
     prompt = gr.Textbox(models.first_prompt(), label="Prompt", lines=3, max_lines=10,
                         max_length=MAX_BYTES, elem_id="compare-prompt")
-    with gr.Row():
-        sliders = [slider("temperature", "compare-", info=None),
-                   slider("top_k", "compare-", info=None), slider("top_p", "compare-", info=None),
-                   slider("length", "compare-", info=None, value=LENGTH),
-                   slider("seed", "compare-", info=None)]
-
-    # two texts side by side
-    names = models.list_with_checkpoints()
     chosen, dtypes = [], []
     with gr.Row():
         for i, (letter, dtype) in enumerate((("A", "float32"), ("B", "int8"))):
-            chosen.append(gr.Dropdown(names, value=models.names[0], label=f"Model {letter}",
-                                      scale=3, elem_id=f"compare-model-{i}"))
+            chosen.append(gr.Dropdown(models.list_with_checkpoints(), value=models.names[0],
+                                      label=f"Model {letter}", scale=3,
+                                      elem_id=f"compare-model-{i}"))
             dtypes.append(gr.Dropdown(DTYPES, value=dtype, label=f"Precision {letter}",
                                       min_width=130, elem_id=f"compare-dtype-{i}"))
+    with gr.Accordion("Settings", open=False, elem_id="compare-settings"), gr.Row():
+        narrow = {"info": None, "min_width": 220}
+        sliders = [slider(name, "compare-", **narrow) for name in ("temperature", "top_k", "top_p")]
+        sliders += [slider("length", "compare-", value=LENGTH, **narrow),
+                    slider("seed", "compare-", **narrow)]
     with gr.Row():
-        start_button = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
-        stop_button = gr.Button("Stop", variant="stop", min_width=120, elem_id="compare-stop")
+        start = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
+        stop = gr.Button("Stop", variant="stop", min_width=120, visible=False,
+                         elem_id="compare-stop")
+    figures = figures_box("compare-status", "Both models continue the prompt with the same random "
+                          "numbers, and the page marks where the texts part.")
     with gr.Row():
-        texts = [
-            gr.Textbox(label=f"Text {letter}", lines=10, max_lines=24, interactive=False,
-                       min_width=300, buttons=["copy"], elem_id=f"side-{i}")
-            for i, letter in enumerate("AB")
-        ]
-    figures = figures_box("compare-status", "Shows where the two texts start to differ.")
+        texts = [gr.HTML(min_width=300, elem_id=f"side-{i}") for i in range(2)]
 
-    # all checkpoints of a run
+    connect(start, stop, MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
+            [*texts, figures])
+    build_timeline(models, chosen, [prompt, *sliders])
+    gr.api(MethodType(compare, models), api_name="compare", concurrency_limit=None)
+    gr.api(MethodType(timeline, models), api_name="timeline", concurrency_limit=None)
+
+
+def build_timeline(models: Models, chosen: list[gr.Dropdown], settings: list):
+    """Lays out the texts of all checkpoints of a run, and keeps the lists of models up to date."""
     gr.Markdown("### How a run improves\n"
                 "Every saved checkpoint of a run continues the prompt above, with the same "
                 "settings and seed.")
-    run = gr.Dropdown(list_runs(models), label="Run", elem_id="timeline-run")
-    timeline_button = gr.Button("Write with every checkpoint", elem_id="timeline")
+    no_run = gr.Markdown("No run has saved a checkpoint yet. Train a model in the Training tab, "
+                         "and its checkpoints appear here.")
+    with gr.Column(visible=False) as column:
+        run = gr.Dropdown([], label="Run", elem_id="timeline-run")
+        with gr.Row():
+            start = gr.Button("Write with every checkpoint", elem_id="timeline")
+            stop = gr.Button("Stop", variant="stop", visible=False, elem_id="timeline-stop")
     table = gr.Dataframe(headers=["step", "loss", "text"], column_widths=["20%", "20%", "60%"],
-                         interactive=False, wrap=True, buttons=["copy"], elem_id="timeline-table")
-
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
-    running = [
-        start_button.click(MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
-                           [*texts, figures], concurrency_limit=None, **quiet),
-        timeline_button.click(MethodType(rows, models), [prompt, run, *sliders], table,
-                              concurrency_limit=None, **quiet),
-    ]
-    stop_button.click(None, cancels=running)
+                         interactive=False, wrap=True, visible=False, buttons=["copy"],
+                         elem_id="timeline-table")
+    prompt, *sliders = settings
+    connect(start, stop, MethodType(rows, models), [prompt, run, *sliders], table)
 
     # list the models again whenever the page opens: a run may have saved a checkpoint
     def update_choices():
-        names = models.list_with_checkpoints()
-        runs = list_runs(models)
+        names, runs = models.list_with_checkpoints(), list_runs(models)
         return (gr.update(choices=names), gr.update(choices=names),
-                gr.update(choices=runs, value=runs[0] if runs else None))
+                gr.update(choices=runs, value=runs[0] if runs else None),
+                gr.update(visible=bool(runs)), gr.update(visible=not runs))
 
     page = gr.context.Context.root_block
-    page.load(update_choices, None, [*chosen, run], **quiet)
+    page.load(update_choices, None, [*chosen, run, column, no_run], **QUIET)
 
-    gr.api(MethodType(compare, models), api_name="compare", concurrency_limit=None)
-    gr.api(MethodType(timeline, models), api_name="timeline", concurrency_limit=None)
+
+def connect(start: gr.Button, stop: gr.Button, write, inputs: list, outputs):
+    """Lets one button start the writing and another, which is visible meanwhile, stop it."""
+    shown = start.click(lambda: gr.update(visible=True), None, stop, **QUIET)
+    running = shown.then(write, inputs, outputs, concurrency_limit=None, **QUIET)
+    stop.click(None, cancels=running)
+    for ended in stop.click, running.then:
+        ended(lambda: gr.update(visible=False), None, stop, **QUIET)
 
 
 def list_runs(models: Models) -> list[str]:
@@ -120,6 +133,7 @@ async def compare(models: Models, prompt: str, model: str, other_model: str,
         A stream of dicts with these keys:
         "texts": The two continuations.
         "agree": The number of characters at their beginning that are equal.
+        "names": The model and the precision of each, such as "bundled:stories · float32".
         "figures": Length and speed of each, as a sentence for people.
     """
     with show_user_errors():
@@ -130,13 +144,16 @@ async def compare(models: Models, prompt: str, model: str, other_model: str,
         # load both models at the same time
         futures = [models.future(model, dtype), models.future(other_model, other_dtype)]
         if not all(future.done() for future in futures):
-            yield {"texts": ["", ""], "agree": 0, "figures": ["Loading the models …"] * 2}
+            yield {"texts": ["", ""], "agree": 0, "names": [model, other_model],
+                   "figures": ["Loading the models …"] * 2}
         loaded = [await asyncio.shield(asyncio.wrap_future(future)) for future in futures]
 
+        names = [f"{name} · {one.engine.dtype}"
+                 for name, one in zip((model, other_model), loaded)]
         writings = [Writing(one, prompt, sampling) for one in loaded]
         async for _ in follow(*writings):
             texts = [writing.texts[0] for writing in writings]
-            yield {"texts": texts, "agree": common_length(*texts),
+            yield {"texts": texts, "agree": common_length(*texts), "names": names,
                    "figures": [writing.figures() for writing in writings]}
 
 
@@ -146,14 +163,23 @@ def common_length(a: str, b: str) -> int:
 
 
 async def side_by_side(models: Models, prompt: str, *values):
-    """Runs `compare` for the page."""
+    """Runs `compare` for the page: yields the two texts as HTML, and the figures."""
     prompt = prompt or ""
     async for result in compare(models, prompt, *values):
+        texts, agree = result["texts"], result["agree"]
         lines = [f"{letter}: {figures}" for letter, figures in zip("AB", result["figures"])]
-        if any(result["texts"]):
-            lines.insert(0, f"Identical for the first {result['agree']:,} characters. After the "
-                            "first different token the texts go separate ways.")
-        yield *[prompt + text for text in result["texts"]], "\n".join(lines)
+        # a text that is only ahead of the other does not differ yet
+        parted = agree < min(map(len, texts))
+        if parted:
+            lines.insert(0, f"Identical for the first {agree:,} characters, then they part.")
+        elif any(texts):
+            lines.insert(0, f"Identical so far: {agree:,} characters.")
+        sides = []
+        for letter, name, text in zip("AB", result["names"], texts):
+            same, other = (text[:agree], text[agree:]) if parted else (text, "")
+            sides.append(f"<h4>{letter} · {escape(name)}</h4><div class='side'><i>{escape(prompt)}"
+                         f"</i>{escape(same)}<mark>{escape(other)}</mark></div>")
+        yield *sides, "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,4 +235,4 @@ async def rows(models: Models, prompt: str, run: str, *values):
         for line in lines:
             loss = "" if line["val_loss"] is None else f"{line['val_loss']:.3f}"
             table.append([line["step"], loss, line["text"]])
-        yield table
+        yield gr.update(value=table, visible=True)

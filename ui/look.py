@@ -9,22 +9,20 @@ from typing import NamedTuple
 
 import gradio as gr
 import numpy as np
-import pandas as pd
 
 from common.errors import UserError
 from engine.sampling import top_ids, weigh
 from generate import Engine
+from ui import layers, tour
 from ui.models import Models, show_user_errors
-from ui.stream import slider
+from ui.reading import MAX_TEXT, SAMPLE, Place, in_text, place_in, read, visible
+from ui.stream import model_box, slider
 
-MAX_TEXT = 4_000  # characters
 MAX_ALTERNATIVES = 10
 FORK_LENGTH = 100  # tokens
 REFRESH_TOKENS = 4  # update the fork on the page after this many tokens
 
-SAMPLE = (
-    "It is the east, and Juliet is the sun. The sun is a star, and the earth moves around it.\n"
-)
+SAMPLE_POSITION = 13  # the second "fox" for the default model
 
 # The colour of a token, by the probability that the model gave it: label -> (lower bound, colour).
 PROBABILITY_CLASSES = {
@@ -45,70 +43,80 @@ class Tab(NamedTuple):
 
 def build(models: Models) -> Tab:
     """Lays out the tab and connects its events."""
+    model = model_box(models, "look-")
+    tour.build(models, model)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             text = gr.Textbox(
                 SAMPLE, label="Text",
                 info="Any text, written by a model or by you. The page updates as you type.",
                 lines=4, max_lines=10, max_length=MAX_TEXT, elem_id="look-text")
-            model = gr.Dropdown(
-                models.names, value=models.names[0], label="Model", elem_id="look-model")
             summary = plain_box("Summary", "look-summary")
             tokens = gr.HighlightedText(
-                label="Tokens, coloured by their probability. Click one to see its alternatives.",
+                label="Tokens, coloured by their probability. Click one to look at it.",
                 color_map={label: colour for label, (_, colour) in PROBABILITY_CLASSES.items()},
                 show_legend=True, elem_id="look-tokens")
-            surprisal = gr.BarPlot(x="token", y="bits",
-                                   label="Surprisal in bits (high: unexpected)", x_title="position",
-                                   y_title="bits", height=170, tooltip="all",
-                                   elem_id="look-surprisal")
+            chosen_mark = gr.HTML()  # the style that marks the chosen token
             with gr.Row():
-                narrow = {"min_width": 180, "buttons": [], "info": None}
-                temperature = slider("temperature", "look-", **narrow)
-                top_k = slider("top_k", "look-", **narrow)
-                top_p = slider("top_p", "look-", **narrow)
+                sliders = [slider(name, "look-", min_width=180, buttons=[], info=None)
+                           for name in ("temperature", "top_k", "top_p")]
         with gr.Column(scale=4, min_width=320):
-            position = gr.Number(
-                1, label="Position",
-                info="The token to look at, counted from 1. The arrow keys move through the text.",
-                precision=0, minimum=1, maximum=MAX_TEXT, elem_id="look-position")
-            token = plain_box("Token", "look-token")
-            with gr.Row():
-                expected = gr.Label(label="Without the settings", show_heading=False, min_width=150,
-                                    elem_id="look-expected")
-                sampled = gr.Label(label="With the settings", show_heading=False, min_width=150,
-                                   elem_id="look-sampled")
-            fork_text = gr.Textbox(label="New text: click an alternative above", lines=4,
-                                   max_lines=10, interactive=False, buttons=["copy"],
-                                   elem_id="look-fork")
-            again = gr.Button("Look inside the new text", size="sm", elem_id="look-again")
+            position, token, lists, fork_text, again = build_position()
+    layers.build(models, text, model, position)
 
     def fork_at(choice: gr.SelectData, *values):
         yield from fork(models, str(choice.value), *values)
 
-    settings = [text, model, position, temperature, top_k, top_p]
+    settings = [text, model, position, *sliders]
     opened = gr.context.Context.root_block.load
+    private = {"api_visibility": "private", "show_progress": "hidden"}
     # while one request runs, remember only the last change
     latest = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look",
               "trigger_mode": "always_last"}
-    gr.on([opened, text.change, model.change], functools.partial(inspect, models),
-          inputs=[text, model], outputs=[summary, tokens, surprisal], api_name="inspect", **latest)
+    inspected = gr.on([opened, text.change, model.change], functools.partial(inspect, models),
+                      inputs=[text, model], outputs=[summary, tokens], api_name="inspect",
+                      **latest)
+    # no tokens of an earlier text stay below a text that cannot be read
+    inspected.failure(lambda: ("", []), None, [summary, tokens], **private)
     gr.on([opened, *(setting.change for setting in settings)],
           functools.partial(alternatives, models), inputs=settings,
-          outputs=[token, expected, sampled], api_name="alternatives", **latest)
-    tokens.select(position_of, None, position, api_visibility="private", show_progress="hidden")
-    gr.on([expected.select, sampled.select], fork_at, inputs=settings, outputs=fork_text,
-          api_visibility="private", show_progress="hidden", concurrency_limit=32,
-          concurrency_id="engine")
+          outputs=[token, *lists], api_name="alternatives", **latest)
+    tokens.select(position_of, None, position, **private)
+    gr.on([opened, position.change], None, position, chosen_mark, js="page.markToken", **private)
+    forking = gr.on([shown.select for shown in lists], fork_at, inputs=settings, outputs=fork_text,
+                    concurrency_limit=32, concurrency_id="engine", **private)
+    # a new text ends the fork of the old one
+    gr.on([text.change, model.change], None, None, fork_text, js="() => ''", cancels=forking,
+          **private)
     # the browser copies the fork into the text box
-    again.click(None, fork_text, text, js="fork => fork", api_visibility="private")
+    again.click(None, fork_text, text, js="fork => fork", **private)
     return Tab(text, model)
+
+
+def build_position():
+    """Lays out what is shown about one token: its position, a sentence, the most likely tokens
+    without and with the settings, and the text that continues from one of them."""
+    position = gr.Number(
+        SAMPLE_POSITION, label="Position", precision=0, minimum=1, maximum=MAX_TEXT,
+        info="The token to look at, counted from 1. The arrow keys move through the text.",
+        elem_id="look-position")
+    token = plain_box("Token", "look-token")
+    with gr.Row():
+        lists = [gr.Label(label=label, show_heading=False, min_width=150, elem_id=elem_id)
+                 for label, elem_id in (("Without the settings", "look-expected"),
+                                        ("With the settings", "look-sampled"))]
+    fork_text = gr.Textbox(
+        label="What if", lines=4, max_lines=10, interactive=False, buttons=["copy"],
+        placeholder="Click a token in the lists above, and the model continues the text with it.",
+        elem_id="look-fork")
+    again = gr.Button("Look inside the new text", size="sm", elem_id="look-again")
+    return position, token, lists, fork_text, again
 
 
 def plain_box(label: str, elem_id: str) -> gr.Textbox:
     """A sentence without a frame."""
     return gr.Textbox(label=label, show_label=False, container=False, interactive=False,
-                      max_lines=3, elem_id=elem_id)
+                      max_lines=8, elem_id=elem_id, elem_classes="plain")
 
 
 def position_of(token: gr.SelectData) -> int:
@@ -118,94 +126,44 @@ def position_of(token: gr.SelectData) -> int:
 # --------------------------------------------------------------------------------------------------
 # The whole text
 
-def read(models: Models, text: str | None, name: str) -> tuple[Engine, list[int], str]:
-    """The model's engine, the text's ids, and the text without characters that the model's
-    vocabulary lacks."""
-    text = text or ""
-    if len(text) > MAX_TEXT:
-        raise UserError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed.")
-    engine = models.engine(name)
-    # a lone surrogate, which UTF-8 cannot encode, becomes "?"
-    text = text.encode(errors="replace").decode()
-    text, _ = engine.tokenizer.replace_unknown(text)
-    return engine, engine.tokenizer.encode(text), text
-
-
-def visible(engine: Engine, token: int) -> str:
-    """A token's text with visible spaces, line breaks and incomplete characters."""
-    text = engine.tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace")
-    if text == " ":
-        return "␣"
-    return text.replace("\n", "⏎").replace("\t", "⇥")
-
-
-def probability_class(bits: float) -> str:
-    """The label in PROBABILITY_CLASSES for a token's surprisal."""
-    probability = 2 ** -bits
+def probability_class(probability: float) -> str:
+    """The label in PROBABILITY_CLASSES."""
     for label, (lower, _) in PROBABILITY_CLASSES.items():
         if probability >= lower:
             return label
 
 
 def inspect(models: Models, text: str, model: str):
-    """Returns a summary of the text, its tokens with their classes of probability, and a table of
-    their surprisal."""
+    """Returns a summary of the text, and its tokens with their classes of probability."""
     with show_user_errors():
         engine, ids, text = read(models, text, model)
         tokens = engine.inspect(text, top=0)
 
-    spans, rows = [], []  # of HighlightedText, of BarPlot
-    total_bits = 0.0
-    scored_bytes = 0
-    for position, (i, token) in enumerate(zip(ids, tokens), 1):
+    spans, scored = [], []
+    for i, token in zip(ids, tokens):
         label = None
         # the first token has no probability if the vocabulary has no <|endoftext|> to precede it
         if token["logprob"] is not None:
-            bits = -token["logprob"] / math.log(2)
-            label = probability_class(bits)
-            rows.append((position, bits, visible(engine, i)))
-            total_bits += bits
-            scored_bytes += len(engine.tokenizer.decode_bytes([i]))
+            label = probability_class(math.exp(token["logprob"]))
+            scored.append((token["logprob"], len(engine.tokenizer.decode_bytes([i]))))
         line_end = "\n" if token["text"].endswith("\n") else ""
-        spans.append((visible(engine, i) + line_end, label))
+        spans.append((in_text(engine, i) + line_end, label))
 
     summary = f"{len(ids):,} tokens, {len(text.encode()):,} bytes"
-    if rows:
-        bits_per_token = total_bits / len(rows)
-        summary += (f" · {bits_per_token * math.log(2):.3f} nats per token"
-                    f" · perplexity {2 ** bits_per_token:,.2f}"
-                    f" · {total_bits / scored_bytes:.3f} bits per byte")
-    return summary, spans, pd.DataFrame(rows, columns=["token", "bits", "text"])
+    if scored:
+        nats, scored_bytes = (sum(column) for column in zip(*scored))
+        loss = -nats / len(scored)
+        summary += (f" · {loss:.3f} nats per token · perplexity {math.exp(loss):,.2f}"
+                    f" · {-nats / math.log(2) / scored_bytes:.3f} bits per byte")
+    return summary, spans
 
 
 # --------------------------------------------------------------------------------------------------
 # One position
 
-class Position(NamedTuple):
-    engine: Engine
-    start: list[int]  # ids that the model reads before the text: <|endoftext|>, or none
-    before: list[int]  # ids of the text before the position
-    token: int | None  # the id at the position; None at the end of the text
-
-    def logprobs(self):
-        """Log-probabilities (V,) of the token at this position."""
-        context = self.start + self.before
-        return next_logprobs(self.engine, tuple(context[-self.engine.block_size:]))
-
-
-def locate(models: Models, text: str, model: str, position: int | None) -> Position:
-    """The position, counted from 1; one past the end of the text means its end."""
-    engine, ids, _ = read(models, text, model)
-    index = min(max(position or 1, 1), len(ids) + 1) - 1
-    # a model without <|endoftext|> still needs something to read before the first token
-    start = engine.encode("")[0] if index == 0 or engine.tokenizer.eot is not None else []
-    token = ids[index] if index < len(ids) else None
-    return Position(engine, start, ids[:index], token)
-
-
 @functools.lru_cache(maxsize=4)
 def next_logprobs(engine: Engine, ids: tuple[int, ...]):
-    """Log-probabilities (V,) of the token that follows the ids.
+    """Log-probabilities (V,) of the token that follows the ids, in the engine's precision.
 
     They come with a token that the engine samples; the engine keeps the KV cache, which a fork then
     reuses. The token itself is ignored. At this temperature all tokens are equally likely, so it is
@@ -220,6 +178,11 @@ def next_logprobs(engine: Engine, ids: tuple[int, ...]):
     return logprobs
 
 
+def logprobs_at(place: Place):
+    """Log-probabilities (V,) of the token at the place."""
+    return next_logprobs(place.engine, tuple(place.ids[:place.index][-place.engine.block_size:]))
+
+
 def most_likely(engine: Engine, logprobs) -> dict[str, int]:
     """The most likely tokens as the page shows them, with their ids. Of two that look the same, the
     more likely one."""
@@ -232,8 +195,8 @@ def alternatives(models: Models, text: str, model: str, position: int, temperatu
     """Returns a sentence about the token at the position, and the most likely tokens there with two
     probabilities: the model's, and the one with which the settings sample them."""
     with show_user_errors():
-        place = locate(models, text, model, position)
-        logprobs = place.logprobs()  # (V,)
+        place = place_in(models, text, model, position)
+        logprobs = logprobs_at(place)  # (V,)
 
     # the distribution that sampling draws from
     weights, ids = weigh(logprobs, temperature, top_k or None, top_p)
@@ -241,17 +204,18 @@ def alternatives(models: Models, text: str, model: str, position: int, temperatu
     sampled[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
     expected = np.exp(logprobs)  # (V,)
 
-    if place.token is None:
+    token = place.token
+    if token is None:
         sentence = "This is the end of the text. The lists show what could come next."
     else:
-        token = place.token
         rank = 1 + (logprobs > logprobs[token]).sum()
         candidates = (sampled > 0).sum()
+        name = visible(place.engine, token)
         sentence = (
-            f"“{visible(place.engine, token)}” has probability {expected[token]:.2%}: number "
-            f"{rank:,} of {len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. "
-            f"With the settings it is sampled with probability {sampled[token]:.2%}; "
-            f"candidates: {candidates:,}.")
+            f"“{name}” has probability {expected[token]:.2%}, rank {rank:,} of "
+            f"{len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. With the "
+            f"settings its probability is {sampled[token]:.2%}, and the number of tokens to choose "
+            f"from is {candidates:,}. ␣ is a space.")
     names = most_likely(place.engine, logprobs)
     return (sentence, {name: float(expected[i]) for name, i in names.items()},
             {name: float(sampled[i]) for name, i in names.items()})
@@ -261,13 +225,13 @@ def fork(models: Models, choice: str, text: str, model: str, position: int, temp
          top_k: int, top_p: float):
     """Streams the text up to the position, the chosen token, and the model's continuation."""
     with show_user_errors():
-        place = locate(models, text, model, position)
+        place = place_in(models, text, model, position)
         engine = place.engine
-        token = most_likely(engine, place.logprobs()).get(choice)
+        token = most_likely(engine, logprobs_at(place)).get(choice)
         if token is None:
             raise UserError("Choose one of the alternatives.")
-        prompt = [*place.start, *place.before, token]
-        written = engine.tokenizer.decode([*place.before, token])
+        prompt = [*place.ids[:place.index], token]
+        written = engine.tokenizer.decode(prompt[place.start:])
         pieces = engine.stream(prompt, max_new_tokens=FORK_LENGTH, temperature=temperature,
                                top_k=top_k or None, top_p=top_p)
         for count, piece in enumerate(pieces):

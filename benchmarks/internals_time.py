@@ -1,0 +1,59 @@
+"""The time that the layers of Look inside take, for GPT-2 124M with random weights.
+
+    python -m benchmarks.internals_time               # 200 tokens; --tokens N for another number
+
+The time is that of a new text: all layers traced, the logit lens of the columns that the page
+shows, and the contributions to one logit (target: 2 s on two cores). The lens of all tokens, which
+the page does not need, is timed too. Medians over --rounds.
+"""
+import argparse
+import itertools
+import statistics
+import time
+
+import torch
+
+from engine.internals import trace_tokens
+from engine.packed import use_allowed_cores
+from model import GPT, GPTConfig
+from ui.layers import LENS_COLUMNS
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    use_allowed_cores()
+    model = GPT(GPTConfig()).eval()
+    ids = torch.randint(50257, (options.tokens,)).tolist()
+
+    wte = model.transformer.wte.weight
+    measure(model, ids, wte)  # the first run allocates memory
+    rounds = [measure(model, ids, wte) for _ in range(options.rounds)]
+    trace_s, lens_s, contributions_s, whole_lens_s = map(statistics.median, zip(*rounds))
+    print(f"{options.tokens} tokens of GPT-2 124M, {torch.get_num_threads()} threads: "
+          f"{trace_s + lens_s + contributions_s:.2f} s")
+    print(f"trace {trace_s:.2f} s, lens of {LENS_COLUMNS} tokens {lens_s:.2f} s, "
+          f"contributions {contributions_s:.3f} s; lens of all tokens {whole_lens_s:.2f} s")
+
+
+def measure(model: GPT, ids: list[int], wte: torch.Tensor) -> list[float]:
+    """Seconds for the trace, the page's lens, the contributions, and the lens of all tokens."""
+    times = [time.perf_counter()]
+    trace = trace_tokens(model, ids)
+    times.append(time.perf_counter())
+    trace.lens(list(range(len(ids) - LENS_COLUMNS, len(ids)))).topk(1)
+    times.append(time.perf_counter())
+    trace.contributions(-1, wte[ids[-1]] - wte.mean(0))
+    times.append(time.perf_counter())
+    # in slices: all logits of the 13 layers at once would take half a gigabyte per 200 tokens
+    for rows in torch.arange(len(ids)).split(LENS_COLUMNS):
+        trace.lens(rows.tolist()).topk(1)
+    times.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A visitor's text as a model reads it: its tokens, their names on the page, and a trace."""
+import functools
+from typing import NamedTuple
+
+from common.errors import UserError
+from engine.internals import Trace, trace_tokens
+from generate import Engine
+from ui.models import Models
+
+SAMPLE = "Once upon a time, there was a little fox. The fox was very sad, because he had no"
+MAX_TEXT = 4_000  # characters
+MAX_TOKENS = 256  # traced at a time: the attention of T tokens takes T * T numbers for each head
+
+
+def read(models: Models, text: str | None, name: str) -> tuple[Engine, list[int], str]:
+    """The model's engine, the text's ids, and the text without characters that the model's
+    vocabulary lacks."""
+    text = text or ""
+    if len(text) > MAX_TEXT:
+        raise UserError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed.")
+    engine = models.engine(name)
+    # a lone surrogate, which UTF-8 cannot encode, becomes "?"
+    text = text.encode(errors="replace").decode()
+    text, _ = engine.tokenizer.replace_unknown(text)
+    return engine, engine.tokenizer.encode(text), text
+
+
+def visible(engine: Engine, token: int) -> str:
+    """A token's text with visible spaces, line breaks and incomplete characters."""
+    text = engine.tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace")
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+
+
+def in_text(engine: Engine, token: int) -> str:
+    """A token's text within a coloured text: the colour shows a space, so it need not be marked."""
+    name = visible(engine, token)
+    return name.replace("␣", " ") if name.strip("␣") else name
+
+
+class Place(NamedTuple):
+    """A position in a text, what the model reads before it, and what it computes around it."""
+    engine: Engine
+    ids: list[int]  # the text, after <|endoftext|> if the vocabulary has it
+    start: int  # index of the text's first token
+    index: int  # of the token at the position; len(ids) at the end of the text
+    first: int  # index of the first traced token
+
+    @property
+    def token(self) -> int | None:
+        """The token at the position; None at the end of the text."""
+        return self.ids[self.index] if self.index < len(self.ids) else None
+
+    @property
+    def trace(self) -> Trace:
+        """The trace of T tokens around the position."""
+        length = min(MAX_TOKENS, self.engine.block_size)
+        return trace_of(self.engine, tuple(self.ids[self.first:self.first + length]))
+
+    @property
+    def row(self) -> int:
+        """The position's row in the trace; T at the end of the text."""
+        return self.index - self.first
+
+    def logits(self):
+        """Logits (V,) of the token at the position, which the tokens before it predict."""
+        logits = self.trace.lens([self.row - 1])[-1, 0]
+        return logits[:self.engine.tokenizer.vocab_size].cpu().numpy()
+
+
+def place_in(models: Models, text: str | None, model: str, position: int | None) -> Place:
+    """The place of a position, counted from 1; one past the end of the text means its end."""
+    engine, ids, _ = read(models, text, model)
+    index = min(max(position or 1, 1) - 1, len(ids))
+    # a model without <|endoftext|> still needs something to read before the first token
+    start = engine.empty_prompt() if index == 0 or engine.tokenizer.eot is not None else []
+    ids, index = start + ids, len(start) + index
+    # trace at most as many tokens as the model reads, up to the position and as far as they go
+    first = max(0, min(index + 1, len(ids)) - min(MAX_TOKENS, engine.block_size))
+    return Place(engine, ids, len(start), index, first)
+
+
+@functools.lru_cache(maxsize=2)
+def trace_of(engine: Engine, ids: tuple[int, ...]) -> Trace:
+    return trace_tokens(engine.model, list(ids))
