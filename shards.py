@@ -161,7 +161,9 @@ def open_shard(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path} is missing but listed in the manifest: "
                         "prepare the data again.") from None
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy runs Python's tokenizer on a header, which raises anything
         raise UserError(f"{path} is cut off or not a token shard ({error}): "
                         "prepare the data again.") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or not len(tokens) or (

@@ -18,7 +18,7 @@ from test_ddp import free_port
 pytestmark = pytest.mark.soak
 
 CLIENTS = 12
-PROMPTS = ("The king", "O Romeo", "What is", "\n\n", "A" * 700)
+PROMPTS = ("The king", "O Romeo", "What is", "\n\n", "A" * 100)
 MALFORMED = (b"", b"{", b"[" * 50_000, b'{"prompt": "\\ud800", "echo": true}', b"\xff\xfe",
              b'{"prompt": "x", "max_tokens": -1}', b'{"prompt": "x", "n": 100000}',
              b'{"prompt": {}}', b'{"prompt": "x", "stop": ["' + b"y" * 100_000 + b'"]}')
