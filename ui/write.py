@@ -33,8 +33,8 @@ from ui.stream import (
 HEAD = """## Give it a beginning, and it writes on
 Choose one of these or type your own. A small language model, trained from zero with this
 repository, continues it word by word. What it writes is made up and can be false or offensive."""
-HELP = ("**Write** continues the text from its end (Shift+Enter; Escape stops). **Try again** "
-        "replaces what was written last. What the model wrote is blue.")
+HELP = ("**Write** continues the text (Shift+Enter; Escape stops). **Try again** replaces what was "
+        "written last. The model's words are blue.")
 SETTINGS = ["model", "dtype", "temperature", "top_k", "top_p", "length", "seed", "versions", "stop"]
 FOLDED = ["dtype", "top_k", "top_p", "versions", "stop"]  # settings that a visitor does not see
 OTHERS = 8  # tokens that a word could also have been
@@ -49,6 +49,17 @@ class Tab(NamedTuple):
     look_button: gr.Button  # app.py connects it to the Look inside tab
 
 
+class Editor(NamedTuple):
+    text: gr.Textbox
+    write: gr.Button
+    stop: gr.Button
+    again: gr.Button
+    tools: dict[str, gr.Button]  # by the names of their functions in write.js
+    look: gr.Button
+    colours: gr.Checkbox
+    figures: gr.Textbox
+
+
 def build(models: Models) -> Tab:
     """Lays out the tab and connects its events."""
     gr.Markdown(HEAD, elem_id="write-head")
@@ -57,27 +68,7 @@ def build(models: Models) -> Tab:
                       for shown in beginning_buttons(models, models.default)]
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            text = gr.Textbox(models.beginnings(models.default)[0], label="Text", lines=12,
-                              max_lines=12, max_length=MAX_BYTES, show_label=False,
-                              container=False, autoscroll=False, elem_id="text",
-                              placeholder="Write the beginning of a text …")
-            with gr.Row(elem_id="actions"):
-                write_button = gr.Button("Write", variant="primary", elem_id="generate")
-                stop_button = gr.Button("Stop", variant="stop", elem_id="stop")
-                again_button = gr.Button("Try again", elem_id="again")
-            gr.Markdown(HELP, elem_id="write-help")
-            with gr.Row(elem_id="tools"):
-                tools = {label.lower(): gr.Button(label, size="sm", elem_id=label.lower())
-                         for label in ("Undo", "Redo", "Clear")}
-                look_button = gr.Button("Look inside this text", size="sm", elem_id="look")
-                colours = gr.Checkbox(label="Colour by probability", elem_id="colours")
-            figures = figures_box("status", "")
-
-            def measure(request: dict) -> dict:
-                return measure_text(models, request)
-
-            gr.HTML(js_on_load="page.write.open(element, server)", server_functions=[measure],
-                    elem_id="notebook")
+            editor = editor_column(models)
         with gr.Column(scale=3, min_width=300):
             settings, more, new_seed = settings_column(models)
             link = save_column()
@@ -87,24 +78,24 @@ def build(models: Models) -> Tab:
     # writing: the browser picks the prompt and the seed, then the server streams the text
     prompt, written, opened_link = [gr.Textbox(visible="hidden") for _ in range(3)]
     run = {"fn": MethodType(show, models), "inputs": [prompt, *settings.values()],
-           "outputs": [written, figures], "concurrency_limit": None, **quiet}
+           "outputs": [written, editor.figures], "concurrency_limit": None, **quiet}
     starts = [gr.on(triggers, None, [seed, new_seed], [prompt, seed], js=js) for triggers, js in (
-        ([write_button.click, text.submit], "page.write.start"),
-        ([again_button.click], "page.write.again"))]
+        ([editor.write.click, editor.text.submit], "page.write.start"),
+        ([editor.again.click], "page.write.again"))]
     starts.append(opened_link.change(None, prompt, None, js="page.write.follow"))
     running = [start.then(**run) for start in starts]
     written.change(None, written, link, js="page.write.receive")
-    stop_button.click(None, cancels=running)
-    for ended in (stop_button.click, *(event.failure for event in running)):
+    editor.stop.click(None, cancels=running)
+    for ended in (editor.stop.click, *(event.failure for event in running)):
         ended(None, None, link, js="page.write.end")
 
     # what the browser does without the server
-    text.change(None, None, None, js="page.write.typed")
-    for name, button in tools.items():
+    editor.text.change(None, None, None, js="page.write.typed")
+    for name, button in editor.tools.items():
         button.click(None, None, None, js=f"page.write.{name}")
     for button in beginnings:
         button.click(None, button, None, js="page.write.begin")
-    gr.on([colours.change, model.change], None, None, None, js="page.write.measure")
+    gr.on([editor.colours.change, model.change], None, None, None, js="page.write.measure")
 
     # opening the page, and choosing a model
     root = gr.context.Context.root_block
@@ -114,7 +105,33 @@ def build(models: Models) -> Tab:
     model.change(lambda name: [gr.update(**shown) for shown in beginning_buttons(models, name)],
                  model, beginnings, **quiet)
     gr.api(MethodType(write, models), api_name="generate", concurrency_limit=None)
-    return Tab(text, model, look_button)
+    return Tab(editor.text, model, editor.look)
+
+
+def editor_column(models: Models) -> Editor:
+    """The text, its buttons, and what the browser shows below them."""
+    text = gr.Textbox(models.first_prompt(), label="Text", lines=12, max_lines=12,
+                      max_length=MAX_BYTES, show_label=False, container=False, autoscroll=False,
+                      elem_id="text", placeholder="Write the beginning of a text …")
+    with gr.Row(elem_id="actions"):
+        write_button = gr.Button("Write", variant="primary", elem_id="generate")
+        stop_button = gr.Button("Stop", variant="stop", elem_id="stop")
+        again_button = gr.Button("Try again", elem_id="again")
+    gr.Markdown(HELP, elem_id="write-help")
+    with gr.Row(elem_id="tools"):
+        tools = {label.lower(): gr.Button(label, size="sm", elem_id=label.lower())
+                 for label in ("Undo", "Redo", "Clear")}
+        look_button = gr.Button("Look inside this text", size="sm", elem_id="look")
+        colours = gr.Checkbox(label="Colour by probability", elem_id="colours")
+    figures = figures_box("status", "")
+
+    def measure(request: dict) -> dict:
+        return measure_text(models, request)
+
+    gr.HTML(js_on_load="page.write.open(element, server)", server_functions=[measure],
+            elem_id="notebook")
+    return Editor(text, write_button, stop_button, again_button, tools, look_button, colours,
+                  figures)
 
 
 def settings_column(models: Models) -> tuple[dict[str, gr.Component], gr.Accordion, gr.Checkbox]:
