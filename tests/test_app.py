@@ -439,6 +439,16 @@ def test_two_checkpoints_write_side_by_side_and_all_of_a_run_in_a_table(open_pag
 # --------------------------------------------------------------------------------------------------
 # The whole page
 
+def test_look_inside_reads_the_end_of_a_text_with_the_model_that_wrote_it(open_page):
+    page = open_page()
+    choose(page, "model", "bundled:chat")
+    page.fill("#text textarea", "a" * 4_000 + "The end")
+    page.click("#look")
+    expect(page.locator("#look-model input")).to_have_value("bundled:chat")
+    expect(page.locator("#look-text textarea")).to_have_value(re.compile("^a{3993}The end$"))
+    expect(page.locator("#look-tokens .token").last).to_have_text(re.compile(" end$"))
+
+
 def test_unknown_characters_are_reported_and_markup_stays_text(open_page):
     page = open_page()
     page.fill("#text textarea", f"{MARKUP} Я")

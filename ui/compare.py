@@ -177,8 +177,9 @@ async def side_by_side(models: Models, prompt: str, *values):
         sides = []
         for letter, name, text in zip("AB", result["names"], texts):
             same, other = (text[:agree], text[agree:]) if parted else (text, "")
-            sides.append(f"<h4>{letter} · {escape(name)}</h4><div class='side'><i>{escape(prompt)}"
-                         f"</i>{escape(same)}<mark>{escape(other)}</mark></div>")
+            sides.append(f"<h4>{letter} · {escape(name)}</h4>"
+                         f"<div class='side' role='region' tabindex='0' aria-label='Text {letter}'>"
+                         f"<i>{escape(prompt)}</i>{escape(same)}<mark>{escape(other)}</mark></div>")
         yield *sides, "\n".join(lines)
 
 
