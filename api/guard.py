@@ -18,6 +18,8 @@ from api.schema import RequestError, error_answer
 from common.errors import UserError
 
 MAX_BODY_BYTES = 2 * 2**20
+UPLOAD = "/gradio_api/upload"
+MAX_UPLOAD_BYTES = 11_000_000  # a text of 10 MB, and what surrounds it
 ADDRESS = re.compile(r"\[[\da-f:.]+\]|[\d.]+")  # as a Host header shows it
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]", "::1"}
 
@@ -36,8 +38,8 @@ class Access:
 
 
 class TooLarge(RequestError):
-    def __init__(self):
-        super().__init__(f"The body must have at most {MAX_BODY_BYTES:,} bytes.", 413)
+    def __init__(self, limit: int):
+        super().__init__(f"The body must have at most {limit:,} bytes.", 413)
 
 
 class Guard:
@@ -66,7 +68,7 @@ class Guard:
                 self.check_site(request)
             self.check_body(request)
             self.check_key(request)
-            await self.app(scope, bounded(receive), send)
+            await self.app(scope, bounded(receive, self.limit(request)), send)
         except RequestError as error:
             await error_answer(error)(scope, receive, send)
 
@@ -89,14 +91,21 @@ class Guard:
 
     def check_body(self, request: Request):
         path, headers = request.scope["path"], request.headers
-        if path.startswith("/gradio_api/upload"):
-            raise RequestError("This page takes no files.", 403)
-        if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
-            raise TooLarge
+        if path.startswith(UPLOAD):  # the text to train on is the only file that the page takes
+            try:
+                require_may_train(request)
+            except UserError as error:
+                raise RequestError(str(error), 403) from None
+        if int(headers.get("content-length", 0)) > self.limit(request):
+            raise TooLarge(self.limit(request))
         # a page of another site can send other types without asking
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if path.startswith("/v1/") and request.method == "POST" and kind != "application/json":
             raise RequestError("Send the body with the header Content-Type: application/json.", 415)
+
+    def limit(self, request: Request) -> int:
+        """Most bytes of the body."""
+        return MAX_UPLOAD_BYTES if request.scope["path"].startswith(UPLOAD) else MAX_BODY_BYTES
 
     def check_key(self, request: Request):
         private = request.scope["path"].startswith(("/v1/", "/metrics"))
@@ -108,16 +117,16 @@ class Guard:
                                "KEY.", 401, code="invalid_api_key")
 
 
-def bounded(receive):
-    """`receive`, which fails once a body has more than MAX_BODY_BYTES."""
+def bounded(receive, limit: int):
+    """`receive`, which fails once a body has more than `limit` bytes."""
     size = 0
 
     async def receive_bounded():
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))
-        if size > MAX_BODY_BYTES:
-            raise TooLarge
+        if size > limit:
+            raise TooLarge(limit)
         return message
 
     return receive_bounded
@@ -128,9 +137,19 @@ def host_name(host: str) -> str:
     return re.sub(r":\d*$", "", host).lower()
 
 
-def require_local(request: Request):
-    """Raises UserError unless the request comes from this machine, and not through a proxy."""
+def may_train() -> bool:
+    """Whether the page lets visitors train. On a Space, which sets SPACE_ID, it must be switched
+    on."""
+    return "SPACE_ID" not in os.environ or os.environ.get("ALLOW_TRAINING") == "1"
+
+
+def require_may_train(request: Request):
+    """Raises UserError unless training is switched on for everyone, or the request comes from this
+    machine, and not through a proxy."""
+    if not may_train():
+        raise UserError("Training is switched off on this public page.")
     names = {host_name(request.headers.get("host", "")), request.client.host}
-    if not names <= LOOPBACK or "x-forwarded-for" in request.headers:
+    is_local = names <= LOOPBACK and "x-forwarded-for" not in request.headers
+    if not is_local and os.environ.get("ALLOW_TRAINING") != "1":
         raise UserError("Only this machine's own browser can do this: open the page at "
                         "http://localhost, for example through an SSH tunnel.")

@@ -673,7 +673,7 @@ def test_a_body_that_is_too_large_is_not_read(url):
 def test_only_this_machine_can_train(headers, client, local):
     request = SimpleNamespace(headers=headers, client=SimpleNamespace(host=client))
     with contextlib.nullcontext() if local else pytest.raises(UserError, match="own browser"):
-        guard.require_local(request)
+        guard.require_may_train(request)
 
 
 def test_a_signal_ends_a_server_that_streams_and_its_log_holds_no_prompt(tmp_path):
@@ -709,9 +709,10 @@ def test_the_page_serves_the_api_too():
 
         # the guard stands before the page, too
         upload = {"files": ("file.txt", b"x" * 100)}
+        forwarded = {"X-Forwarded-For": "10.0.0.9"}
         for path, options in (("config", {"headers": {"Host": "evil.example"}}),
                               ("gradio_api/queue/join", {"headers": {"Origin": "http://evil"}}),
-                              ("gradio_api/upload", {"files": upload})):
+                              ("gradio_api/upload", {"files": upload, "headers": forwarded})):
             assert requests.post(f"{url}/{path}", timeout=10, **options).status_code == 403
         large = requests.post(f"{url}/gradio_api/queue/join", timeout=10, data=b"x" * 2**22)
         assert large.status_code == 413

@@ -17,6 +17,7 @@ import gradio as gr
 
 from api.conversation import fit_prompt, turn_ends
 from common.errors import UserError
+from generate import Engine
 from ui.models import Models, show_user_errors
 from ui.stream import (
     MAX_BYTES,
@@ -183,14 +184,8 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
             validate_names(you, it)
         stop = turn_ends(engine.tokenizer, you, it)
 
-        # leave out messages only if the context has no room for a short reply after them
-        begun = engine.tokenizer.encode(beginning)
-        room = len(begun) + min(length, engine.block_size // 8)
-        prompt, left_out = await asyncio.to_thread(fit_prompt, engine, messages, you, it, room)
-        if isinstance(prompt, str):
-            ids, notices = engine.encode(prompt + beginning)
-        else:
-            ids, notices = prompt + begun, []
+        ids, notices, left_out = await asyncio.to_thread(
+            fit_ids, engine, messages, you, it, beginning, length)
         length = min(length, engine.block_size - len(ids))
 
         # ask again with the next seed if the model says nothing
@@ -204,6 +199,20 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
                        "figures": writing.figures()}
             if writing.texts[0].strip() or beginning:
                 break
+
+
+def fit_ids(engine: Engine, messages: list[dict[str, str]], you: str, it: str, beginning: str,
+            length: int) -> tuple[list[int], list[str], int]:
+    """(ids of the prompt with the reply's beginning, notices, how many messages it leaves out).
+
+    It leaves out messages only if the context has no room for a short reply after them.
+    """
+    begun = engine.tokenizer.encode(engine.tokenizer.replace_unknown(beginning)[0])
+    room = len(begun) + min(length, engine.block_size // 8)
+    prompt, left_out = fit_prompt(engine, messages, you, it, room)
+    if isinstance(prompt, str):
+        return *engine.encode(prompt + beginning), left_out
+    return prompt + begun, [], left_out
 
 
 async def answer(models: Models, talk: dict, *settings):

@@ -203,7 +203,7 @@ class OwnTextTraining:
                 self.process.wait()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(POLL_S)
-        if self.process.returncode not in (0, 143):  # 143: 128 + SIGTERM
+        if self.process.returncode not in (0, 143, -15):  # SIGTERM: 143 once it trains
             lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
             raise UserError(last.removeprefix("error: "))

@@ -15,7 +15,7 @@ import pandas as pd
 
 import checkpoint
 import report
-from api import guard
+from api.guard import may_train, require_may_train
 from common.errors import UserError
 from training.runlog import locked
 from ui.models import show_user_errors
@@ -52,11 +52,6 @@ class Tab(NamedTuple):
     """What app.py connects to the other tabs."""
     write_button: gr.Button
     model: gr.Textbox  # name of the model that was trained here last, once it can write
-
-
-def may_train() -> bool:
-    """Whether visitors may train. A Space sets SPACE_ID."""
-    return "SPACE_ID" not in os.environ or os.environ.get("ALLOW_TRAINING") == "1"
 
 
 def build(_models) -> Tab:
@@ -235,7 +230,7 @@ def duration(seconds: float) -> str:
 def start(training: OwnTextTraining, file: str | None, minutes: str, request: gr.Request):
     """Starts to train on an uploaded file, and deletes it; returns the status and an empty box."""
     with show_user_errors():
-        check_may_train(request)
+        require_may_train(request)
         if not file:
             raise UserError("Choose a text file first.")
         path = Path(file)
@@ -252,23 +247,15 @@ def start(training: OwnTextTraining, file: str | None, minutes: str, request: gr
 
 def start_shakespeare(training: OwnTextTraining, minutes: str, request: gr.Request) -> str:
     with show_user_errors():
-        check_may_train(request)
+        require_may_train(request)
         training.start("shakespeare", read_text(tiny_shakespeare()), 60 * MINUTES[minutes])
     return describe(training)
 
 
 def stop(training: OwnTextTraining, request: gr.Request):
     with show_user_errors():
-        check_may_train(request)
+        require_may_train(request)
     training.stop()
-
-
-def check_may_train(request: gr.Request):
-    """Raises UserError unless training is switched on, or the visitor sits at this machine."""
-    if not may_train():
-        raise UserError("Training is switched off on this public page.")
-    if os.environ.get("ALLOW_TRAINING") != "1":
-        guard.require_local(request)
 
 
 def describe(training: OwnTextTraining) -> str:
