@@ -244,7 +244,6 @@ def print_summary(out: Path, parts: int):
 
 class Plan(NamedTuple):
     """An estimate of the work."""
-    files: int
     bytes: int  # of text, 0 for existing shards
     tokens: int
     disk_bytes: int
@@ -256,7 +255,7 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int], encode
     """Measure a sample of the text and extrapolate."""
     if source.kind == "tokens":
         total = sum(sizes)
-        return Plan(len(files), 0, total // 2, total, total / DISK_BYTES_PER_S)
+        return Plan(0, total // 2, total, total / DISK_BYTES_PER_S)
 
     # read a sample, measuring CPU time, because other processes may be busy now
     began = time.thread_time()
@@ -268,7 +267,7 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int], encode
         if size > SAMPLE_BYTES:
             break
     if not sample:
-        return Plan(len(files), 0, 0, 0, 0.0)
+        return Plan(0, 0, 0, 0.0)
     read_s = time.thread_time() - began
 
     # encode it
@@ -277,7 +276,7 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int], encode
     scale = reader.estimate_content_bytes(files, sizes) / max(1, size)
     tokens = round(scale * len(batch.tokens))
     seconds = scale * max(read_s, (read_s + encode_s) / threads)  # one thread reads
-    return Plan(len(files), round(scale * batch.counts["bytes"]), tokens,
+    return Plan(round(scale * batch.counts["bytes"]), tokens,
                 tokens * batch.tokens.itemsize, seconds)
 
 
@@ -288,7 +287,7 @@ def print_plan(plan: Plan, source: sources.Source, files: list[str], out: Path, 
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     enough = "" if free > plan.disk_bytes else "; NOT ENOUGH"
-    number = "1 file" if plan.files == 1 else f"{plan.files:,} files"
+    number = "1 file" if len(files) == 1 else f"{len(files):,} files"
     text = f"about {format_millions(plan.bytes)} MB of text, " if plan.bytes else ""
     duration = f"{plan.seconds:.0f} s"
     if plan.seconds > 90:

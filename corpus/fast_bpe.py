@@ -31,7 +31,7 @@ for first, last in DOUBTFUL:
 
 # tiktoken cannot encode a million blanks in a row, and its ids then depend on where it is cut
 BLANKS = 2**18
-RENEW_CHARS = 2 * 10**9  # gigatoken never forgets a word: start afresh after so much text
+RENEW_CHARS = 10**9  # gigatoken never forgets a word: start afresh after so much text
 CHECKED_STRIDE = 61  # the comparison at the start takes every 61st code point
 
 

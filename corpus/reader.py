@@ -67,7 +67,7 @@ def read(files: list[str], cursor: Cursor = (0, 0, 0),
                 raise
             except Exception as error:  # fsspec, the Hub's client and pyarrow raise their own types
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
-                if not is_temporary(path, error):
+                if not is_on_hub(path) and getattr(error, "errno", None) not in TEMPORARY_ERRORS:
                     raise UserError(f"{path} is damaged or cannot be read: {reason}.") from None
                 wait = next(waits, None)
                 if wait is None:
@@ -81,11 +81,6 @@ def read(files: list[str], cursor: Cursor = (0, 0, 0),
 
 def is_on_hub(path: str) -> bool:
     return path.startswith("hf://")
-
-
-def is_temporary(path: str, error: Exception) -> bool:
-    """Whether reading the file again may succeed."""
-    return is_on_hub(path) or getattr(error, "errno", None) in TEMPORARY_ERRORS
 
 
 # --------------------------------------------------------------------------------------------------
