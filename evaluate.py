@@ -23,7 +23,7 @@ import tyro
 
 from checkpoint import describe, load_model
 from common.files import write_json
-from ddp import pick_device
+from ddp import auto_dtype, dtype_name, pick_device
 from generate import Dtype, Engine
 
 
@@ -45,7 +45,7 @@ class EvaluateConfig:
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
     """auto, cuda, mps or cpu."""
     dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA and float32 elsewhere."""
+    """auto is float32 on a CPU, bfloat16 on hardware that computes it, float16 on older GPUs."""
     batch_tokens: int | None = None
     """Tokens per forward pass. Default: 1,024 on a CPU, 65,536 elsewhere."""
     json: Path | None = None
@@ -66,7 +66,7 @@ def main(config: EvaluateConfig):
     model, tokenizer, info = load_model(config.model, device)
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = "float32" if device.type == "cpu" else dtype_name(auto_dtype(device))
     engine = Engine(model, tokenizer, dtype)
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
 

@@ -34,7 +34,7 @@ import torch
 import tyro
 
 from checkpoint import describe, load_model
-from ddp import auto_dtype, pick_device
+from ddp import auto_dtype, dtype_name, pick_device
 from engine import native
 from engine.forward import CHUNK, Forward, Segment
 from engine.packed import supports_dtype, use_allowed_cores
@@ -211,7 +211,7 @@ class Engine:
             if self.device.type == "cpu":
                 dtype = "int8" if large and supports_dtype("int8", self.device) else "float32"
             else:
-                dtype = str(auto_dtype(self.device)).removeprefix("torch.")
+                dtype = dtype_name(auto_dtype(self.device))
         if not supports_dtype(dtype, self.device):
             raise UserError(f"{dtype} needs an x86 CPU, but the device is {self.device}: "
                             "choose another --dtype.")

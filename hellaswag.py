@@ -273,7 +273,7 @@ def main(config: HellaSwagConfig):
     model, tokenizer, info = load_model(config.model, device)
     dtype = config.dtype
     if dtype == "auto":
-        dtype = str(ddp.auto_dtype(device)).removeprefix("torch.")
+        dtype = ddp.dtype_name(ddp.auto_dtype(device))
     engine = Engine(model, tokenizer, dtype)
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
     _, unknown = tokenizer.replace_unknown(text)
