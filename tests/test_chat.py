@@ -178,6 +178,7 @@ def test_what_one_types_during_a_reply_stays_in_its_box(page):
     page.fill("#chat-length input[type=number]", "60")
     page.keyboard.press("Tab")
     say(page, "Good morrow!")
+    expect(page.locator("#turns .text").first).to_have_text("Good morrow!")
     page.keyboard.type("And thou?")
     page.keyboard.press("Enter")  # too early: the reply has not ended
     turns(page, 2)

@@ -219,7 +219,7 @@ def test_the_decay_starts_when_restart_and_decay_take_the_rest_of_the_time(own):
         # 5 seconds to start, then the training, which would decay for a quarter of its time
         first_step_at = now - training_s
         own.started_at = first_step_at - 5
-        line = json.dumps({"step": 0, "time": first_step_at})
+        line = json.dumps({"step": 0, "time": first_step_at, "train_loss": 4.0})
         (own.run / "metrics.jsonl").write_text(line + "\n")
         assert own.decay_must_start(first_step_at - 5) == must_start
     own.stage = ""

@@ -66,7 +66,7 @@ def build(models: Models):
     talk = gr.JSON(visible="hidden")
     hand_over = gr.Button(visible="hidden", elem_id="chat-hand-over")
 
-    message.submit(None, message, message, js="page.chat.send")
+    message.submit(None, message, None, js="page.chat.send")
     asked = hand_over.click(None, None, talk, js="page.chat.handOver")
     reply = asked.then(MethodType(answer, models), [talk, model, *names, *sliders], talk,
                        concurrency_limit=None, api_visibility="private", show_progress="hidden")

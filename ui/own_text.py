@@ -166,7 +166,7 @@ class OwnTextTraining:
     def decay_must_start(self, launched_at: float) -> bool:
         """Whether a restart of train.py and the decay take all of the time that is left."""
         lines = report.read_lines(self.run / "metrics.jsonl")
-        if not lines:
+        if not any("train_loss" in line for line in lines):
             return False
         first_step_at = lines[0]["time"]
         restart_s = first_step_at - launched_at

@@ -219,11 +219,16 @@
       }, 100);
     },
 
-    // The user sends a message. An empty one, or one during a reply, stays in its box.
+    // The user sends a message. An empty one, or one during a reply, stays in its box, and so
+    // does what has been typed since.
     send(message) {
-      if (talk.ask || !message.trim()) return message;
+      if (talk.ask || !message.trim()) return;
+      const box = document.querySelector("#say textarea");
+      if (box.value.startsWith(message)) {
+        box.value = box.value.slice(message.length);
+        box.dispatchEvent(new Event("input", {bubbles: true}));
+      }
       ask([...talk.turns, {role: "user", content: message}]);
-      return "";
     },
 
     handOver: () => talk,
