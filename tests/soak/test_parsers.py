@@ -56,6 +56,11 @@ def mutate(content: bytes, source: random.Random) -> bytes:
     return bytes(changed)
 
 
+def read_start(folder: str):
+    stream = shards.Shards(folder, "train")
+    stream.read(0, min(9, len(stream)))
+
+
 @pytest.fixture
 def files() -> dict:
     """name -> (the file to damage, the function that reads it)."""
@@ -97,8 +102,8 @@ def files() -> dict:
         "config.json of a model": ("config/config.json", lambda: checkpoint.load_model("config")),
         "manifest": ("manifests/manifest.json", lambda: shards.Shards("manifests", "train")),
         ".npy shard": ("data/prose_char/prose_train_000001.npy",
-                       lambda: shards.Shards("data/prose_char", "train").read(0, 9)),
-        ".bin shard": ("bins/train.bin", lambda: shards.Shards("bins", "train").read(0, 9)),
+                       lambda: read_start("data/prose_char")),
+        ".bin shard": ("bins/train.bin", lambda: read_start("bins")),
         "HellaSwag's examples": ("h.jsonl", lambda: hellaswag.read_examples(Path("h.jsonl"))),
     }
 
