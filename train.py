@@ -275,8 +275,8 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
     model.eval()
     engine = Engine(model, tokenizer, dtype="float32")
     ids, _ = engine.encode(config.sample_prompt)
-    request = engine.submit(ids, config.samples, max_new_tokens=200, temperature=0.8, top_k=200,
-                            seed=config.seed)
+    request = engine.submit(ids, config.samples, max_new_tokens=sharding.SAMPLE_TOKENS,
+                            temperature=0.8, top_k=200, seed=config.seed)
     texts = [config.sample_prompt] * config.samples
     for piece in engine.pieces(request):
         texts[piece.index] += piece.text

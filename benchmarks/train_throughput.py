@@ -32,8 +32,9 @@ from benchmarks.ratio import print_ratio
 from common.devices import find_device
 from model import GPT, SIZES
 from training import optim
+from training.config import TrainConfig
 from training.presets import PRESETS
-from training.setup import TrainingRun, model_sizes, place_model
+from training.setup import TrainingRun, compute_dtype, model_sizes, place_model
 
 VOCAB_SIZE = 50_304  # padded, as build-nanogpt's
 TOKENIZER_SIZE = 50_257
@@ -177,21 +178,29 @@ def our_step(config: Config, device: torch.device, compiled: bool) -> Step:
         PRESETS["gpt2-124m"], n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd,
         block_size=sizes.block_size, dtype=config.dtype, compile="on" if compiled else "off",
         batch_tokens=config.sequences * sizes.block_size, micro_batch=config.sequences)
-    world = ddp.World(0, 1, device)
-    with torch.device("meta"):
-        model = GPT(model_sizes(train_config, VOCAB_SIZE))
-    place_model(model, None, train_config, world)
-    optimizers = optim.build_optimizers(model, "adamw", 0.1, BETAS)
-    run = TrainingRun(
-        train_config, world, folder=Path(), manifest={}, tokenizer=None, model=model,
-        ddp_model=model, optimizers=optimizers, batches=None, val_loader=None,
-        hellaswag_examples=None, first_step=0, first_step_is_evaluated=False, log=None)
+    run = build_run(train_config, ddp.World(0, 1, device))
 
     def take_step(x, y, step: int) -> float:
         loss, _, _ = train.train_step(run, x, y, step)
         return loss.item()
 
     return take_step
+
+
+def build_run(config: TrainConfig, world: ddp.World) -> TrainingRun:
+    """The part of a run that train_step uses: a model with random weights, and no data."""
+    with torch.device("meta"):
+        model = GPT(model_sizes(config, VOCAB_SIZE))
+    place_model(model, None, config, world)
+    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay,
+                                        (config.beta1, config.beta2), config.embedding_rate)
+    uses_float16 = compute_dtype(config, world.device) == torch.float16
+    return TrainingRun(
+        config, world, folder=Path(), manifest={}, tokenizer=None, model=model,
+        ddp_model=ddp.wrap(model, world), optimizers=optimizers,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=uses_float16), batches=None,
+        val_loader=None, hellaswag_examples=None, first_step=0, first_step_is_evaluated=False,
+        log=None)
 
 
 def their_step(model, loss_of: Callable, config: Config, device: torch.device,

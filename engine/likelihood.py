@@ -188,8 +188,8 @@ def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]]
 def score_batch(model: GPT, vocab_size: int, parts: list[SharedPrefix]) -> list[Likelihood]:
     """The likelihood of each continuation of the parts, in order, in one forward pass."""
     device = model.transformer.wte.weight.device
-    ids, positions, mask, logit_rows, targets, lengths = (
-        tensor.to(device) for tensor in collate([pack(part) for part in parts]))
+    *inputs, lengths = collate([pack(part) for part in parts])
+    ids, positions, mask, logit_rows, targets = (tensor.to(device) for tensor in inputs)
     hidden = model.hidden(ids, positions=positions, mask=mask).flatten(0, 1)  # (B * T, C)
     # compute the logits in chunks of rows
     chunk = max(1, MAX_LOGITS // vocab_size)

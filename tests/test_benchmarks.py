@@ -1,14 +1,19 @@
 """The calculations inside the benchmarks."""
+import dataclasses
+import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from conftest import ROOT
 
-from benchmarks import run
+from benchmarks import on_gpu, run
 from benchmarks.ratio import parse_ratio, print_ratio
 from benchmarks.recipes import tokens_to
 from benchmarks.scaling import Law, fit
+from common.errors import UserError
 
 
 def test_the_fit_recovers_the_law_that_generated_the_losses():
@@ -35,6 +40,43 @@ def test_a_printed_ratio_is_parsed_back(capsys):
         "= int8, 8 streams: 9.85 times transformers in float32; 9.60 to 10.10, target 8\n")
     assert parse_ratio(line) == ("int8, 8 streams: times transformers in float32", 9.85)
     assert parse_ratio("round 1: 9.85 MB/s") is None
+
+
+def test_the_program_for_a_gpu_can_be_rehearsed_on_a_cpu(monkeypatch):
+    monkeypatch.setitem(on_gpu.SIZES, "tiny", on_gpu.TINY)  # removes it afterwards
+    config = on_gpu.Config(device="cpu", tiny=True)
+    device = torch.device("cpu")
+    for name in on_gpu.SECTIONS:
+        result = on_gpu.run_section(dataclasses.replace(config, sections=(name,)), device)
+        assert result, name
+        if name == "compare_with_cpu":
+            assert result["equal"]
+        elif name == "skip_a_bad_gradient":
+            assert result == {"adamw": True, "muon": True}
+        elif name == "resume":
+            assert result == {"bitwise_equal": True}
+        elif name == "crowd":
+            assert result == {"same_text": True}
+        elif name == "micro_batch":
+            assert "skipped" in result
+        elif name == "step":
+            assert result["ours"]["tokens_per_s"] > 0
+
+
+def test_a_failed_section_does_not_stop_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    sections = {"crowd": (0.01, on_gpu.crowd), "micro_batch": (60, on_gpu.micro_batch)}
+    monkeypatch.setattr(on_gpu, "SECTIONS", sections)
+    on_gpu.main(on_gpu.Config(device="cpu", tiny=True))
+    results = json.loads((tmp_path / "on_gpu.json").read_text())
+    assert results["crowd"] == {"failed": "took more than 0.01 s"}
+    assert results["micro_batch"]["skipped"]
+
+
+def test_without_a_gpu_the_program_for_one_says_so():
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no device 'cuda'"):
+            on_gpu.main(on_gpu.Config())
 
 
 def test_a_lower_ratio_and_a_failed_program_are_reported(tmp_path, monkeypatch, capsys):

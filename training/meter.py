@@ -69,7 +69,7 @@ class Meter:
         if self.run.log:
             self.write(step + 1, mean_loss, grad_norm.item(), lr, progress)
         # float16 halves its scale at a skipped update; 1 is the scale of the other precisions
-        skipped_too_many = self.max_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+        skipped_too_many = self.max_skipped_in_a_row.item() >= MAX_SKIPPED_IN_A_ROW
         if skipped_too_many and self.run.scaler.get_scale() <= 1:
             raise self.diverged(step + 1)
         self.max_skipped_in_a_row.zero_()

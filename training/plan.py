@@ -89,21 +89,14 @@ def bytes_held(config: TrainConfig, model: GPT, processes: int, is_half: bool,
 
     `is_half` says whether matrix products are in bfloat16 or float16.
     """
-    tokens = config.micro_batch * config.block_size
-    activations = activation_bytes(model, tokens, is_half, config.recompute_activations, device)
-    parts = 1
-    if config.shard:
-        parts = processes
-        # besides its own parts, a process holds the gathered weights of the embeddings and of two
-        # blocks, and the gradients of one block
-        block = sum(p.numel() for p in model.transformer.h[0].parameters())
-        gathered = 2 * model.transformer.wte.weight.numel() + 3 * block
-        activations += (2 if is_half else 4) * gathered
-    weights = 4 * model.num_parameters() / parts
-    return {"weights": weights,
-            "gradients": weights,
+    weights = 4 * model.num_parameters()
+    parts = processes if config.shard else 1
+    return {"weights": weights / parts,
+            "gradients": weights / parts,
             "optimizer": optimizer_bytes(config, model) / parts,
-            "activations (estimate)": activations}
+            "activations (estimate)": activation_bytes(
+                model, config.micro_batch * config.block_size, is_half,
+                config.recompute_activations, device, config.shard)}
 
 
 def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
@@ -115,41 +108,58 @@ def optimizer_bytes(config: TrainConfig, model: GPT) -> int:
 
 
 def activation_bytes(model: GPT, tokens: int, is_half: bool, recomputed: bool = False,
-                     device: str = "cpu") -> int:
+                     device: str = "cpu", sharded: bool = False) -> int:
     """Peak memory of a step for `tokens` tokens, without weights, gradients and optimizer state.
 
-    The formula counts what autograd keeps, with C = n_embd and V = vocab_size. A test compares it
-    with the measured peak.
+    The formula counts what autograd keeps, with C = n_embd and V = vocab_size. Tests compare it
+    with the peak measured on a CPU and counted on simulated GPUs.
     """
-    C, V, n_layer = model.config.n_embd, model.config.vocab_size, model.config.n_layer
+    sizes = model.config
+    C, V, n_layer = sizes.n_embd, sizes.vocab_size, sizes.n_layer
+    size = 2 if is_half else 4  # bytes of a number
+    residual_size = 2 if is_half and sharded else 4  # autocast keeps the residual stream float32
     rows = LOGIT_ROWS[device]
 
-    # A block keeps 16 C numbers per token in float32, or 2 C in float32 and 14 C in half
-    # precision. Dropout keeps two masks of C bytes.
-    block = tokens * C * (36 if is_half else 64)
-    if model.config.dropout:
+    # A block keeps 2 C numbers of the residual stream per token and 14 C others. Dropout keeps two
+    # masks of C bytes. Heads larger than 256 have no fused attention on CUDA, so T scores per token
+    # and head take about 10 bytes each.
+    block = tokens * C * (2 * residual_size + 14 * size)
+    if sizes.dropout:
         block += tokens * 2 * C
+    if C // sizes.n_head > 256:
+        block += tokens * sizes.block_size * sizes.n_head * 10
 
     # The loss keeps 3 V float32 numbers per token. In chunks it keeps 2 V for some rows (and a copy
     # in half precision), and the gradients of the hidden states and of the head.
     if tokens <= rows:
-        logits = tokens * 12 * V
+        loss = tokens * 12 * V
     else:
-        logits = rows * V * (10 if is_half else 8)
-        logits += tokens * C * (2 if is_half else 4)
-        logits += 4 * V * C
+        loss = rows * V * (10 if is_half else 8) + tokens * C * size + 4 * V * C
 
-    # The input and the output of the last LayerNorm.
-    kept = tokens * C * (6 if is_half else 8)
+    # The input and the output of the last LayerNorm, and with recomputation each block's input. The
+    # backward pass then computes only one block, or the loss, at a time.
+    kept = tokens * C * (residual_size + size)
+    if recomputed:
+        kept += tokens * C * residual_size * n_layer
+    else:
+        kept += n_layer * block
+        block = 0
 
-    # Autocast's copies of the weights.
-    copies = 2 * model.num_parameters() if is_half else 0
+    # A sharded model holds the gathered embeddings; behind the loss also their gradients, and of
+    # blocks the weights of two, and the gradients of one in both precisions. Others hold autocast's
+    # copies of the weights.
+    if sharded:
+        loss += size * count(model.transformer.wte, model.transformer.wpe)
+        block += 2 * size * count(model.transformer.wte, model.transformer.wpe)
+        block += (3 * size + 4) * count(model.transformer.h[0])
+    elif is_half:
+        kept += 2 * count(model) // (n_layer if recomputed else 1)
+    return max(block, loss) + kept
 
-    if not recomputed:
-        return n_layer * block + logits + kept + copies
-    # With recomputation only the input of each block is kept, and only one block or the loss is
-    # computed at a time.
-    return max(block, logits) + kept + tokens * C * 4 * n_layer + copies // n_layer
+
+def count(*modules) -> int:
+    """The number of parameters in the modules."""
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,15 +174,8 @@ def describe_time(config: TrainConfig, model: GPT, processes: int, device: Devic
     flops = model.flops_per_token(config.block_size) * config.batch_tokens
     compute_s = flops / (processes * device.flops * config.mfu)
 
-    # Communicate, without overlapping it with computing. A ring all-reduce of the float32 gradients
-    # moves 8 bytes per parameter. FSDP2 moves as much for each micro-batch: it gathers the weights
-    # in bfloat16 twice, and scatters the gradients in float32.
-    passes = 1
-    if config.shard and config.micro_batch != "auto":
-        sequences = config.batch_tokens // config.block_size // processes
-        passes = math.ceil(sequences / config.micro_batch)
-    bytes_sent = 8 * passes * (processes - 1) / processes * model.num_parameters()
-    communication_s = bytes_sent / device.link
+    # communicate, without overlapping it with computing
+    communication_s = bytes_sent(config, model, processes) / device.link
 
     step_s = compute_s + communication_s
     tokens_per_s = config.batch_tokens / step_s
@@ -190,6 +193,19 @@ def describe_time(config: TrainConfig, model: GPT, processes: int, device: Devic
     energy = (f"energy: at most {kwh:,.1f} kWh, {kwh * KG_CO2E_PER_KWH:,.1f} kg CO2e at the world "
               f"average of {KG_CO2E_PER_KWH} kg per kWh")
     return [time, energy]
+
+
+def bytes_sent(config: TrainConfig, model: GPT, processes: int) -> float:
+    """Bytes that a process sends in a step.
+
+    A ring all-reduce of the float32 gradients moves 8 bytes per parameter. FSDP2 moves as much for
+    each micro-batch: it gathers the weights in bfloat16 twice, and scatters the float32 gradients.
+    """
+    passes = 1
+    if config.shard and config.micro_batch != "auto":
+        sequences = config.batch_tokens // config.block_size // processes
+        passes = math.ceil(sequences / config.micro_batch)
+    return 8 * passes * (processes - 1) / processes * model.num_parameters()
 
 
 def format_bytes(size: float) -> str:

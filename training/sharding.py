@@ -26,6 +26,8 @@ from model import GPT
 from tokenizer import Tokenizer
 from training.config import TrainConfig
 
+SAMPLE_TOKENS = 200  # in each sample during training
+
 # --------------------------------------------------------------------------------------------------
 # Parameters
 
@@ -139,7 +141,7 @@ def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
     """Samples continuations of the sample prompt from a sharded model. All ranks must call it.
 
     The ranks draw the same tokens, from the same seed, so that all run the same forward passes.
-    Sampling uses temperature 0.8, top-k 200 and no KV cache, and draws 200 tokens. Raises
+    Sampling uses temperature 0.8, top-k 200 and no KV cache, and draws SAMPLE_TOKENS tokens. Raises
     ddp.Stopped after a signal.
     """
     model.eval()
@@ -149,7 +151,7 @@ def draw_together(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
     prompt = encode(tokenizer, config.sample_prompt) or [tokenizer.eot or 0]
 
     ids = torch.tensor([prompt] * config.samples)  # (samples, T)
-    for _ in range(200):
+    for _ in range(SAMPLE_TOKENS):
         check_signals(world)
         context = ids[:, -config.block_size:].to(device)
         last_hidden = model.hidden(context)[:, -1]  # (samples, C)
