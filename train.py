@@ -270,7 +270,7 @@ def sample_and_log(run: TrainingRun, step: int):
 
 
 def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
-                 world: ddp.World) -> list[str]:
+                 world: ddp.World = ddp.SINGLE_PROCESS) -> list[str]:
     """Continuations of the sample prompt by the model as it is now. A signal cuts them off."""
     model.eval()
     engine = Engine(model, tokenizer, dtype="float32")

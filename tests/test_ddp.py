@@ -127,7 +127,7 @@ def test_ranks_skip_the_overflowing_updates_of_float16_alike(one):
     skipped = [step for step, _ in metrics(half, "step", "skipped")]
     assert skipped[:6] == [1, 2, 3, 4, 5, 6]
     assert len(skipped) < 16
-    assert losses(half)[20, "val_loss"] < losses(half)[0, "val_loss"] - 0.1
+    assert losses(half)[20, "val_loss"] < losses(half)[0, "val_loss"]
 
 
 def overflow_at_first():
