@@ -89,7 +89,7 @@ def test_mixed_clients_leave_the_server_as_it_was(server):
         assert after["MB"] <= 1.1 * before["MB"] + 20
         assert complete(address, PROMPTS[0], 0)[1] == expected[PROMPTS[0], 0]
         assert "Traceback" not in Path("server.txt").read_text()
-        soak.count("an hour's share of mixed clients",
+        soak.count("a session of mixed clients",
                    f"{before['MB']} MB before, {after['MB']} MB after; threads and files flat")
 
 
