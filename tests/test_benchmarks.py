@@ -42,6 +42,7 @@ def test_a_printed_ratio_is_parsed_back(capsys):
     assert parse_ratio("round 1: 9.85 MB/s") is None
 
 
+@pytest.mark.slow
 def test_the_program_for_a_gpu_can_be_rehearsed_on_a_cpu(monkeypatch):
     monkeypatch.setitem(on_gpu.SIZES, "tiny", on_gpu.TINY)  # removes it afterwards
     config = on_gpu.Config(device="cpu", tiny=True)

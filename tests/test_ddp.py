@@ -48,8 +48,9 @@ def train_ranks(n: int, *arguments, prepare_rank=None) -> list[int]:
              for i in range(n)]
     for process in ranks:
         process.start()
+    deadline = time.monotonic() + 120
     for process in ranks:
-        process.join(timeout=200)
+        process.join(timeout=max(0, deadline - time.monotonic()))
     return [process.exitcode for process in ranks]
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import PROSE, ROOT, metrics
 from test_hellaswag import EXAMPLES
 
@@ -21,6 +22,7 @@ def speedrun(**variables) -> str:
     return f"{done.stdout}{done.stderr}exit code {done.returncode}"
 
 
+@pytest.mark.slow
 def test_the_speedrun_resumes_and_ends_with_an_exported_model(tmp_path):
     (tmp_path / "prose.txt").write_text(PROSE)
     (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))

@@ -124,6 +124,7 @@ def assert_markup_stays_text(page):
 # --------------------------------------------------------------------------------------------------
 # Training on one's own text
 
+@pytest.mark.slow
 def test_a_person_trains_on_a_file_and_writes_with_the_model(open_tab, folder, tmp_path):
     (tmp_path / "My fox.txt").write_text(PROSE)
     page = open_tab("Training")

@@ -85,12 +85,15 @@ def chosen_head(event: gr.EventData) -> tuple[int, int]:
 
 def show(place: Place, layer: int, head: int):
     """All views of a place, with the sliders' values within the model's sizes."""
+    sliders = []
+    for value, size in zip((layer, head), place.trace.attention.shape[:2]):
+        # leave a valid value as it is: it may have changed since this request
+        sliders.append(gr.update(maximum=size, **({"value": size} if value > size else {})))
     n_layer, n_head = place.trace.attention.shape[:2]
-    layer, head = min(layer, n_layer), min(head, n_head)
     choices = predictions(place)
     token = choices[0][1]
-    return (heads_html(place), gr.update(maximum=n_layer, value=layer),
-            gr.update(maximum=n_head, value=head), attention_html(place, layer, head),
+    return (heads_html(place), *sliders,
+            attention_html(place, min(layer, n_layer), min(head, n_head)),
             lens_html(place), gr.update(choices=choices, value=token),
             contributions_html(place, token))
 
