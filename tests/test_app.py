@@ -169,7 +169,7 @@ def test_a_person_types_generates_and_watches_the_text_stream(open_page):
     while (not page.input_value("#status textarea").startswith("1,000 tokens")
            and time.monotonic() < deadline):
         seen.add(text_of(page))
-    assert len({len(text) for text in seen}) > 3, "the text grew in several pieces"
+    assert len({len(text) for text in seen}) > 2, "the text grew in several pieces"
     text = finish(page, len("JULIET:\nO ") + 1000)
     assert text.startswith("JULIET:\nO ")
     figures = (r"1,000 tokens · first after [\d,]+ ms · [\d,]+ tokens/s"
