@@ -122,13 +122,13 @@ def test_muon_on_several_processes_takes_the_steps_of_one(one):
 
 
 def test_ranks_skip_the_overflowing_updates_of_float16_alike(one):
-    arguments = [*BASE, "--dtype", "float16", "--micro-batch", 2, "--max-steps", 20]
+    arguments = [*BASE, "--dtype", "float16", "--micro-batch", 2, "--max-steps", 40]
     assert train_ranks(2, *arguments, "--run", "half", prepare_rank=overflow_at_first) == [0, 0]
     half = one.parent / "half"
     skipped = [step for step, _ in metrics(half, "step", "skipped")]
     assert skipped[:6] == [1, 2, 3, 4, 5, 6]
     assert len(skipped) < 16
-    assert losses(half)[20, "val_loss"] < losses(half)[0, "val_loss"]
+    assert losses(half)[40, "val_loss"] < losses(half)[0, "val_loss"] - 0.1
 
 
 def overflow_at_first():
