@@ -24,6 +24,7 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which its default arguments would hold
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
@@ -36,6 +37,7 @@ class World:
     size: int  # number of processes
     device: torch.device  # the device this process computes on
     received_signal: int = 0  # number of the signal that asked this process to stop, or 0
+    wrapped: list = dataclasses.field(default_factory=list)  # the models that `wrap` returned
 
     @property
     def is_main(self) -> bool:
@@ -76,11 +78,12 @@ def join_world(device: str = "auto", wait_s: float = 600):
         raise UserError("Several processes can train on NVIDIA GPUs or on the CPU only: add "
                         "--device cpu.")
     end_with_torchrun()
+    world = World(rank, size, device)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 store=connect_store(rank, wait_s), rank=rank, world_size=size,
                                 timeout=datetime.timedelta(seconds=wait_s))
-        yield World(rank, size, device)
+        yield world
         dist.barrier()  # a process that leaves while another is still working can crash both
     except RuntimeError as error:
         is_network_error = isinstance(error, dist.DistError) or re.search(
@@ -93,6 +96,10 @@ def join_world(device: str = "auto", wait_s: float = 600):
             f"same command again to resume from the last checkpoint ({error})",
             every_rank=True) from None
     finally:
+        # free DDP's references to the group first: if DDP's were the last, Python would free the
+        # group without releasing the GIL, and wait forever for a thread of gloo that needs it
+        for model in world.wrapped:
+            model.reducer = model.logger = model.process_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -184,7 +191,9 @@ def wrap(model, world: World):
     if world.size == 1 or is_sharded(model):
         return model
     device_ids = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    world.wrapped.append(wrapped)
+    return wrapped
 
 
 def is_sharded(model) -> bool:

@@ -17,6 +17,7 @@ import queue
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from engine.sampling import Sampling, penalize, sample, top_ids
 
 IDLE_PREFILL_TOKENS = 8 * CHUNK  # prompt tokens in a step in which no sequence is decoding
 IDLE_S = 2  # the thread ends after this many seconds without work
+THREADS = weakref.WeakSet()  # the threads of all schedulers, some of which may be ending
 SHARE = 3  # a client can have this many times as many places as it leaves free: 24 of 32
 
 
@@ -250,6 +252,7 @@ class Scheduler:
             if self.thread is None:
                 self.thread = threading.Thread(target=self.run, daemon=True, name="scheduler")
                 self.thread.start()
+                THREADS.add(self.thread)
                 atexit.register(self.close)
             self.lock.notify()
         return request
@@ -447,3 +450,13 @@ class Scheduler:
             self.prefixes.add(sequence.window, sequence.cache)
         if reason:
             sequence.request.put((sequence.index, reason))
+
+
+@atexit.register
+def join_threads():
+    """Waits at exit, after every close(), for threads that were ending anyway.
+
+    Such a thread may still free a model's tensors, and Python aborts if it exits meanwhile.
+    """
+    for thread in list(THREADS):
+        thread.join()

@@ -163,6 +163,41 @@ def signal_to_rank_1_in_hellaswag():
     hellaswag.evaluate = functools.partial(hellaswag.evaluate, batch_tokens=64)  # several batches
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
+def test_leaving_the_world_ends_gloos_threads_while_the_wrapped_model_lives(tmp_path, monkeypatch):
+    # a thread of gloo that outlives the group can hang the process at its exit
+    monkeypatch.chdir(tmp_path)
+    port = free_port()
+    ranks = [FORKS.Process(target=exit_with_a_wrapped_model, args=(i, port)) for i in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=60)
+    assert [process.exitcode for process in ranks] == [3, 3]
+    for i in range(2):
+        before, after = Path(f"threads-{i}.txt").read_text().splitlines()
+        assert "gloo" in before
+        assert "gloo" not in after
+
+
+def exit_with_a_wrapped_model(i: int, port: int):
+    os.environ |= dict(zip(VARIABLES, (str(i), "2", str(i), "127.0.0.1", str(port))))
+    with open(f"threads-{i}.txt", "w") as output:
+        try:
+            with ddp.join_world("cpu") as world:
+                model = ddp.wrap(torch.nn.Linear(4, 4), world)
+                model(torch.ones(2, 4)).sum().backward()
+                print(thread_names(), file=output)
+                sys.exit(3)  # its traceback holds `model`
+        finally:
+            print(thread_names(), file=output)
+
+
+def thread_names() -> str:
+    tasks = Path("/proc/self/task").iterdir()
+    return " ".join(sorted((task / "comm").read_text().strip() for task in tasks))
+
+
 def test_shard_needs_adamw_and_several_processes(one):
     with pytest.raises(UserError, match="Muon needs whole matrices"):
         train_here(*BASE, "--optimizer", "muon", "--shard")

@@ -4,13 +4,16 @@ import copy
 import gc
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import tyro
-from conftest import tiny_gpt
+from conftest import ROOT, tiny_gpt
 from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -513,6 +516,34 @@ def test_many_threads_share_an_engine_and_its_thread_ends(char_engine, monkeypat
     thread = char_engine.scheduler.thread
     assert thread is None or (not thread.join(5) and not thread.is_alive())
     assert generate_with(0) == texts[0], "the next request starts a new thread"
+
+
+EXIT_WHILE_A_THREAD_FREES_ITS_MODEL = """
+import time
+from conftest import tiny_gpt
+from engine import scheduler
+from engine.forward import Forward
+
+class SlowToFree:
+    def __del__(self):
+        time.sleep(1)
+        print("freed", flush=True)
+
+scheduler.IDLE_S = 0.2
+forward = Forward(tiny_gpt(), "float32")
+forward.slow = SlowToFree()
+request = scheduler.Scheduler(forward, 32, None, 16).submit([1])
+list(request)
+del request, forward
+time.sleep(0.7)  # by now the idle thread is freeing the model
+"""
+
+
+def test_python_waits_at_exit_for_a_thread_that_is_freeing_its_model():
+    result = subprocess.run([sys.executable, "-c", EXIT_WHILE_A_THREAD_FREES_ITS_MODEL],
+                            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+                            capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "freed\n"), result.stderr
 
 
 def test_a_cgroup_quota_limits_the_number_of_threads(tmp_path, monkeypatch):
