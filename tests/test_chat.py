@@ -214,7 +214,7 @@ def test_a_model_with_a_chat_template_gets_the_conversation_in_that_form(client,
     options = {"top_p": 1.0, "length": 30, "seed": 3, "api_name": "/chat"}
     ids = chat_engine.tokenizer.chat_ids([*HISTORY, {"role": "user", "content": "What news?"}])
     text = chat_engine.generate(ids, max_new_tokens=30, temperature=DEFAULTS["temperature"],
-                                seed=3)[0]
+                                repetition_penalty=chat.REPETITION_PENALTY, seed=3)[0]
     # it is the default model; the speakers' names make no difference
     for names in {}, {"you": "A", "it": "B"}, {"you": "", "it": ""}:
         result = client.predict("What news?", HISTORY, **names, **options)
@@ -225,7 +225,8 @@ def test_a_model_with_a_chat_template_gets_the_conversation_in_that_form(client,
 def test_a_reply_continues_from_its_beginning(client, chat_engine):
     messages = [{"role": "user", "content": "What news?"}]
     ids = chat_engine.tokenizer.chat_ids(messages) + chat_engine.tokenizer.encode("the night")
-    text = chat_engine.generate(ids, max_new_tokens=20, **DEFAULTS, seed=3)[0]
+    text = chat_engine.generate(ids, max_new_tokens=20, **DEFAULTS,
+                                repetition_penalty=chat.REPETITION_PENALTY, seed=3)[0]
     result = client.predict("What news?", beginning="the night", length=20, seed=3,
                             api_name="/chat")
     assert result["text"] == ("the night" + text).strip()

@@ -78,7 +78,7 @@ STORIES_BUNDLED = replace(
 CHAT_BUNDLED = replace(
     STORIES_BUNDLED,
     data=Path("data/chat_bpe-4096"), order="shuffled", init_from="bundled:stories", dropout=0.1,
-    max_steps=550, learning_rate=4e-3, warmup_steps=20,
+    max_steps=880, learning_rate=4e-3, warmup_steps=20,
     eval_every=100, save_every=100, sample_every=300, sample_prompt="User: Hi! How are you?")
 
 PRESETS = {

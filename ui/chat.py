@@ -30,6 +30,7 @@ from ui.stream import (
 )
 
 LENGTH = 120  # tokens of a reply, by default
+REPETITION_PENALTY = 1.15  # small models repeat themselves in a conversation; 1 is off
 ATTEMPTS = 3  # to get a reply that is not empty
 MAX_NAME = 40  # characters
 SPEAKERS = [["Student", "Teacher"], ["ROMEO", "JULIET"]]
@@ -182,6 +183,8 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
 
         if engine.tokenizer.chat_template is None:
             validate_names(you, it)
+        else:
+            sampling = dataclasses.replace(sampling, repetition_penalty=REPETITION_PENALTY)
         stop = turn_ends(engine.tokenizer, you, it)
 
         ids, notices, left_out = await asyncio.to_thread(
