@@ -19,7 +19,7 @@ def build(models: Models):
             gr.Markdown(ABOUT.read_text(encoding="utf-8"))
         with gr.Column(scale=3, min_width=320):
             model = gr.Dropdown(
-                models.names, value=models.names[0], label="Model", elem_id="about-model")
+                models.names, value=models.default, label="Model", elem_id="about-model")
             summary = gr.Markdown(elem_id="about-card")
             with gr.Accordion("How it was made, results, samples and sources", open=False,
                               elem_id="about-more"):

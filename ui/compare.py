@@ -38,7 +38,7 @@ def build(models: Models):
     chosen, dtypes = [], []
     with gr.Row():
         for i, (letter, dtype) in enumerate((("A", "float32"), ("B", "int8"))):
-            chosen.append(gr.Dropdown(models.list_with_checkpoints(), value=models.names[0],
+            chosen.append(gr.Dropdown(models.list_with_checkpoints(), value=models.default,
                                       label=f"Model {letter}", scale=3,
                                       elem_id=f"compare-model-{i}"))
             dtypes.append(gr.Dropdown(DTYPES, value=dtype, label=f"Precision {letter}",

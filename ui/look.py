@@ -165,12 +165,11 @@ def inspect(models: Models, text: str, model: str):
 def next_logprobs(engine: Engine, ids: tuple[int, ...]):
     """Log-probabilities (V,) of the token that follows the ids, in the engine's precision.
 
-    They come with a token that the engine samples; the engine keeps the KV cache, which a fork then
-    reuses. The token itself is ignored. At this temperature all tokens are equally likely, so it is
-    practically never <|endoftext|>, which ends the text without log-probabilities.
+    They come with a token that the engine samples, which is ignored; the engine keeps the KV cache,
+    which a fork then reuses.
     """
     events = list(engine.submit(
-        list(ids), max_new_tokens=1, temperature=1e6, seed=0, logprobs=engine.tokenizer.vocab_size))
+        list(ids), max_new_tokens=1, temperature=0, logprobs=engine.tokenizer.vocab_size))
     _, token = events[0]
     logprobs = np.empty(len(token.top), np.float32)
     for i, logprob in token.top:
