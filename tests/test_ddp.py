@@ -8,6 +8,7 @@ import pkgutil
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -379,13 +380,14 @@ def test_no_process_waits_for_a_lost_one_longer_than_wait_s(one, number):
 
 
 def test_a_torchrun_that_was_killed_can_join_the_run_again(one):
+    port = free_port()
     launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
                 "--max-restarts=3", "--rdzv-backend=c10d",
-                f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=run",
+                f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run",
                 "--rdzv-conf=keep_alive_interval=1", "--local-addr=127.0.0.1", "--")
     run = one.parent / "nodes"
     first = start(*LONG, "--run", "nodes", launcher=launcher)
-    time.sleep(2)  # the first to start serves the rendezvous
+    wait_until(lambda: is_listening(port), first)  # the first to start serves the rendezvous
     second = start(*LONG, "--run", "nodes", launcher=launcher)
     wait_until(lambda: has_saved(run, 40), first)
 
@@ -398,6 +400,11 @@ def test_a_torchrun_that_was_killed_can_join_the_run_again(one):
     assert first.wait(timeout=200) == 0
     assert second.wait(timeout=60) == 0
     assert_same_run(one.parent / "whole", run, tolerance=2e-3, last_step=300)
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of a lost parent")
