@@ -99,11 +99,12 @@ def compile_guard() -> Path:
     """Compiles fake_gpu.cpp, or finds an earlier build."""
     if sys.platform != "linux" or torch.version.cuda or torch.version.hip:
         raise OSError("only PyTorch's CPU build on Linux can simulate GPUs")
-    digest = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    torch_folder = Path(torch.__file__).parent
+    inputs = f"{SOURCE.read_text()} {torch.__version__} {torch_folder}"
+    digest = hashlib.sha256(inputs.encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir(), f"fake-gpu-{os.getuid()}-{digest}.so")
     if library.exists():
         return library
-    torch_folder = Path(torch.__file__).parent
     temporary = library.with_suffix(f".{os.getpid()}")
     try:
         subprocess.run(

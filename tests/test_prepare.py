@@ -306,7 +306,7 @@ def test_kill_9_at_random_moments_does_not_change_the_output(tmp_path):
         process = FORKS.Process(
             target=prepare.main, args=[dataclasses.replace(config, out=tmp_path / "killed")])
         process.start()
-        process.join(timeout=rng.uniform(0.1, 0.4) + kills / 10)
+        process.join(timeout=rng.uniform(0.1, 0.3) * 1.5**kills)
         if process.exitcode is not None:
             break
         process.kill()
