@@ -1,13 +1,18 @@
 """Fixtures and helpers that the tests share."""
+import contextlib
 import hashlib
 import http.server
+import io
 import json
 import os
 import re
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -17,12 +22,14 @@ import torch
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect, sync_playwright
 
+import checkpoint
 import ddp
 import train
 from engine.scheduler import Scheduler
 from generate import Engine
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, byte_level_bpe, load_tokenizer
+from weights.huggingface import save_huggingface
 
 ROOT = Path(__file__).parent.parent
 REVISION = "a" * 40
@@ -30,6 +37,10 @@ PROSE = ("The fox went out on a chilly night,\n"
          "and prayed for the moon to give him light;\n"
          "for he had many a mile to go that night\n"
          "before he reached the town-o.\n") * 40
+MARKUP = "<img src=x onerror=window.hacked=1>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}")
 
 # options of train.py for a run that takes a second
 TINY = ["--data", "data/prose_char", "--n-layer", "1", "--n-head", "2", "--n-embd", "16",
@@ -66,6 +77,61 @@ def command(tmp_path):
 
 
 @pytest.fixture
+def command_here(monkeypatch):
+    """Does what `command` does within the test's process, which saves the time of the imports."""
+    def run(program, *arguments, check=True, environment=(), typed=""):
+        line = [str(ROOT / program), *map(str, arguments)]
+        stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+        exit_code = 0
+        with monkeypatch.context() as patch:
+            for name, value in dict(environment).items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", line)
+            patch.setattr(sys, "stdin", io.StringIO(typed))
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                try:
+                    runpy.run_path(line[0], run_name="__main__")
+                except SystemExit as end:
+                    exit_code = end.code or 0
+        stdout.seek(0)
+        stderr.seek(0)
+        done = subprocess.CompletedProcess(line, exit_code, stdout.read(), stderr.read())
+        assert not check or exit_code == 0, done.stderr
+        return done
+    return run
+
+
+def torchrun(n: int, *options: str) -> tuple[str, ...]:
+    """torchrun's arguments for n processes. Without the --, it would take --run for --run-path."""
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *options, "--")
+
+
+# runs a program that fails when a file of it exceeds a size, as if the disk were full
+FILE_SIZE_LIMIT = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def limit_files(limit: int) -> tuple[str, ...]:
+    """A launcher of programs whose files may have `limit` bytes."""
+    return "-c", FILE_SIZE_LIMIT.format(limit=limit)
+
+
+def wait_until(condition, process: subprocess.Popen | None = None, seconds=120):
+    """Waits until `condition()` is true. Fails after some seconds, or if the process ends first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        assert process is None or process.poll() is None, "the process has ended"
+        time.sleep(0.01)
+
+
+@pytest.fixture
 def prose(tmp_path):
     """A text file."""
     path = tmp_path / "prose.txt"
@@ -76,6 +142,16 @@ def prose(tmp_path):
 def train_here(*arguments):
     """Runs `python train.py …` within the test's process."""
     train.main([str(argument) for argument in arguments])
+
+
+def write_hellaswag(path: Path):
+    """Writes 11 examples in HellaSwag's format."""
+    lines = []
+    for i, verb in enumerate(PROSE.split()[:11]):
+        lines.append(json.dumps({
+            "activity_label": "fox", "ctx": f"The fox {verb}",
+            "endings": ["out.", "town-o", "he", "a mile to go"], "label": i % 4}))
+    path.write_text("\n".join(lines))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,6 +231,11 @@ def gpt2_engine():
 # --------------------------------------------------------------------------------------------------
 # Servers on this machine
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 @pytest.fixture
 def start_server():
     """Starts an HTTP server: start_server(handler class) -> its address."""
@@ -171,6 +252,68 @@ def start_server():
         server.shutdown()
 
 
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """Serves the files that `find` finds, with the headers of the Hugging Face Hub."""
+    error_code = "RepoNotFound"  # when there is no such file
+
+    def find(self, path: str) -> bytes | None:
+        raise NotImplementedError
+
+    def do_GET(self):
+        content = self.find(urllib.parse.unquote(self.path.partition("?")[0]))
+        whole = content or b""
+        start, stop = self.requested_range(len(whole))
+        is_part = stop - start < len(whole)
+        self.send_response(404 if content is None else 206 if is_part else 200)
+        if is_part:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(whole)}")
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("X-Error-Code", self.error_code if content is None else "")
+        self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.write(whole, start, stop)
+
+    do_HEAD = do_GET
+
+    def requested_range(self, size: int) -> tuple[int, int]:
+        """The first byte to send, and the one after the last."""
+        requested = self.headers.get("Range", "bytes=0-")
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", requested).groups()
+        return int(first), min(int(last) + 1, size) if last else size
+
+    def write(self, content: bytes, start: int, stop: int):
+        self.wfile.write(content[start:stop])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def web(start_server):
+    """Serves files: web({"/path": bytes}) -> the server's address."""
+    def serve(files: dict[str, bytes]) -> str:
+        class Handler(HubHandler):
+            def find(self, path: str) -> bytes | None:
+                return files.get(path)
+
+        return start_server(Handler)
+
+    return serve
+
+
+def hub_model(name: str, folder: Path) -> dict[str, bytes]:
+    """The Hub's pages about a model: path -> content."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tree = [{"type": "file", "oid": "", "size": len(content), "path": path}
+            for path, content in files.items()]
+    return {
+        f"/api/models/{name}/revision/main": json.dumps({"id": name, "sha": REVISION}).encode(),
+        f"/api/models/{name}/tree/{REVISION}": json.dumps(tree).encode(),
+        **{f"/{name}/resolve/{REVISION}/{path}": content for path, content in files.items()}}
+
+
 @pytest.fixture
 def hub(start_server):
     """Serves a dataset as the Hub does: hub("user/name", {"path": bytes}) -> its address."""
@@ -178,96 +321,86 @@ def hub(start_server):
         api = f"/api/datasets/{repository}"
         resolve = f"/datasets/{repository}/resolve/"
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                path = urllib.parse.unquote(self.path.partition("?")[0])
+        class Handler(HubHandler):
+            error_code = "EntryNotFound"
+
+            def find(self, path: str) -> bytes | None:
                 if path == api or path.startswith(f"{api}/revision/"):
                     siblings = [{"rfilename": name} for name in files]
-                    self.send_json({"id": repository, "sha": REVISION, "siblings": siblings})
-                elif path.startswith(f"{api}/tree/"):
+                    about = {"id": repository, "sha": REVISION, "siblings": siblings}
+                    return json.dumps(about).encode()
+                if path.startswith(f"{api}/tree/"):
                     folder = path.removeprefix(f"{api}/tree/").partition("/")[2]
-                    self.send_json(self.tree(folder, "recursive=true" in self.path))
-                elif path.startswith(resolve):
-                    self.send(files.get(path.removeprefix(resolve).partition("/")[2]))
-                else:
-                    self.send(None)
-
-            do_HEAD = do_GET
-
-            def tree(self, folder: str, recursive: bool) -> list[dict]:
-                """The files and folders in a folder."""
-                prefix = f"{folder}/" if folder else ""
-                inside = [name for name in files if name.startswith(prefix)]
-                listed = [name for name in inside if recursive or "/" not in name[len(prefix):]]
-                folders = {prefix + name[len(prefix):].partition("/")[0]
-                           for name in inside if name not in listed}
-                oid = "0" * 40
-                return ([{"type": "file", "path": name, "size": len(files[name]), "oid": oid}
-                         for name in listed]
-                        + [{"type": "directory", "path": name, "size": 0, "oid": oid}
-                           for name in folders])
-
-            def send_json(self, content):
-                self.send(json.dumps(content).encode())
-
-            def send(self, content: bytes | None):
-                """Sends the content, or the part of it that the request's Range names."""
-                part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-                size = len(content or b"")
-                if part and content:
-                    start = int(part[1])
-                    stop = min(int(part[2] or size), size - 1) + 1
-                    content = content[start:stop]
-                self.send_response(404 if content is None else 206 if part else 200)
-                if part and content:
-                    self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
-                self.send_header("Content-Length", str(len(content or b"")))
-                self.send_header("X-Repo-Commit", REVISION)
-                self.send_header("X-Error-Code", "EntryNotFound" if content is None else "")
-                self.send_header("ETag", '"0"')
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(content or b"")
-
-            def log_message(self, *_):
-                pass
+                    listed = list_folder(files, folder, "recursive=true" in self.path)
+                    return json.dumps(listed).encode()
+                if path.startswith(resolve):
+                    return files.get(path.removeprefix(resolve).partition("/")[2])
+                return None
 
         return start_server(Handler)
 
     return serve
 
 
-@pytest.fixture
-def web(start_server):
-    """Serves files: web({"/path": bytes}) -> the server's address."""
-    def serve(files: dict[str, bytes]) -> str:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                content = files.get(self.path)
-                requested = self.headers.get("Range", "bytes=0-")
-                start = int(re.fullmatch(r"bytes=(\d+)-.*", requested)[1])
-                rest = (content or b"")[start:]
-                self.send_response(404 if content is None else 206 if start else 200)
-                if start:
-                    last = len(content) - 1
-                    self.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")
-                self.send_header("Content-Length", str(len(rest)))
-                # the headers of the Hugging Face Hub
-                self.send_header("X-Repo-Commit", "0" * 40)
-                self.send_header("X-Error-Code", "RepoNotFound" if content is None else "")
-                self.send_header("ETag", hashlib.sha256(content or b"").hexdigest())
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(rest)
+def list_folder(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
+    """The files and folders in a folder of a dataset, as the Hub lists them."""
+    prefix = f"{folder}/" if folder else ""
+    inside = [name for name in files if name.startswith(prefix)]
+    listed = [name for name in inside if recursive or "/" not in name[len(prefix):]]
+    folders = {prefix + name[len(prefix):].partition("/")[0]
+               for name in inside if name not in listed}
+    oid = "0" * 40
+    return [
+        *({"type": "file", "path": name, "size": len(files[name]), "oid": oid} for name in listed),
+        *({"type": "directory", "path": name, "size": 0, "oid": oid} for name in folders)]
 
-            do_HEAD = do_GET
 
-            def log_message(self, *_):
-                pass
+# --------------------------------------------------------------------------------------------------
+# The page
 
-        return start_server(Handler)
+@contextlib.contextmanager
+def running_page():
+    """Runs app.py on a free port; yields its address."""
+    import app  # noqa: PLC0415 (slow, and needed by few tests)
+    config = app.AppConfig(model="bundled:shakespeare", port=free_port())
+    page = app.main(config, prevent_thread_lock=True, quiet=True)
+    try:
+        yield f"http://127.0.0.1:{config.port}/"
+    finally:
+        page.close()
 
-    return serve
+
+@pytest.fixture(scope="module")
+def client(url):
+    """Calls the API of the module's page."""
+    from gradio_client import Client  # noqa: PLC0415 (slow, and needed by few tests)
+    return Client(url, verbose=False, max_workers=40, httpx_kwargs={"timeout": 60})
+
+
+@pytest.fixture(scope="module")
+def bundled_folder(tmp_path_factory):
+    """The bundled models, and among them a tiny `chat` whose tokenizer has a chat template."""
+    folder = tmp_path_factory.mktemp("bundled")
+    for path in checkpoint.BUNDLED.iterdir():
+        if path.name != "chat":
+            (folder / path.name).symlink_to(path)
+    tokenizer = small_bpe()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model = tiny_gpt(tokenizer.vocab_size, block_size=128)
+    save_huggingface(folder / "chat", model, tokenizer, torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """A log with two runs: `bpe` with a byte-level BPE, `markup` with an alphabet for HTML."""
+    log = tmp_path_factory.mktemp("runs") / "log"
+    characters = CharTokenizer("".join(sorted(set(PROSE + MARKUP))))
+    for name, tokenizer, block_size in ("bpe", small_bpe(), 16), ("markup", characters, 64):
+        (log / name).mkdir(parents=True)
+        model = tiny_gpt(tokenizer.vocab_size, block_size)
+        checkpoint.save(log / name, 6, model, {}, tokenizer, {}, 1.0)
+    return log
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +419,40 @@ def chromium():
             pytest.skip(f"no Chromium to open the page with: {error}")
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def new_window(chromium):
+    """Opens an address in a new browser window: new_window(address, width=1280, height=900)."""
+    contexts = []
+
+    def open_it(address: str, width=1280, height=900, **events):
+        contexts.append(chromium.new_context(viewport={"width": width, "height": height}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(60_000)
+        for event, handler in events.items():
+            page.on(event, handler)
+        page.goto(address)
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+
+
+def go_to(page, tab: str):
+    """Opens a tab of the page."""
+    expect(page.get_by_role("tab", name="Write")).to_be_visible()
+    button = page.get_by_role("tab", name=tab, exact=True)
+    if not button.is_visible():  # on a phone it is in a menu
+        page.get_by_label("More tabs").click()
+        button = page.locator(".overflow-dropdown").get_by_text(tab, exact=True)
+    button.click()
+
+
+def assert_markup_stays_text(page):
+    assert page.locator("img[src=x]").count() == 0
+    assert page.evaluate("window.hacked") is None
 
 
 @pytest.fixture

@@ -99,11 +99,12 @@ def compile_guard() -> Path:
     """Compiles fake_gpu.cpp, or finds an earlier build."""
     if sys.platform != "linux" or torch.version.cuda or torch.version.hip:
         raise OSError("only PyTorch's CPU build on Linux can simulate GPUs")
-    digest = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    torch_folder = Path(torch.__file__).parent
+    inputs = f"{SOURCE.read_text()} {torch.__version__} {torch_folder}"
+    digest = hashlib.sha256(inputs.encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir(), f"fake-gpu-{os.getuid()}-{digest}.so")
     if library.exists():
         return library
-    torch_folder = Path(torch.__file__).parent
     temporary = library.with_suffix(f".{os.getpid()}")
     try:
         subprocess.run(
@@ -281,7 +282,18 @@ def is_ours(path: str) -> bool:
 
 def patch_torch(gpu: SimulatedGPU):
     """Replaces what would ask a real GPU. The process cannot undo this."""
-    # the questions of torch.cuda
+    answer_questions_about_the_gpu()
+    ignore_streams_and_pinning()
+    count_resized_memory(gpu)
+    simulate_in_all_threads(gpu)
+    keep_device_meshes_real()
+    reduce_in_python()
+    torch.nn.Module._apply = replace_parameters
+    F.scaled_dot_product_attention = attention
+
+
+def answer_questions_about_the_gpu():
+    """torch.cuda describes an H100."""
     FakeTensorMode.avoid_device_init = True
     properties = types.SimpleNamespace(
         name="NVIDIA H100 80GB HBM3", total_memory=80 * 10**9, major=9, minor=0,
@@ -289,38 +301,40 @@ def patch_torch(gpu: SimulatedGPU):
     answers = {
         "is_available": True, "device_count": 8, "current_device": 0, "is_bf16_supported": True,
         "get_device_name": properties.name, "get_device_properties": properties,
-        "get_device_capability": (9, 0), "set_device": None, "empty_cache": None,
-        "synchronize": None, "_lazy_init": None}
+        "get_device_capability": (9, 0), "mem_get_info": (80 * 10**9, 80 * 10**9),
+        "set_device": None, "empty_cache": None, "synchronize": None, "_lazy_init": None}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    torch.cuda.mem_get_info = lambda *_: (80 * 10**9, 80 * 10**9)
 
-    # streams and events, which have nothing to order
+
+def ignore_streams_and_pinning():
+    """Streams have nothing to order, numbers that leave PyTorch are 0, pinned memory has a mark."""
     for name in ("Stream", "Event", "current_stream", "default_stream", "stream"):
         setattr(torch.cuda, name, lambda *_, **__: mock.MagicMock())
     torch.Tensor.record_stream = lambda *_: None
-
-    # numbers that leave PyTorch
     FakeTensor.numpy = lambda tensor: np.zeros(tensor.shape, np.float32)
 
-    # pinned memory
     def pin_memory(tensor, *_):
         tensor.pinned = True
         return tensor
 
     torch.Tensor.pin_memory = pin_memory
 
-    # memory that FSDP2 frees and allocates again
+
+def count_resized_memory(gpu: SimulatedGPU):
+    """FSDP2 frees and allocates memory by resizing it."""
     resize = torch.UntypedStorage.resize_
 
-    def count_and_resize(storage, size: int):
+    def resize_and_count(storage, size: int):
         resize(storage, size)
         if storage._cdata in gpu.storages:
             gpu.resize(storage._cdata, size)
 
-    torch.UntypedStorage.resize_ = count_and_resize
+    torch.UntypedStorage.resize_ = resize_and_count
 
-    # other threads than the first: the scheduler's
+
+def simulate_in_all_threads(gpu: SimulatedGPU):
+    """The scheduler has a thread of its own."""
     run_thread = threading.Thread.run
 
     def run_on_gpu(thread):
@@ -329,7 +343,9 @@ def patch_torch(gpu: SimulatedGPU):
 
     threading.Thread.run = run_on_gpu
 
-    # the device mesh, which holds ranks and not tensors of a GPU
+
+def keep_device_meshes_real():
+    """A device mesh holds ranks, not tensors of a GPU."""
     init_device_mesh = device_mesh.init_device_mesh
 
     def init_real_mesh(*args, **kwargs):
@@ -338,9 +354,10 @@ def patch_torch(gpu: SimulatedGPU):
 
     device_mesh.init_device_mesh = init_real_mesh
 
-    torch.nn.Module._apply = replace_parameters
-    F.scaled_dot_product_attention = attention
-    # DDP: compare and broadcast no parameters, which takes real tensors; reduce in Python, in place
+
+def reduce_in_python():
+    """DDP neither compares nor broadcasts parameters, which takes real tensors, and reduces in
+    Python, in place."""
     def all_reduce(gradient, _op, group):
         dist.all_reduce(gradient, group=group)
         return gradient

@@ -3,29 +3,20 @@ import asyncio
 import concurrent.futures
 import json
 import re
-import socket
 
 import gradio as gr
 import pytest
-import torch
-from conftest import small_bpe, tiny_gpt
-from gradio_client import Client
+from conftest import go_to, running_page
 from playwright.sync_api import expect
 
-import app
 import checkpoint
 from generate import Engine
 from ui import chat
 from ui.models import Models
-from weights.huggingface import save_huggingface
 
 MARKUP = "<img src=x onerror=alert(1)> & *you*"
 DEFAULTS = {"temperature": 0.7, "top_p": 0.9}  # of the page
-BLOCK_SIZE = 128
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
+BLOCK_SIZE = 128  # of the chat model in bundled_folder
 HISTORY = [
     {"role": "user", "content": "Good morrow."},
     {"role": "assistant", "content": "And to thee."},
@@ -33,34 +24,12 @@ HISTORY = [
 
 
 @pytest.fixture(scope="module")
-def bundled_folder(tmp_path_factory):
-    """A base model, and a tiny `chat` whose tokenizer has a chat template."""
-    folder = tmp_path_factory.mktemp("bundled")
-    (folder / "shakespeare").symlink_to(checkpoint.BUNDLED / "shakespeare")
-    (folder / "chat").mkdir()
-    tokenizer = small_bpe()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    model = tiny_gpt(tokenizer.vocab_size, BLOCK_SIZE)
-    save_huggingface(folder / "chat", model, tokenizer, torch.float32)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def url(bundled_folder, tmp_path_factory):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "LOG", tmp_path_factory.mktemp("page") / "log")
         patch.setattr(checkpoint, "BUNDLED", bundled_folder)
-        config = app.AppConfig(model="bundled:shakespeare", port=port)
-        page = app.main(config, prevent_thread_lock=True, quiet=True)
-        yield f"http://127.0.0.1:{port}/"
-    page.close()
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    return Client(url, verbose=False)
+        with running_page() as address:
+            yield address
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +38,19 @@ def chat_engine(bundled_folder):
 
 
 @pytest.fixture
-def page(chromium, url):
+def page(new_window, url):
     """The Chat tab in a new browser window, with short replies."""
-    context = chromium.new_context()
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page = context.new_page()
-    page.set_default_timeout(30_000)
-    page.on("dialog", lambda dialog: dialog.accept("My chat"))
-    open_chat(page, url)
+    page = new_window(url, dialog=lambda dialog: dialog.accept("My chat"))
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    open_chat(page)
     page.click("#chat-more button")
     page.fill("#chat-length input[type=number]", "12")
     page.keyboard.press("Tab")
-    yield page
-    context.close()
+    return page
 
 
-def open_chat(page, url):
-    page.goto(url)
-    page.get_by_role("tab", name="Chat", exact=True).click()
+def open_chat(page):
+    go_to(page, "Chat")
     expect(page.locator("#chat-note")).to_contain_text("small talk")
 
 
@@ -141,7 +105,7 @@ def test_markup_is_shown_edited_and_copied_as_it_was_written(page):
     assert page.locator("img[src=x]").count() == 0
 
 
-def test_conversations_are_listed_renamed_exported_and_deleted_and_survive_a_reload(page, url):
+def test_conversations_are_listed_renamed_exported_and_deleted_and_survive_a_reload(page):
     say(page, "first")
     first = turns(page, 2)
     page.get_by_role("button", name="New chat").click()
@@ -152,7 +116,8 @@ def test_conversations_are_listed_renamed_exported_and_deleted_and_survive_a_rel
     listed = page.locator("#chats li")
     expect(listed).to_have_text(["My chat", "first"])
 
-    open_chat(page, url)
+    page.reload()
+    open_chat(page)
     expect(listed).to_have_text(["My chat", "first"])
     listed.nth(1).get_by_role("button").click()
     expect(page.locator("#turns")).to_contain_text("first")
@@ -174,7 +139,7 @@ def test_an_error_leaves_the_conversation_and_an_empty_message_does_nothing(page
     assert turns(page, 3)[:2] == before
 
 
-def test_what_one_types_during_a_reply_stays_in_its_box(page, slow_model):
+def test_text_typed_during_a_reply_stays_in_its_box(page, slow_model):
     page.fill("#chat-length input[type=number]", "60")
     page.keyboard.press("Tab")
     say(page, "Good morrow!")
@@ -260,7 +225,7 @@ def collect(stream) -> list:
         return thread.submit(asyncio.run, results()).result()
 
 
-def test_an_empty_reply_is_asked_for_again_and_then_becomes_a_sentence(monkeypatch):
+def test_an_empty_reply_is_generated_again_and_then_reported(monkeypatch):
     seeds = []
 
     async def say_nothing(writing):

@@ -16,7 +16,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROSE, ROOT, TINY, assert_same_run, losses, metrics, train_here
+from conftest import (
+    PROSE,
+    ROOT,
+    TINY,
+    assert_same_run,
+    free_port,
+    losses,
+    metrics,
+    torchrun,
+    train_here,
+    wait_until,
+    write_hellaswag,
+)
 
 import checkpoint
 import ddp
@@ -29,11 +41,13 @@ from engine import likelihood
 
 VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 BASE = ["shakespeare-char", *TINY, "--dropout", "0"]
+LONG = [*BASE, "--max-steps", "300", "--save-every", "20", "--eval-every", "20",
+        "--sample-every", "300"]
 
-# forks ranks from a process that has imported everything but computed nothing
+# forks processes from one that has imported everything but computed nothing
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([
-    "train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+    "prepare", "train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
 
 
 def train_ranks(n: int, *arguments, prepare_rank=None) -> list[int]:
@@ -66,28 +80,25 @@ def train_rank(i: int, n: int, port: int, arguments: list[str], prepare_rank):
         train.main(arguments)
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def torchrun(n: int, *options: str) -> tuple[str, ...]:
-    """torchrun's arguments for n processes. Without the --, it would take --run for --run-path."""
-    return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *options, "--")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with data, HellaSwag, a short run `one` and a longer one `whole`, by one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_num_threads(1)
+        Path("prose.txt").write_text(PROSE, encoding="utf-8")
+        prepare.main(prepare.PrepareConfig("prose.txt"))
+        write_hellaswag(Path("h.jsonl"))
+        train_here(*BASE, "--hellaswag", "h.jsonl", "--run", "one")
+        train_here(*LONG, "--run", "whole")
+    return folder
 
 
 @pytest.fixture
-def one(prose, tmp_path):
-    """The folder of a run by one process, with HellaSwag in it."""
-    prepare.main(prepare.PrepareConfig(str(prose)))
-    lines = []
-    for i, verb in enumerate(PROSE.split()[:11]):
-        example = {"activity_label": "fox", "ctx": f"The fox {verb}",
-                   "endings": ["out.", "town-o", "he", "a mile to go"], "label": i % 4}
-        lines.append(json.dumps(example))
-    (tmp_path / "h.jsonl").write_text("\n".join(lines))
-    train_here(*BASE, "--hellaswag", "h.jsonl", "--run", "one")
+def one(runs, tmp_path):
+    """The folder of the run `one`, in a copy of `runs`."""
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
     return tmp_path / "log" / "one"
 
 
@@ -330,10 +341,6 @@ def test_a_full_disk_costs_a_sharded_run_one_checkpoint(one, function):
 # --------------------------------------------------------------------------------------------------
 # Lost processes
 
-LONG = [*BASE, "--max-steps", "300", "--save-every", "20", "--eval-every", "20",
-        "--sample-every", "300"]
-
-
 def start(*arguments, launcher, output=subprocess.DEVNULL) -> subprocess.Popen:
     """Starts train.py under a torchrun, in a session of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -355,20 +362,11 @@ def workers(launcher: subprocess.Popen) -> dict[int, int]:
     return pids
 
 
-def wait_until(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-
-
 def has_saved(run: Path, step: int) -> bool:
     return max(checkpoint.saved_steps(run), default=0) >= step
 
 
 def test_torchrun_restarts_a_run_whose_process_was_killed(one):
-    train_here(*LONG, "--run", "whole")
     run = one.parent / "restarted"
     process = start(*LONG, "--run", "restarted", launcher=torchrun(2, "--max-restarts=2"))
     for step, rank in (40, 1), (120, 0):
@@ -386,7 +384,11 @@ def test_no_process_waits_for_a_lost_one_longer_than_wait_s(one, number):
     process = start(*LONG, "--run", "lost", "--wait-s", 5, launcher=torchrun(2),
                     output=subprocess.PIPE)
     wait_until(lambda: has_saved(run, 20), process)
-    os.kill(workers(process)[1], number)
+    pids = workers(process)
+    os.kill(pids[1], number)
+    if number == signal.SIGSTOP:
+        wait_until(lambda: not is_running(pids[0]), seconds=60)
+        os.kill(pids[1], signal.SIGKILL)  # as torchrun would after 30 seconds
     output = process.communicate(timeout=100)[0]
     assert process.returncode
     if number == signal.SIGSTOP:
@@ -396,14 +398,14 @@ def test_no_process_waits_for_a_lost_one_longer_than_wait_s(one, number):
 
 
 def test_a_torchrun_that_was_killed_can_join_the_run_again(one):
-    train_here(*LONG, "--run", "whole")
+    port = free_port()
     launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
                 "--max-restarts=3", "--rdzv-backend=c10d",
-                f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=run",
+                f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run",
                 "--rdzv-conf=keep_alive_interval=1", "--local-addr=127.0.0.1", "--")
     run = one.parent / "nodes"
     first = start(*LONG, "--run", "nodes", launcher=launcher)
-    time.sleep(2)  # the first to start serves the rendezvous
+    wait_until(lambda: is_listening(port), first)  # the first to start serves the rendezvous
     second = start(*LONG, "--run", "nodes", launcher=launcher)
     wait_until(lambda: has_saved(run, 40), first)
 
@@ -418,6 +420,11 @@ def test_a_torchrun_that_was_killed_can_join_the_run_again(one):
     assert_same_run(one.parent / "whole", run, tolerance=2e-3, last_step=300)
 
 
+def is_listening(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell of a lost parent")
 def test_ranks_save_and_end_when_their_torchrun_is_killed(one):
     run = one.parent / "orphaned"
@@ -426,10 +433,7 @@ def test_ranks_save_and_end_when_their_torchrun_is_killed(one):
     pids = workers(launcher).values()
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 60
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not any(is_running(pid) for pid in pids), seconds=60)
     assert checkpoint.newest(run) % 20  # a step that was saved because of the signal
 
 

@@ -1,7 +1,6 @@
 """The commands, examples and links of the README and the docs work."""
 import dataclasses
 import importlib.util
-import io
 import json
 import re
 import runpy
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import tyro
-from conftest import PROSE
+from conftest import PROSE, ROOT
 from test_hellaswag import EXAMPLES
 
-ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -105,11 +103,11 @@ def test_a_benchmark_of_the_docs_exists(page, module):
     assert importlib.util.find_spec(module)
 
 
-def test_the_commands_of_the_docs_run_one_after_the_other(tmp_path, monkeypatch, command):
+def test_the_commands_of_the_docs_run_one_after_the_other(tmp_path, command, command_here):
     """Runs every command without a "needs …" comment, on less text and for fewer steps."""
     write_example_files(tmp_path)
-    command("prepare.py", "tiny_shakespeare", "--text", "my_text.txt")
-    for number, (page, words, comment) in enumerate(program_calls()):
+    command_here("prepare.py", "tiny_shakespeare", "--text", "my_text.txt")
+    for number, (_, words, comment) in enumerate(program_calls()):
         program, *options = program_words(words)
         if "needs " in comment or program in SERVERS | {"benchmarks/run.py"}:
             continue
@@ -124,13 +122,8 @@ def test_the_commands_of_the_docs_run_one_after_the_other(tmp_path, monkeypatch,
             launcher_options = words[1:words.index(program)]
             command(program, *options,
                     launcher=["-m", "torch.distributed.run", *launcher_options])
-            continue
-        monkeypatch.setattr(sys, "argv", [program, *options])
-        monkeypatch.setattr(sys, "stdin", io.StringIO("the fox\n"))
-        try:
-            runpy.run_path(str(ROOT / program), run_name="__main__")
-        except SystemExit as end:
-            assert not end.code, (page, words)
+        else:
+            command_here(program, *options, typed="the fox\n")
 
 
 def write_example_files(folder: Path):

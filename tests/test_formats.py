@@ -47,7 +47,7 @@ def assert_loads(name, gpt: GPT, tokens=50257, **changes) -> dict:
 # --------------------------------------------------------------------------------------------------
 # Hugging Face folders
 
-def test_allenporters_layout(gpt, tmp_path):
+def test_allenporters_layout_opens(gpt, tmp_path):
     """(in, out) matrices, block_size instead of n_positions, no tokenizer; keeps training info."""
     weights = to_huggingface(gpt.state_dict(), 50304)
     weights = {name: w.contiguous() for name, w in weights.items()}
@@ -59,7 +59,7 @@ def test_allenporters_layout(gpt, tmp_path):
     assert info["train_config"]["step"] == 18_000 and info["val_loss"] == 3.05
 
 
-def test_samkeets_layout(gpt, tmp_path):
+def test_samkeets_layout_opens(gpt, tmp_path):
     """(out, in) matrices under the prefix `model.`, with the tied head stored as well."""
     weights = {f"model.{name}": w.clone() for name, w in gpt.state_dict().items()}
     weights["model.lm_head.weight"] = weights["model.transformer.wte.weight"].clone()
@@ -73,7 +73,7 @@ def test_samkeets_layout(gpt, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpt2model_without_prefix_with_masks_and_in_several_files(gpt, tmp_path, dtype):
+def test_weights_without_prefix_with_masks_and_in_several_files_open(gpt, tmp_path, dtype):
     save_huggingface(tmp_path, gpt, load_tokenizer("gpt2"), torch.float32)
     weights = {name.removeprefix("transformer."): w.to(dtype)
                for name, w in load_file(tmp_path / "model.safetensors").items()}
@@ -147,7 +147,7 @@ def pickled_config(monkeypatch):
     return program.GPTConfig
 
 
-def test_build_nanogpts_checkpoint(gpt, tmp_path, pickled_config):
+def test_a_checkpoint_of_build_nanogpt_opens(gpt, tmp_path, pickled_config):
     path = tmp_path / "model_19072.pt"
     state = {f"_orig_mod.module.{name}": w for name, w in gpt.state_dict().items()}
     state["_orig_mod.module.lm_head.weight"] = gpt.state_dict()["transformer.wte.weight"]
@@ -159,7 +159,7 @@ def test_build_nanogpts_checkpoint(gpt, tmp_path, pickled_config):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpts_checkpoint_with_gpt2_tokens(gpt, tmp_path, bias):
+def test_a_checkpoint_of_nanogpt_with_gpt2_tokens_opens(gpt, tmp_path, bias):
     if not bias:
         for name, w in gpt.named_parameters():
             if name.endswith("bias"):
@@ -199,8 +199,8 @@ def test_nanogpts_characters_come_from_meta_pkl(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_example_of_the_space_that_this_project_started_from(gpt, tmp_path):
-    """The four lines of that example load a checkpoint of ours."""
+def test_four_lines_of_pytorch_load_a_checkpoint_of_ours(gpt, tmp_path):
+    """As in the Space that this project started from."""
     write_atomically(tmp_path / "model_19073.pt", lambda file: torch.save({
         "format": 1, "model": gpt.state_dict(), "config": dataclasses.asdict(gpt.config),
         "tokenizer": {"kind": "gpt2"}, "step": 19_073, "val_loss": 3.1}, file))

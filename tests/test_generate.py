@@ -8,12 +8,11 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import tyro
-from conftest import ROOT, tiny_gpt
+from conftest import ROOT, tiny_gpt, wait_until
 from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -419,8 +418,7 @@ def test_a_full_queue_and_a_long_wait_are_busy():
     requests[1].deadline += 60  # it still runs when the third one's time is over
     with pytest.raises(Busy, match="number 3 in the queue"):
         engine.submit([9])
-    while engine.scheduler.load()[0] == 0:
-        time.sleep(0.01)
+    wait_until(lambda: engine.scheduler.load()[0])
     assert [request.queue_position() for request in requests] == [0, 1, 2]
     assert list(requests[0])[-1] == (0, "deadline")
     with pytest.raises(Busy, match="after 3 s this request was still number"):
@@ -445,19 +443,16 @@ def test_samples_that_start_one_after_another_are_those_that_start_together(dtyp
 def test_clients_share_the_places_fairly():
     engine = wide_engine(max_running=32)
     greedy = [engine.submit([1], 1, "greedy", max_new_tokens=10**9) for _ in range(30)]
-    while engine.scheduler.load()[0] < 24:
-        time.sleep(0.01)
+    wait_until(lambda: engine.scheduler.load()[0] >= 24)
     modest = [engine.submit([2], 1, "modest", max_new_tokens=10**9) for _ in range(8)]
-    while engine.scheduler.load()[0] < 30:
-        time.sleep(0.01)
+    wait_until(lambda: engine.scheduler.load()[0] >= 30)
     started = [sum(request.started for request in requests) for requests in (greedy, modest)]
     assert started == [24, 6], "each leaves a third of its own number free"
     third = ids_of(engine, [2], client="third", max_new_tokens=5, seed=1)
     assert third == ids_of(wide_engine(), [2], max_new_tokens=5, seed=1)
     # a place that becomes free is for the client that has fewer
     greedy[0].cancel()
-    while not modest[6].started:
-        time.sleep(0.01)
+    wait_until(lambda: modest[6].started)
     for request in greedy + modest:
         request.cancel()
 
@@ -477,8 +472,7 @@ def test_an_error_ends_the_samples_that_have_not_started(char_engine):
     scheduler.max_running = 2
     other = char_engine.submit([1], max_new_tokens=10**9)
     request = char_engine.submit([2], 2, max_new_tokens=10**9)
-    while not request.prefilled:
-        time.sleep(0.01)
+    wait_until(lambda: request.prefilled)
 
     def fail(*_):
         raise UserError("out of memory")
@@ -493,11 +487,9 @@ def test_an_error_ends_the_samples_that_have_not_started(char_engine):
 def test_all_texts_advance_together():
     engine = wide_engine(max_running=8)
     requests = [engine.submit([i], max_new_tokens=10**9) for i in range(8)]
-    while min(request.events.qsize() for request in requests) < 50:
-        time.sleep(0.01)
+    wait_until(lambda: min(request.events.qsize() for request in requests) >= 50)
     before = [request.events.qsize() for request in requests]
-    while min(request.events.qsize() for request in requests) < 500:
-        time.sleep(0.01)
+    wait_until(lambda: min(request.events.qsize() for request in requests) >= 500)
     growth = [request.events.qsize() - size for request, size in zip(requests, before)]
     for request in requests:
         request.cancel()
@@ -604,8 +596,7 @@ def test_a_piece_stream_ends_without_another_wait(char_engine, monkeypatch):
     settings = {"prompt": "the ", "max_new_tokens": 5, "seed": 1}
     expected = char_engine.generate(**settings)
     request = char_engine.submit(**settings)
-    while char_engine.scheduler.load() != (0, 0):
-        time.sleep(0.01)
+    wait_until(lambda: char_engine.scheduler.load() == (0, 0))
     stream = stream_of(char_engine, request)
     monkeypatch.setattr(stream.arrived, "wait", no_wait)
     assert asyncio.run(read_texts(stream, 1)) == expected
@@ -795,10 +786,10 @@ def test_inspect_lists_the_likeliest_alternatives(char_engine):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-def test_a_seed_prints_the_same_texts_each_time(command):
+def test_a_seed_prints_the_same_texts_each_time(command, command_here):
     arguments = ["-m", "bundled:shakespeare", "-p", "ROMEO:", "-n", 3, "--seed", 42]
     output = command("generate.py", *arguments).stdout
-    assert output == command("generate.py", *arguments).stdout
+    assert output == command_here("generate.py", *arguments).stdout
     texts = output.removesuffix("\n").split("\n--------\n")
     assert len(set(texts)) == 3
     for text in texts:
@@ -813,15 +804,16 @@ def test_without_a_prompt_it_asks_for_prompts(command):
     assert "alphabet lacks" in done.stderr and done.stderr.count("seed 1") == 2
 
 
-def test_a_prompt_from_a_file_or_standard_input_and_output_as_json(command, tmp_path):
+def test_a_prompt_from_a_file_or_standard_input_and_output_as_json(
+        command, command_here, tmp_path):
     prompt = "ROMEO:\nWhat"
     (tmp_path / "beginning.txt").write_text(prompt)
     options = ["-m", "bundled:shakespeare", "--seed", 3, "--max-new-tokens", 40]
-    output = command("generate.py", *options, "--file", "beginning.txt").stdout
+    output = command_here("generate.py", *options, "--file", "beginning.txt").stdout
     assert output == command("generate.py", *options, "--file", "-", typed=prompt).stdout
 
-    lines = command("generate.py", *options, "--file", "beginning.txt", "-n", 2, "--json",
-                    "--stop", "\\n").stdout.splitlines()
+    lines = command_here("generate.py", *options, "--file", "beginning.txt", "-n", 2, "--json",
+                         "--stop", "\\n").stdout.splitlines()
     samples = [json.loads(line) for line in lines]
     text = output.removeprefix(prompt).removesuffix("\n")
     assert samples[0]["text"] == text.partition("\n")[0] and samples[0]["prompt"] == prompt

@@ -168,7 +168,7 @@ def find_nonzeros(gpu, world):
 @pytest.mark.parametrize(("scenario", "error"), [
     (mix_devices, RuntimeError), (read_the_loss, HostSync), (copy_to_the_gpu, HostSync),
     (find_nonzeros, HostSync)])
-def test_a_mistake_of_devices_is_noticed(machine, scenario, error):
+def test_mixing_devices_and_waiting_for_the_gpu_are_noticed(machine, scenario, error):
     with pytest.raises(error):
         machine.run(scenario)
 

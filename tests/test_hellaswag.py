@@ -388,16 +388,15 @@ def test_a_uniform_model_over_four_letters_needs_two_bits_per_letter():
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-def test_the_command_prints_its_results_beside_the_published_ones(command, tmp_path):
+def test_the_command_prints_its_results_beside_the_published_ones(
+        command, command_here, tmp_path):
     (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
     (tmp_path / "t.txt").write_text(PROSE)
     (tmp_path / "h.bin").write_bytes(b"\xff\xfe\x00")
 
-    def run(*arguments, **options):
-        return command("hellaswag.py", "-m", "bundled:shakespeare", *arguments, **options)
-
-    stdout = run("-d", "cpu", "--data", "h.jsonl", "--limit", 5, "--show", 1,
-                 "--json", "h.json").stdout
+    program = ["hellaswag.py", "-m", "bundled:shakespeare"]
+    stdout = command(*program, "-d", "cpu", "--data", "h.jsonl", "--limit", 5, "--show", 1,
+                     "--json", "h.json").stdout
     for expected in ("0.2955", "0.5089", "0.337", "do not compare", "runs backwards while",
                      "predicted", "seconds", "alphabet lacks"):
         assert expected in stdout
@@ -406,7 +405,7 @@ def test_the_command_prints_its_results_beside_the_published_ones(command, tmp_p
     assert len(written["harness"]["predictions"]) == 5
     assert f"{written['nanogpt']['acc_norm']:.4f}" in stdout
 
-    assert "bits_per_byte" in run("--text", "t.txt").stdout
+    assert "bits_per_byte" in command_here(*program, "--text", "t.txt").stdout
 
     for arguments, message in (
             (["--data", "none.jsonl"], "none.jsonl"),
@@ -416,6 +415,6 @@ def test_the_command_prints_its_results_beside_the_published_ones(command, tmp_p
             (["--data", "h.jsonl", "--json", "no/h.json"], "an existing folder"),
             (["--data", "h.jsonl", "--stride", "3"], "applies to --text only"),
             (["--text", "t.txt", "--limit", "3"], "leave out --data")):
-        finished = run(*arguments, check=False)
+        finished = command_here(*program, *arguments, check=False)
         assert finished.returncode == 2
         assert message in finished.stderr and finished.stderr.count("\n") == 1

@@ -5,8 +5,6 @@ import gzip
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import PROSE, ROOT, tiny_gpt
+from conftest import PROSE, REVISION, tiny_gpt, torchrun
+from test_ddp import FORKS
 
 import fineweb
 import prepare
@@ -33,7 +32,6 @@ GPT2 = load_tokenizer("gpt2")
 DOCUMENTS = [
     PROSE[i * 37 % 500:][:40 + i * 97 % 900] + f" {i} Tschüß, 你好 🦊<|endoftext|>\n\n"
     for i in range(300)]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
 def expected_stream(documents) -> list[int]:
@@ -108,11 +106,12 @@ def test_every_document_is_written_once_from_any_kind_of_file(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", [".parquet", ".jsonl.gz", ".txt"])
-def test_val_share_uses_the_last_documents_for_validation(command, tmp_path, form):
+def test_val_share_uses_the_last_documents_for_validation(command, command_here, tmp_path, form):
     source = write_corpus(tmp_path / "in", DOCUMENTS, form)
-    for out, launcher in ("one", ()), ("three", (*TORCHRUN, "--nproc_per_node=3")):
-        command("prepare.py", source, "--val-share", "0.41", "--shard-tokens", "10000",
-                "--out", out, launcher=launcher)
+    arguments = [source, "--val-share", "0.41", "--shard-tokens", "10000", "--out"]
+    command_here("prepare.py", *arguments, "one")
+    command("prepare.py", *arguments, "three", launcher=torchrun(3))
+    for out in "one", "three":
         assert sorted(stream(tmp_path / out)) == sorted(expected_stream(DOCUMENTS))
         assert read_split(tmp_path / out, "train") == expected_stream(DOCUMENTS[:177])
         assert read_split(tmp_path / out, "val") == expected_stream(DOCUMENTS[177:])
@@ -299,22 +298,21 @@ def test_a_kill_at_any_moment_does_not_change_the_output(
 def test_kill_9_at_random_moments_does_not_change_the_output(tmp_path):
     documents = DOCUMENTS * 60
     source = write_corpus(tmp_path / "in", documents, ".parquet")
-    line = [sys.executable, ROOT / "prepare.py", source, "--shard-tokens", "120000",
-            "--workers", "2", "--out"]
-    subprocess.run([*line, tmp_path / "whole"], check=True, capture_output=True)
+    config = PrepareConfig(str(source), out=tmp_path / "whole", shard_tokens=120_000, workers=2)
+    prepare.main(config)
     rng = random.Random(0)
     kills = 0
     while True:
-        process = subprocess.Popen([*line, tmp_path / "killed"], stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)
-        try:
-            output, _ = process.communicate(timeout=rng.uniform(0.3, 0.9) + kills / 3)
+        process = FORKS.Process(
+            target=prepare.main, args=[dataclasses.replace(config, out=tmp_path / "killed")])
+        process.start()
+        process.join(timeout=rng.uniform(0.1, 0.3) * 1.5**kills)
+        if process.exitcode is not None:
             break
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
-            kills += 1
-    assert process.returncode == 0, output
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0
     assert kills > 1
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert stream(tmp_path / "killed") == expected_stream(documents)
@@ -327,7 +325,7 @@ def test_kill_9_at_random_moments_does_not_change_the_output(tmp_path):
 def test_processes_divide_the_files_and_join_their_manifests(command, tmp_path, processes):
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".parquet", files=5)
     done = command("prepare.py", source, "--out", "out", "--shard-tokens", 10_000,
-                   launcher=(*TORCHRUN, f"--nproc_per_node={processes}"))
+                   launcher=torchrun(processes))
     assert "300 documents" in done.stdout
     assert stream(tmp_path / "out") == expected_stream(DOCUMENTS)
     names = list(contents(tmp_path / "out"))
@@ -336,14 +334,14 @@ def test_processes_divide_the_files_and_join_their_manifests(command, tmp_path, 
     assert sum("json" in name or "lock" in name for name in names) == 1
 
 
-def test_the_tasks_of_a_slurm_array_run_in_any_order(command, tmp_path):
+def test_the_tasks_of_a_slurm_array_run_in_any_order(command_here, tmp_path):
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl", files=3)
 
     def run_task(number, count=3, **options):
         environment = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "1",
                        "SLURM_ARRAY_TASK_COUNT": str(count)}
-        return command("prepare.py", source, "--out", "out", "--shard-tokens", 10_000,
-                       environment=environment, **options)
+        return command_here("prepare.py", source, "--out", "out", "--shard-tokens", 10_000,
+                            environment=environment, **options)
     assert "ready when all 3 parts are" in run_task(2).stdout
     with pytest.raises(UserError, match="not finished"):
         Shards(tmp_path / "out", "train")
@@ -358,7 +356,8 @@ def test_the_tasks_of_a_slurm_array_run_in_any_order(command, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # FineWeb-Edu and existing shards
 
-def test_fineweb_is_the_same_from_the_hub_from_a_copy_and_from_jsonl(command, hub, tmp_path):
+def test_fineweb_is_the_same_from_the_hub_from_a_copy_and_from_jsonl(
+        command, command_here, hub, tmp_path):
     # serve a dataset with two subsets
     subset = write_corpus(tmp_path / "copy" / "sample" / "10BT", DOCUMENTS, ".parquet")
     card = "---\nconfigs:\n"
@@ -372,12 +371,12 @@ def test_fineweb_is_the_same_from_the_hub_from_a_copy_and_from_jsonl(command, hu
 
     # prepare it in three ways
     command("fineweb.py", "--shard-tokens", 10_000, environment=online)
-    command("fineweb.py", "--shard-tokens", 10_000, "--source", tmp_path / "copy",
-            "--out", "copied")
+    command_here("fineweb.py", "--shard-tokens", 10_000, "--source", tmp_path / "copy",
+                 "--out", "copied")
     jsonl = write_corpus(tmp_path / "other", DOCUMENTS, ".jsonl.zst")
     prepare.main(PrepareConfig(str(jsonl), out=tmp_path / "lines", shard_tokens=10_000))
     assert stream("edu_fineweb10B") == expected_stream(DOCUMENTS)
-    assert shards.read_manifest("edu_fineweb10B")["source"]["revision"] == "a" * 40
+    assert shards.read_manifest("edu_fineweb10B")["source"]["revision"] == REVISION
     for path in sorted(Path("edu_fineweb10B").glob("*.npy")):
         name_in_lines = path.name.replace("edufineweb", "other")
         assert path.read_bytes() == (tmp_path / "copied" / path.name).read_bytes()
@@ -390,7 +389,7 @@ def test_fineweb_is_the_same_from_the_hub_from_a_copy_and_from_jsonl(command, hu
     assert done.returncode == 2 and "sample-9BT" in done.stderr
 
 
-def test_where_a_copy_of_fineweb_keeps_a_subset(tmp_path):
+def test_a_subset_is_found_in_a_copy_of_fineweb(tmp_path):
     hub, plain = tmp_path / "hub", tmp_path / "plain"
     for folder in hub / "sample" / "10BT", hub / "data" / "CC-MAIN-2024-10", plain:
         folder.mkdir(parents=True)
@@ -844,13 +843,13 @@ def test_the_tokenizer_of_prepared_data_can_be_used(prose, tmp_path):
     assert tokenizer.decode(read_split(tmp_path / "second", "train")[1:]).startswith("The moon")
 
 
-def test_the_command_lines_prepare_and_verify(command, prose, tmp_path):
+def test_the_command_lines_prepare_and_verify(command, command_here, prose, tmp_path):
     assert "prose_char is ready: vocabulary of" in command("prepare.py", prose).stdout
     out = tmp_path / "data" / "prose_char"
     output = command("shards.py", "info", out).stdout
     assert "The fox went out on a chilly night" in output
     assert f"{int(len(PROSE) * 0.9):,} tokens in 1 shards" in output
-    assert "2 shards" in command("shards.py", "verify", out).stdout
+    assert "2 shards" in command_here("shards.py", "verify", out).stdout
     (tmp_path / "other.txt").write_text("Tschüß 🦊 " * 99, encoding="utf-8")
     ascii_only = {"PYTHONIOENCODING": "ascii"}  # a terminal that is not UTF-8
     command("prepare.py", "other.txt", environment=ascii_only)
@@ -858,8 +857,8 @@ def test_the_command_lines_prepare_and_verify(command, prose, tmp_path):
                                  environment=ascii_only).stdout
     shard = next(out.glob("*_train_*.npy"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
-    done = command("shards.py", "verify", out, check=False)
+    done = command_here("shards.py", "verify", out, check=False)
     assert done.returncode == 2 and f"{shard.name} is damaged" in done.stderr
-    done = command("prepare.py", "nothing.txt", check=False)
+    done = command_here("prepare.py", "nothing.txt", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: There is no file or folder nothing.txt")

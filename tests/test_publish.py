@@ -1,14 +1,12 @@
 """Exports, model cards, uploads and downloads."""
 import base64
-import http.server
 import json
 import re
-import socket
 
 import pytest
 import torch
 import yaml
-from conftest import small_bpe, tiny_gpt
+from conftest import HubHandler, free_port, hub_model, limit_files, small_bpe, tiny_gpt
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import checkpoint
@@ -92,9 +90,9 @@ def test_an_export_has_the_chat_template_that_it_is_given_and_later_exports_keep
     assert checkpoint.load_model("log/r")[1].chat_template is None
 
 
-def test_a_chat_template_that_is_not_there_gets_one_sentence(command):
-    done = command("publish.py", "export", "bundled:shakespeare", "out", "--chat-template",
-                   "nothing.jinja", check=False)
+def test_a_chat_template_that_is_not_there_gets_one_sentence(command_here):
+    done = command_here("publish.py", "export", "bundled:shakespeare", "out", "--chat-template",
+                        "nothing.jinja", check=False)
     assert done.returncode == 2
     assert done.stderr == "error: nothing.jinja: No such file or directory.\n"
 
@@ -165,7 +163,9 @@ def upload_hub(start_server):
     files = {}
     settings = {}
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(HubHandler):
+        error_code = "EntryNotFound"
+
         def do_POST(self):
             repository = f"http://{self.headers['Host']}/me/fox"
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -186,18 +186,8 @@ def upload_hub(start_server):
                 return self.answer({"commitUrl": f"{repository}/commit/1", "commitOid": "1" * 40})
             return self.answer({"warnings": [], "errors": []})  # checks the card's metadata
 
-        def do_GET(self):
-            card = files.get("card on the hub", b"")
-            self.send_response(200 if card else 404)
-            self.send_header("X-Error-Code", "" if card else "EntryNotFound")
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("ETag", '"1"')
-            self.send_header("Content-Length", str(len(card)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(card)
-
-        do_HEAD = do_GET
+        def find(self, path):
+            return files.get("card on the hub")
 
         def answer(self, content, status=200):
             data = json.dumps(content).encode()
@@ -207,13 +197,10 @@ def upload_hub(start_server):
             self.end_headers()
             self.wfile.write(data)
 
-        def log_message(self, *_):
-            pass
-
     return start_server(Handler), files, settings
 
 
-def test_an_upload_sends_nothing_without_push(command, upload_hub, tmp_path):
+def test_an_upload_sends_nothing_without_push(command, command_here, upload_hub, tmp_path):
     address, files, settings = upload_hub
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
                    "HF_TOKEN": "hf_right"}
@@ -250,10 +237,9 @@ def test_an_upload_sends_nothing_without_push(command, upload_hub, tmp_path):
 
     # errors
     wrong_token = {**environment, "HF_TOKEN": "hf_wrong"}
-    for arguments, used_environment, sentence in (
-            (["me/fox", "--push"], wrong_token, "upload to me/fox failed"),
-            (["fox"], environment, "named user/name")):
-        done = upload(*arguments, environment=used_environment, check=False)
+    refused = upload("me/fox", "--push", environment=wrong_token, check=False)
+    misnamed = command_here("publish.py", "upload", "bundled:shakespeare", "fox", check=False)
+    for done, sentence in ((refused, "upload to me/fox failed"), (misnamed, "named user/name")):
         assert done.returncode == 2 and sentence in done.stderr
         assert done.stderr.count("\n") == 1
 
@@ -271,45 +257,19 @@ def download_hub(start_server, tmp_path):
     folder = tmp_path / "on the hub"
     model = tiny_gpt(vocab_size=50304, n_embd=128)
     save_huggingface(folder, model, load_tokenizer("gpt2"), torch.float32)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    commit = "0" * 40
-    tree = [{"type": "file", "oid": "", "size": len(content), "path": name}
-            for name, content in files.items()]
+    pages = hub_model("me/fox", folder)
     offsets = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = self.path.partition("?")[0]
-            if path == "/api/models/me/fox/revision/main":
-                content = json.dumps({"id": "me/fox", "sha": commit}).encode()
-            elif path == f"/api/models/me/fox/tree/{commit}":
-                content = json.dumps(tree).encode()
-            else:
-                content = files.get(path.removeprefix(f"/me/fox/resolve/{commit}/"))
-            requested = self.headers.get("Range", "bytes=0-")
-            start = int(re.fullmatch(r"bytes=(\d+)-.*", requested)[1])
-            self.send_response(404 if content is None else 206 if start else 200)
-            if start:
-                last = len(content) - 1
-                self.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")
-            content = (content or b"")[start:]
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("X-Error-Code", "" if content else "RepoNotFound")
-            self.send_header("ETag", f'"{path.split("/")[-1]}"')
-            self.end_headers()
-            if self.command == "GET":
-                if path.endswith("model.safetensors"):
-                    offsets.append(start)
-                    if len(offsets) == 1:
-                        content = content[:len(content) // 2]
-                self.wfile.write(content)
-                self.close_connection = True
+    class Handler(HubHandler):
+        def find(self, path):
+            return pages.get(path)
 
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
+        def write(self, content, start, stop):
+            if self.path.endswith("model.safetensors"):
+                offsets.append(start)
+                if len(offsets) == 1:
+                    stop //= 2
+            super().write(content, start, stop)
 
     return start_server(Handler), tmp_path / "hf", offsets
 
@@ -321,45 +281,29 @@ def generate_with(command, address, cache, name="me/fox", **options):
                    check=False, environment=environment, **options)
 
 
-def unused_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
 def test_an_interrupted_download_resumes_and_later_needs_no_network(command, download_hub):
     address, cache, offsets = download_hub
     done = generate_with(command, address, cache)
     assert done.returncode == 0 and done.stdout.startswith("Hello")
     assert len(offsets) == 2 and offsets[1] > 0
-    assert generate_with(command, unused_address(), cache).stdout == done.stdout
+    assert generate_with(command, f"http://127.0.0.1:{free_port()}", cache).stdout == done.stdout
 
 
 def test_a_model_that_cannot_be_downloaded_gets_one_sentence(command, download_hub):
     address, cache, _ = download_hub
     for name, used_address, sentence in (
             ("me/wolf", address, "has no model of that name"),
-            ("me/fox", unused_address(), "the Hub cannot be reached"),
+            ("me/fox", f"http://127.0.0.1:{free_port()}", "the Hub cannot be reached"),
             ("a/b/c", address, "not a valid id of a model")):
         done = generate_with(command, used_address, cache, name)
         assert done.returncode == 2 and sentence in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
 
 
-# runs a program with a limit on the size of the files that it writes, which acts like a full disk
-LIMITED = """
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (15_000_000, 15_000_000))
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_a_disk_that_becomes_full_gets_one_sentence(command, download_hub):
     address, cache, offsets = download_hub
     offsets.append(0)  # this Hub does not close the connection
-    done = generate_with(command, address, cache, launcher=["-c", LIMITED])
+    done = generate_with(command, address, cache, launcher=limit_files(15_000_000))
     assert done.returncode == 2 and "became full" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert generate_with(command, address, cache).returncode == 0

@@ -5,11 +5,9 @@ import copy
 import gc
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import openai
@@ -17,10 +15,9 @@ import pytest
 import requests
 import torch
 import uvicorn
-from conftest import ROOT, tiny_gpt
+from conftest import ROOT, free_port, running_page, tiny_gpt, wait_until
 from fastapi import FastAPI
 
-import app
 import serve
 from api import completions, guard, schema
 from api.conversation import SPEAKERS, transcript
@@ -35,11 +32,6 @@ CHARS = CharTokenizer("\n ,.:STabcdefghijklmnopqrstuvwxyz")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +72,7 @@ def serving(engines, access=None):
     server = uvicorn.Server(uvicorn.Config(application, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started)
     yield f"http://127.0.0.1:{port}/v1"
     server.should_exit = True
     thread.join()
@@ -106,11 +97,8 @@ def post(address: str, body, **headers) -> requests.Response:
 
 
 def wait_until_idle(engine: Engine):
-    """Waits until the engine generates nothing; fails after 20 seconds."""
-    deadline = time.monotonic() + 20
-    while engine.scheduler.load() != (0, 0) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert engine.scheduler.load() == (0, 0)
+    """Waits until the engine generates nothing."""
+    wait_until(lambda: engine.scheduler.load() == (0, 0), seconds=20)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,7 +170,7 @@ def test_stop_strings_end_a_text_before_them(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
 
 
-def test_several_prompts_and_prompts_of_ids(client):
+def test_several_prompts_get_the_texts_of_their_ids(client):
     options = {"model": "char", "max_tokens": 6, "seed": 2, "n": 2}
     of_text = client.completions.create(prompt=["ab", "the "], **options)
     of_ids = client.completions.create(prompt=[[4, 5], [23, 11, 8, 1]], **options)
@@ -550,8 +538,7 @@ def test_many_clients_get_the_texts_that_each_would_get_alone(client):
 def test_one_client_cannot_hold_all_places(url, engines):
     engine = engines["char"]
     greedy = [engine.submit("abc", 8, client="greedy", max_new_tokens=10**6) for _ in range(6)]
-    while engine.scheduler.load()[0] < 24:
-        time.sleep(0.01)
+    wait_until(lambda: engine.scheduler.load()[0] >= 24)
     body = {"model": "char", "prompt": "abc", "max_tokens": 20, "seed": 1}
     answer = post(f"{url}/completions", body)
     assert answer.json()["usage"]["completion_tokens"] == 20
@@ -564,7 +551,7 @@ def test_one_client_cannot_hold_all_places(url, engines):
 # --------------------------------------------------------------------------------------------------
 # Health, metrics, the guard
 
-def test_health_and_metrics_tell_how_the_server_does(client, url, engines):
+def test_health_and_metrics_describe_the_server(client, url, engines):
     root = url.removesuffix("/v1")
     assert requests.get(f"{root}/health", timeout=10).json() == {"status": "ok"}
 
@@ -692,20 +679,16 @@ def test_a_signal_ends_a_server_that_streams_and_its_log_holds_no_prompt(tmp_pat
 
 
 def test_the_page_serves_the_api_too():
-    port = free_port()
-    config = app.AppConfig(model="bundled:shakespeare", port=port)
-    page = app.main(config, prevent_thread_lock=True, quiet=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with running_page() as url:
+        client = openai.OpenAI(base_url=f"{url}v1", api_key="none", max_retries=0)
         name = next(iter(client.models.list())).id
         completion = client.completions.create(model=name, prompt="ROMEO:", max_tokens=20)
         assert len(completion.choices[0].text) == 20
-        assert "gradio" in requests.get(f"{url}/", timeout=10).text
+        assert "gradio" in requests.get(url, timeout=10).text
         assert client.chat.completions.create(
             model="bundled:shakespeare", max_tokens=5, messages=HISTORY[1:2]).choices
         assert client.models.retrieve("bundled").id.startswith("bundled:")
-        assert requests.get(f"{url}/health", timeout=10).json() == {"status": "ok"}
+        assert requests.get(f"{url}health", timeout=10).json() == {"status": "ok"}
 
         # the guard stands before the page, too
         upload = {"files": ("file.txt", b"x" * 100)}
@@ -713,8 +696,6 @@ def test_the_page_serves_the_api_too():
         for path, options in (("config", {"headers": {"Host": "evil.example"}}),
                               ("gradio_api/queue/join", {"headers": {"Origin": "http://evil"}}),
                               ("gradio_api/upload", {"files": upload, "headers": forwarded})):
-            assert requests.post(f"{url}/{path}", timeout=10, **options).status_code == 403
-        large = requests.post(f"{url}/gradio_api/queue/join", timeout=10, data=b"x" * 2**22)
+            assert requests.post(f"{url}{path}", timeout=10, **options).status_code == 403
+        large = requests.post(f"{url}gradio_api/queue/join", timeout=10, data=b"x" * 2**22)
         assert large.status_code == 413
-    finally:
-        page.close()

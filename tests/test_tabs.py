@@ -1,78 +1,38 @@
 """The tab Look inside, in a browser and through the page's API."""
 import re
-import socket
 from html import unescape
 
-import gradio as gr
 import numpy as np
 import pytest
 import torch
-from conftest import PROSE, small_bpe, tiny_gpt
-from gradio_client import Client
+from conftest import MARKUP, assert_markup_stays_text, go_to, running_page
 from playwright.sync_api import expect
 
 import checkpoint
-from app import STATIC
 from engine.likelihood import perplexity
-from tokenizer import CharTokenizer
-from ui import layers, look, tour
+from ui import layers, tour
 from ui.models import Models
 from ui.reading import MAX_TEXT, SAMPLE, place_in, visible
 
-MARKUP = "<img src=x onerror=window.hacked=1>"
 TEXT = "the fox went out on a chilly night"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with two runs: `bpe` with a byte-level BPE, `markup` with an alphabet for HTML."""
-    folder = tmp_path_factory.mktemp("tabs")
-    char = CharTokenizer("".join(sorted(set(PROSE + MARKUP))))
-    for name, tokenizer, block_size in ("bpe", small_bpe(), 16), ("markup", char, 64):
-        run = folder / "log" / name
-        run.mkdir(parents=True)
-        checkpoint.save(run, 6, tiny_gpt(tokenizer.vocab_size, block_size), {}, tokenizer, {}, 1.0)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(folder):
+def url(two_runs):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "LOG", folder / "log")
-        with gr.Blocks(analytics_enabled=False) as page, gr.Tab("Look inside"):
-            look.build(Models("bundled:shakespeare"))
-        page.queue()
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        scripts = ["page.js", "look.js"]
-        head = "".join(f"<script>{(STATIC / name).read_text()}</script>" for name in scripts)
-        page.launch(server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False,
-                    run_history=False, max_threads=100, head=head,
-                    css_paths=[STATIC / "page.css", STATIC / "look.css"])
-        yield f"http://127.0.0.1:{port}/"
-        page.close()
+        patch.setattr(checkpoint, "LOG", two_runs)
+        with running_page() as address:
+            yield address
 
 
 @pytest.fixture
-def open_tab(chromium, url):
-    contexts = []
-
-    def open_it(title, width=1280, height=900):
-        contexts.append(chromium.new_context(viewport={"width": width, "height": height}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(60_000)
-        page.goto(url)
-        page.get_by_role("tab", name=title).click()
+def open_look_inside(new_window, url):
+    def open_it(**size):
+        page = new_window(url, **size)
+        go_to(page, "Look inside")
         return page
 
-    yield open_it
-    for context in contexts:
-        context.close()
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    return Client(url, verbose=False, httpx_kwargs={"timeout": 60})
+    return open_it
 
 
 def wait_for_text(page, name: str, pattern: str):
@@ -82,16 +42,11 @@ def wait_for_text(page, name: str, pattern: str):
     return box.input_value()
 
 
-def assert_markup_stays_text(page):
-    assert page.locator("img[src=x]").count() == 0
-    assert page.evaluate("window.hacked") is None
-
-
 # --------------------------------------------------------------------------------------------------
 # Look inside
 
-def test_a_person_looks_into_a_text_and_forks_it(open_tab):
-    page = open_tab("Look inside")
+def test_a_person_looks_into_a_text_and_forks_it(open_look_inside):
+    page = open_look_inside()
     page.fill("#look-text textarea", "ROMEO:\nO, speak again, bright angel")
     wait_for_text(
         page, "look-summary",
@@ -128,8 +83,8 @@ def test_a_person_looks_into_a_text_and_forks_it(open_tab):
     ("log/bpe", 1.0, 0, 1.0), ("log/bpe", 0.5, 4, 1.0), ("log/bpe", 1.7, 0, 0.6),
     ("bundled:shakespeare", 0.8, 0, 0.9)])
 def test_tokens_are_sampled_from_the_softmax_that_the_settings_cut(
-        client, folder, model, temperature, top_k, top_p):
-    name = model.replace("log", str(folder / "log"))
+        client, two_runs, model, temperature, top_k, top_p):
+    name = model.replace("log", str(two_runs))
     gpt, tokenizer, _ = checkpoint.load_model(name)
     start = [tokenizer.eot] if tokenizer.eot is not None else []
     ids = start + tokenizer.encode(TEXT[:14])[:5]
@@ -151,8 +106,8 @@ def test_tokens_are_sampled_from_the_softmax_that_the_settings_cut(
 
 
 @pytest.mark.parametrize("model", ["log/bpe", "log/markup", "bundled:shakespeare"])
-def test_bits_per_byte_are_those_of_the_whole_text(client, folder, model):
-    name = model.replace("log", str(folder / "log"))
+def test_bits_per_byte_are_those_of_the_whole_text(client, two_runs, model):
+    name = model.replace("log", str(two_runs))
     summary, tokens = client.predict(TEXT[:16], name, api_name="/inspect")
     gpt, tokenizer, _ = checkpoint.load_model(name)
     expected = perplexity(gpt, tokenizer, TEXT[:16])
@@ -180,15 +135,15 @@ def test_looking_inside_is_checked_on_the_server(client, values):
         client.predict(*values, api_name="/inspect")
 
 
-def test_a_token_that_begins_with_a_space_looks_different(client, folder):
+def test_a_token_that_begins_with_a_space_looks_different(client, two_runs):
     _, expected, _ = client.predict(
-        "the fox", str(folder / "log" / "bpe"), 2, 1.0, 0, 1.0, api_name="/alternatives")
+        "the fox", str(two_runs / "bpe"), 2, 1.0, 0, 1.0, api_name="/alternatives")
     labels = [row["label"] for row in expected["confidences"]]
     assert len(set(labels)) == 10 and not any(" " in label for label in labels)
 
 
-def test_a_text_that_cannot_be_read_leaves_no_tokens_of_the_last_one(open_tab):
-    page = open_tab("Look inside")
+def test_a_text_that_cannot_be_read_leaves_no_tokens_of_the_last_one(open_look_inside):
+    page = open_look_inside()
     page.fill("#look-text textarea", "ROMEO")
     tokens = page.locator("#look-tokens .token")
     expect(tokens).to_have_count(5)
@@ -209,8 +164,8 @@ def cells(html: str) -> list[str]:
 
 @pytest.mark.parametrize("model", ["log/bpe", "bundled:shakespeare"])
 @pytest.mark.parametrize("position", [1, 7, 1_000])
-def test_the_layers_show_what_the_model_computes(folder, model, position):
-    models = Models(model.replace("log", str(folder / "log")))
+def test_the_layers_show_what_the_model_computes(two_runs, model, position):
+    models = Models(model.replace("log", str(two_runs)))
     place = place_in(models, TEXT, models.names[0], position)
     gpt, tokenizer, _ = checkpoint.load_model(models.names[0])
     ids = tokenizer.encode(TEXT)
@@ -245,8 +200,8 @@ def test_the_layers_show_what_the_model_computes(folder, model, position):
     assert sum(parts) == pytest.approx(total, abs=0.02)
 
 
-def test_a_person_chooses_a_head_and_a_prediction(open_tab):
-    page = open_tab("Look inside")
+def test_a_person_chooses_a_head_and_a_prediction(open_look_inside):
+    page = open_look_inside()
     page.fill("#look-text textarea", "ROMEO:\nO, speak again")
     page.fill("#look-position input", "9")
     page.keyboard.press("Tab")
@@ -269,8 +224,8 @@ def test_a_person_chooses_a_head_and_a_prediction(open_tab):
 
 
 @pytest.mark.parametrize("model", ["log/bpe", "log/markup", "bundled:shakespeare"])
-def test_every_step_of_the_tour_has_a_view_of_every_model(folder, model):
-    models = Models(model.replace("log", str(folder / "log")))
+def test_every_step_of_the_tour_has_a_view_of_every_model(two_runs, model):
+    models = Models(model.replace("log", str(two_runs)))
     views = []
     for number in range(len(tour.STEPS)):
         _, paragraph, view, back, forward = tour.show(models, number, models.names[0])
@@ -286,8 +241,8 @@ def test_every_step_of_the_tour_has_a_view_of_every_model(folder, model):
         assert f"the loss of this text: {nats:.2f} nats" in views[-1]
 
 
-def test_a_person_takes_the_tour(open_tab):
-    page = open_tab("Look inside")
+def test_a_person_takes_the_tour(open_look_inside):
+    page = open_look_inside()
     page.click("#tour-start")
     text = page.locator("#tour-text")
     expect(text).to_contain_text("1 of 8: Tokens", timeout=60_000)
@@ -303,8 +258,8 @@ def test_a_person_takes_the_tour(open_tab):
     expect(page.locator("#tour-start")).to_be_visible()
 
 
-def test_markup_stays_text_and_the_page_fits_a_phone(open_tab):
-    page = open_tab("Look inside", width=390, height=844)
+def test_markup_stays_text_and_the_page_fits_a_phone(open_look_inside):
+    page = open_look_inside(width=390, height=844)
     page.fill("#look-text textarea", MARKUP)
     expect(page.locator("#look-tokens .token")).to_have_count(len(MARKUP), timeout=60_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -132,7 +132,7 @@ def test_a_tokenizer_loads_from_its_dict_and_from_its_folder(tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("source", ["gpt3", {"kind": "char"}, {"kind": "word"}, {}, "/nowhere"])
-def test_anything_else_gets_one_sentence(source):
+def test_an_unknown_tokenizer_gets_one_sentence(source):
     with pytest.raises(UserError, match="No tokenizer"):
         load_tokenizer(source)
 
@@ -194,7 +194,7 @@ def test_a_variant_of_gpt2s_tokenizer_is_not_taken_for_gpt2(gpt2, tmp_path, chan
     assert ours.decode(range(50257, ours.vocab_size)) in ("", "<|pad|>")
 
 
-def test_vocab_json_with_other_special_tokens_and_added_tokens_json(tmp_path):
+def test_vocab_json_and_added_tokens_json_open_with_their_special_tokens(tmp_path):
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator([PROSE], 300, special_tokens=["<s>", "<pad>", "</s>"],
                             show_progress=False)
@@ -328,7 +328,7 @@ def test_a_gigatoken_that_disagrees_or_fails_is_not_used(gpt2, monkeypatch, caps
         assert np.array_equal(encoder.encode_batch(["the fox"])[0], gpt2.encode("the fox"))
 
 
-def test_a_batch_of_a_bpe_that_only_the_tokenizers_library_runs():
+def test_a_batch_has_the_ids_of_its_texts_if_only_the_tokenizers_library_runs_the_bpe():
     description = json.loads(train_bpe([PROSE], 300).description)
     description["normalizer"] = {"type": "Lowercase"}
     bpe = BPETokenizer(json.dumps(description))

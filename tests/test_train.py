@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +25,16 @@ from conftest import (
     ROOT,
     TINY,
     assert_same_run,
+    hub_model,
+    limit_files,
     losses,
     metrics,
     tiny_gpt,
+    torchrun,
     train_here,
+    wait_until,
     weights,
+    write_hellaswag,
 )
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -60,7 +64,6 @@ from weights.huggingface import save_huggingface
 
 LOG = Path("log")  # in the test's own folder
 RUN = LOG / "shakespeare-char"
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @pytest.fixture
@@ -121,13 +124,8 @@ def test_a_run_learns_and_writes_its_files(data):
 
 
 def test_hellaswag_is_scored_with_each_validation(data):
-    lines = []
-    for i, verb in enumerate(PROSE.split()[:11]):
-        lines.append(json.dumps({
-            "activity_label": "fox", "ctx": f"The fox {verb}",
-            "endings": ["out.", "town-o", "he", "a mile to go"], "label": i % 4}))
     path = Path("hellaswag.jsonl")
-    path.write_text("\n".join(lines))
+    write_hellaswag(path)
     train_tiny("--dropout", 0, "--hellaswag", path)
     scores = metrics(RUN, "step", "hellaswag")
     assert len(scores) == len(metrics(RUN, "step", "val_loss"))
@@ -351,7 +349,7 @@ def test_float16_stops_a_run_that_diverges_at_every_scale(data):
                    "--sample-every", 100)
 
 
-def test_float16_equals_float32_nearly(data):
+def test_float16_nearly_equals_float32(data):
     train_tiny("--dropout", 0, "--name", "float32")
     train_tiny("--dropout", 0, "--name", "float16", "--dtype", "float16")
     assert_same_run(LOG / "float32", LOG / "float16", tolerance=2e-3)
@@ -466,8 +464,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(data):
     run = LOG / "killed"
     for kill_after in 20, 80:
         process = start_tiny(*options, "--name", "killed")
-        while process.poll() is None and max(checkpoint.saved_steps(run), default=0) < kill_after:
-            time.sleep(0.01)
+        wait_until(lambda n=kill_after: max(checkpoint.saved_steps(run), default=0) >= n, process)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     with open(run / "metrics.jsonl", "a") as file:
@@ -477,7 +474,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(data):
 
 
 @pytest.mark.parametrize(("number", "launcher"), [
-    (signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, TWO_RANKS)])
+    (signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, torchrun(2))])
 def test_a_signal_saves_the_step_and_resuming_equals_an_uninterrupted_run(data, number, launcher):
     dropout = 0 if launcher else 0.2  # its mask depends on the number of ranks
     options = ["--max-steps", 200, "--dropout", dropout, "--save-every", 1000]
@@ -487,10 +484,7 @@ def test_a_signal_saves_the_step_and_resuming_equals_an_uninterrupted_run(data, 
     # send the signal once the log has 30 lines
     process = start_tiny(*options, "--name", "stopped", launcher=launcher)
     log = run / "metrics.jsonl"
-    while process.poll() is None and not log.exists():
-        time.sleep(0.01)
-    while process.poll() is None and len(log.read_text().splitlines()) < 30:
-        time.sleep(0.01)
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 30, process)
     process.send_signal(number)
     exit_code = process.wait(timeout=60)
     stopped_by_signal = exit_code == 128 + number or (launcher and exit_code)
@@ -512,7 +506,7 @@ def test_a_signal_saves_the_step_and_resuming_equals_an_uninterrupted_run(data, 
     (likelihood, "score_batch", "hellaswag"),
     (Reader, "read", "sample"),
     (train, "autocast", "step")])
-def test_a_signal_stops_any_work_at_once_and_it_comes_again_after_the_resume(
+def test_a_signal_stops_any_work_at_once_and_resuming_repeats_the_work(
         data, monkeypatch, capfd, module, name, work):
     example = {"activity_label": "fox", "ctx": "The fox", "endings": ["went", "out"], "label": 0}
     Path("h.jsonl").write_text("\n".join([json.dumps(example)] * 2000))
@@ -544,7 +538,7 @@ def test_a_signal_stops_any_work_at_once_and_it_comes_again_after_the_resume(
     assert len(logged(run, 4)) == (1 if work in ("validation", "hellaswag") else 2)
     assert [s["step"] for s in read_samples(run)][-1] == (4 if work == "step" else 2)
 
-    # it comes again
+    # resuming repeats the work
     train_tiny(*options, "--name", "stopped")
     assert_same_run(run, LOG / "whole", tolerance=0)
     assert report.samples(run)["step"].tolist() == report.samples(LOG / "whole")["step"].tolist()
@@ -604,24 +598,13 @@ def test_a_run_resumes_after_it_died_while_saving(data, monkeypatch, n_renames):
     assert_same_run(LOG / "died", LOG / "whole", tolerance=0)
 
 
-# runs a program that fails when a file of it exceeds a size, as if the disk were full
-FILE_SIZE_LIMIT = """
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize("limit", [
     20_000,  # bytes, less than the model's file
     30_000,  # less than the optimizer's state only
 ])
 def test_training_continues_on_a_full_disk_until_the_last_checkpoint(data, command, limit):
-    launcher = ("-c", FILE_SIZE_LIMIT.format(limit=limit))
-    result = command("train.py", "shakespeare-char", *TINY, launcher=launcher, check=False)
+    result = command("train.py", "shakespeare-char", *TINY, launcher=limit_files(limit),
+                     check=False)
     assert result.returncode == 2
     assert result.stderr.count("training continues") == 2  # at steps 2 and 4
     assert "step 6 could not be written" in result.stderr.splitlines()[-1]
@@ -1022,15 +1005,15 @@ def test_invalid_input_is_a_user_error(data, arguments, message):
         train_here(*arguments)
 
 
-def test_a_user_error_is_one_line_on_stderr_with_exit_code_2(command):
-    result = command("train.py", "no-such-preset", check=False)
+def test_a_user_error_is_one_line_on_stderr_with_exit_code_2(command_here):
+    result = command_here("train.py", "no-such-preset", check=False)
     assert_one_line_error(result, "Unknown preset 'no-such-preset'. The presets are: ")
     assert result.stdout == ""
 
 
-def test_a_file_that_cannot_be_created_is_a_user_error(command, data, tmp_path):
+def test_a_file_that_cannot_be_created_is_a_user_error(command_here, data, tmp_path):
     (tmp_path / "log").touch()  # a file where the folder should be
-    result = command("train.py", "shakespeare-char", *TINY, check=False)
+    result = command_here("train.py", "shakespeare-char", *TINY, check=False)
     assert_one_line_error(result, "log")
 
 
@@ -1224,14 +1207,8 @@ def test_a_model_in_the_layout_of_gpt2_is_downloaded_from_the_hub(command, web, 
     save_file(state, folder / "model.safetensors")
 
     # serve it as the Hub does
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    commit = "0" * 40
-    tree = [{"type": "file", "oid": "", "size": len(content), "path": name}
-            for name, content in files.items()]
-    pages = {f"/gpt2/resolve/{commit}/{name}": content for name, content in files.items()}
-    pages["/api/models/gpt2/revision/main"] = json.dumps({"id": "gpt2", "sha": commit}).encode()
-    pages[f"/api/models/gpt2/tree/{commit}?recursive=true&expand=false"] = json.dumps(tree).encode()
-    online = {"HF_ENDPOINT": web(pages), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    online = {"HF_ENDPOINT": web(hub_model("gpt2", folder)), "HF_HOME": str(tmp_path / "cache"),
+              "HF_HUB_OFFLINE": "0"}
 
     # the first command downloads it, the second one loads it from the cache
     model, tokenizer, _ = checkpoint.load_model(folder)

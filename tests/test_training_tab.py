@@ -1,25 +1,21 @@
 """The tabs Training and About, in a browser and through the page's API."""
 import json
 import re
-import socket
 import time
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
-from conftest import PROSE, small_bpe, tiny_gpt
-from gradio_client import Client, handle_file
+from conftest import MARKUP, PROSE, assert_markup_stays_text, go_to, running_page, wait_until
+from gradio_client import handle_file
 from playwright.sync_api import expect
 
-import app
 import checkpoint
 from api import guard
 from common.errors import UserError
-from tokenizer import CharTokenizer
 from ui import about, own_text, training
 from ui.own_text import SIZES, OwnTextTraining
 
-MARKUP = "<img src=x onerror=window.hacked=1>"
 TEN_SECONDS = 1 / 6  # minutes
 LOCAL = SimpleNamespace(headers={"host": "localhost:7860"},
                         client=SimpleNamespace(host="127.0.0.1"))  # a request
@@ -27,17 +23,11 @@ REMOTE = SimpleNamespace(headers={"host": "example.org"}, client=SimpleNamespace
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with two finished runs: `bpe` with a byte-level BPE, `markup` with HTML in its
-    log."""
-    folder = tmp_path_factory.mktemp("tabs")
-    char = CharTokenizer("".join(sorted(set(PROSE + MARKUP))))
-    for name, tokenizer, block_size in ("bpe", small_bpe(), 16), ("markup", char, 64):
-        run = folder / "log" / name
-        run.mkdir(parents=True)
-        checkpoint.save(run, 6, tiny_gpt(tokenizer.vocab_size, block_size), {}, tokenizer, {}, 1.0)
-        write_log(run)
-    return folder
+def log(two_runs):
+    """A log with two finished runs, with HTML in their files."""
+    write_log(two_runs / "bpe")
+    write_log(two_runs / "markup")
+    return two_runs
 
 
 def write_log(run):
@@ -55,48 +45,23 @@ def write_log(run):
 
 
 @pytest.fixture(scope="module")
-def url(folder):
+def url(log):
     """The page, on which "1 minute" is ten seconds."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "LOG", folder / "log")
+        patch.setattr(checkpoint, "LOG", log)
         patch.setitem(training.MINUTES, "1 minute", TEN_SECONDS)
-        config = app.AppConfig(model="bundled:shakespeare", port=port)
-        page = app.main(config, prevent_thread_lock=True, quiet=True)
-        yield f"http://127.0.0.1:{port}/"
-        page.close()
+        with running_page() as address:
+            yield address
 
 
 @pytest.fixture
-def open_tab(chromium, url):
-    contexts = []
-
-    def open_it(title, width=1280, height=900):
-        contexts.append(chromium.new_context(viewport={"width": width, "height": height}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(60_000)
-        page.goto(url)
+def open_tab(new_window, url):
+    def open_it(title, **size):
+        page = new_window(url, **size)
         go_to(page, title)
         return page
 
-    yield open_it
-    for context in contexts:
-        context.close()
-
-
-def go_to(page, title):
-    expect(page.get_by_role("tab", name="Write")).to_be_visible()
-    tab = page.get_by_role("tab", name=title, exact=True)
-    if not tab.is_visible():  # on a phone it is in a menu
-        page.get_by_label("More tabs").click()
-        tab = page.locator(".overflow-dropdown").get_by_text(title, exact=True)
-    tab.click()
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    return Client(url, verbose=False, httpx_kwargs={"timeout": 60})
+    return open_it
 
 
 @pytest.fixture
@@ -110,22 +75,14 @@ def own(tmp_path, monkeypatch):
 
 
 def wait_for_end(own):
-    deadline = time.monotonic() + 60
-    while own.stage and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not own.stage
-
-
-def assert_markup_stays_text(page):
-    assert page.locator("img[src=x]").count() == 0
-    assert page.evaluate("window.hacked") is None
+    wait_until(lambda: not own.stage)
 
 
 # --------------------------------------------------------------------------------------------------
 # Training on one's own text
 
 @pytest.mark.slow
-def test_a_person_trains_on_a_file_and_writes_with_the_model(open_tab, folder, tmp_path):
+def test_a_person_trains_on_a_file_and_writes_with_the_model(open_tab, log, tmp_path):
     (tmp_path / "My fox.txt").write_text(PROSE)
     page = open_tab("Training")
     expect(page.locator("#train-stop")).to_be_hidden()
@@ -151,16 +108,14 @@ def test_a_person_trains_on_a_file_and_writes_with_the_model(open_tab, folder, t
     page.click("#train-write")
     expect(page.locator("#model input")).to_have_value(re.compile("my-fox$"))
     expect(page.locator("#text textarea").first).to_have_value(re.compile("^The fox"))
-    config = json.loads((folder / "log" / "my-fox" / "config.json").read_text())
-    assert checkpoint.saved_steps(folder / "log" / "my-fox")[-1] == config["max_steps"]
+    config = json.loads((log / "my-fox" / "config.json").read_text())
+    assert checkpoint.saved_steps(log / "my-fox")[-1] == config["max_steps"]
 
 
 def test_a_stopped_training_keeps_what_it_has_learned(own):
     own.start("fox", PROSE, 1200)
-    deadline = time.monotonic() + 60
-    log = own.run / "metrics.jsonl"
-    while time.monotonic() < deadline and not (log.exists() and "train_loss" in log.read_text()):
-        time.sleep(0.1)
+    metrics = own.run / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and "train_loss" in metrics.read_text())
     own.stop()
     wait_for_end(own)
     assert own.error == "" and checkpoint.model_steps(own.run)
@@ -281,10 +236,11 @@ def table(answer):
     return answer.get("value", answer)["data"]
 
 
-def test_a_request_names_runs_from_the_list_and_no_paths(client, folder):
-    (folder / "elsewhere").mkdir()
-    (folder / "elsewhere" / "metrics.jsonl").write_text("{}\n")
-    for name in "../elsewhere", str(folder / "elsewhere"), "..", "", MARKUP:
+def test_a_request_names_runs_from_the_list_and_no_paths(client, log):
+    elsewhere = log.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "metrics.jsonl").write_text("{}\n")
+    for name in "../elsewhere", str(elsewhere), "..", "", MARKUP:
         assert table(client.predict([name], api_name="/runs")[0]) in ([], [[""] * 5])
 
 
@@ -312,11 +268,3 @@ def test_links_within_the_repository_and_tags_become_text():
             "![loss](loss.png)\n<details><summary>Books</summary>\n<b>\n```json\n{}\n```")
     assert about.clean(card) == (
         "sizes [paper](https://arxiv.org/abs/2305.07759)\n\nBooks\n&lt;b>")
-
-
-def test_the_tabs_fit_a_phone(open_tab):
-    page = open_tab("Training", width=390, height=844)
-    for title in "Training", "About", "Chat":
-        go_to(page, title)
-        page.wait_for_timeout(300)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
