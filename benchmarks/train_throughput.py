@@ -196,7 +196,7 @@ def build_run(config: TrainConfig, world: ddp.World) -> TrainingRun:
                                         (config.beta1, config.beta2), config.embedding_rate)
     uses_float16 = compute_dtype(config, world.device) == torch.float16
     return TrainingRun(
-        config, world, folder=Path(), manifest={}, tokenizer=None, model=model,
+        config, world, folder=Path(), data={}, tokenizer=None, model=model,
         ddp_model=ddp.wrap(model, world), optimizers=optimizers,
         scaler=torch.amp.GradScaler(world.device.type, enabled=uses_float16), batches=None,
         val_loader=None, hellaswag_examples=None, first_step=0, first_step_is_evaluated=False,

@@ -174,22 +174,26 @@ MAY_CHANGE = {
     "mfu", "price"}
 
 
-def run_fingerprint(config: TrainConfig, manifest: dict, step: int) -> dict:
-    """The values that must not change when a run resumes from its checkpoint at `step`.
-
-    Data are compared by the checksums of their shards in the manifest, and by a sample of their
-    tokens, as other tokens can be put under the same name. Before the decay of "wsd" begins, the
-    learning rate does not depend on max_steps, so max_steps may still change.
-    """
+def data_fingerprint(data: Path, manifest: dict) -> dict:
+    """Checksums of a run's data: of their shards in the manifest, and of a sample of their tokens,
+    as other tokens can be put under the same name."""
     checksums = "".join(shard["sha256"] for shard in manifest.get("shards", ()))
     digest = hashlib.sha256(checksums.encode()).hexdigest()[:16]
+    return {"data": digest if checksums else str(data),
+            "data_sample": sample_checksum(data, manifest)}
+
+
+def run_fingerprint(config: TrainConfig, data: dict, step: int) -> dict:
+    """The values that must not change when a run resumes from its checkpoint at `step`.
+
+    `data` is the data_fingerprint. Before the decay of "wsd" begins, the learning rate does not
+    depend on max_steps, so max_steps may still change.
+    """
     fingerprint = {name: value for name, value in as_json(config).items() if name not in MAY_CHANGE}
-    fingerprint["data"] = digest if checksums else str(config.data)
-    fingerprint["data_sample"] = sample_checksum(config.data, manifest)
     decay_starts = optim.decay_start(config.warmup_steps, config.max_steps)
     if config.schedule == "wsd" and step <= decay_starts:
         fingerprint["max_steps"] = "open"
-    return fingerprint
+    return fingerprint | data
 
 
 def run_description(config: TrainConfig, manifest: dict) -> dict:

@@ -43,6 +43,7 @@ class Log:
     def __init__(self, folder: Path, config: dict, resume_step: int | None, is_evaluated: bool,
                  track: str = "none", **machine):
         self.folder = folder
+        self.config = config
         self.tracker = start_tracker(track, folder.name, config)
         folder.mkdir(parents=True, exist_ok=True)
 

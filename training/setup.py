@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 from shards import read_manifest, read_tokenizer
 from tokenizer import Tokenizer
 from training import optim, plan, runlog, sharding
-from training.config import TrainConfig, run_description, run_fingerprint
+from training.config import TrainConfig, data_fingerprint, run_description, run_fingerprint
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class TrainingRun:
     config: TrainConfig  # with the actual sizes of the model and the micro-batch
     world: ddp.World
     folder: Path  # log/<name>
-    manifest: dict  # of the data
+    data: dict  # fingerprint of the data
     tokenizer: Tokenizer
     model: GPT
     ddp_model: nn.Module  # the same model, wrapped to average gradients over the ranks
@@ -88,10 +88,10 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
                                         (config.beta1, config.beta2), config.embedding_rate)
     uses_float16 = compute_dtype(config, world.device) == torch.float16
     scaler = torch.amp.GradScaler(world.device.type, enabled=uses_float16)
+    data = data_fingerprint(config.data, manifest)
     is_evaluated = False
     if resume_step is not None:
-        is_evaluated = load_checkpoint(folder, resume_step, config, manifest, model, optimizers,
-                                       scaler)
+        is_evaluated = load_checkpoint(folder, resume_step, config, data, model, optimizers, scaler)
         if world.is_main:
             print(f"resuming {folder} from step {resume_step:,}")
 
@@ -102,7 +102,7 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
                          config.track, device=ddp.device_name(world.device), processes=world.size)
 
     return TrainingRun(
-        config=config, world=world, folder=folder, manifest=manifest, tokenizer=tokenizer,
+        config=config, world=world, folder=folder, data=data, tokenizer=tokenizer,
         model=model, ddp_model=ddp.wrap(model, world), optimizers=optimizers, scaler=scaler,
         batches=train_loader.batches(first_step, config.max_steps, world.device),
         val_loader=val_loader, hellaswag_examples=examples,
@@ -353,16 +353,16 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
 # Resuming
 
 
-def load_checkpoint(folder: Path, step: int, config: TrainConfig, manifest: dict, model: GPT,
+def load_checkpoint(folder: Path, step: int, config: TrainConfig, data: dict, model: GPT,
                     optimizers: list[torch.optim.Optimizer],
                     scaler: torch.amp.GradScaler) -> bool:
     """Loads the checkpoint of `step` into the model, the optimizers and the gradient scaler.
 
-    Returns whether validation has already run at that step. Raises UserError if the configuration
-    differs from the checkpoint's.
+    `data` is the data_fingerprint. Returns whether validation has already run at that step. Raises
+    UserError if the configuration or the data differ from the checkpoint's.
     """
     saved = checkpoint.saved_config(folder, step)
-    for name, value in run_fingerprint(config, manifest, step).items():
+    for name, value in run_fingerprint(config, data, step).items():
         # a checkpoint older than an option was trained with the option's default
         saved_value = saved.get(name, getattr(TrainConfig, name, value))
         if saved_value != value and name.startswith("data"):
