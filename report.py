@@ -11,7 +11,6 @@ with different batch sizes compare.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import re
@@ -125,12 +124,10 @@ def curve(frame: pd.DataFrame, column: str, value: str, name: str) -> pd.DataFra
 
 def loss(run: str | Path) -> pd.DataFrame:
     """Training and validation loss in nats per token, with the published runs if comparable."""
-    import pandas as pd  # noqa: PLC0415
-
     frame = metrics(run)
     training = curve(frame, "train_loss", "loss", "training")
     validation = curve(frame, "val_loss", "loss", "validation")
-    return add_published_curves(run, pd.concat([training, validation]))
+    return add_published_curves(run, training, validation)
 
 
 def hellaswag(run: str | Path) -> pd.DataFrame:
@@ -143,13 +140,12 @@ def throughput(run: str | Path) -> pd.DataFrame:
     return curve(metrics(run), "tokens_per_s", "throughput", "training")
 
 
-def add_published_curves(run: str | Path, own: pd.DataFrame) -> pd.DataFrame:
+def add_published_curves(run: str | Path, *curves: pd.DataFrame) -> pd.DataFrame:
     """The run's curves, and the published ones if it trains on FineWeb-Edu with GPT-2's tokens."""
     import pandas as pd  # noqa: PLC0415
 
-    curves = [own]
-    if len(own) and learns_fineweb_edu(read_config(run)):
-        curves += published_curves(own.columns[2])
+    if any(map(len, curves)) and learns_fineweb_edu(read_config(run)):
+        curves = [*curves, *published_curves(curves[0].columns[2])]
     return pd.concat(curves, ignore_index=True)
 
 
@@ -174,10 +170,8 @@ def learns_fineweb_edu(config: dict) -> bool:
 
 def compare_to_published(tokens: int, val_loss: float) -> str:
     """Compares a validation loss on FineWeb-Edu with the published runs' after as many tokens."""
-    losses = [np.interp(tokens, frame["tokens"], frame["loss"])
-              for frame in published_curves("loss")]
-    lowest = min(losses)
-    highest = max(losses)
+    lowest, highest = sorted(np.interp(tokens, frame["tokens"], frame["loss"])
+                             for frame in published_curves("loss"))
     if val_loss > highest:
         return f"{val_loss - highest:.2f} above the published runs after {tokens:,} tokens"
     if val_loss < lowest:
@@ -276,9 +270,8 @@ GREY = "0.5"  # readable on light and dark pages: the plot's background is trans
 PUBLISHED_LINESTYLES = dict(zip(PUBLISHED_RUNS, ("-.", ":")))
 
 
-def plot(frame: pd.DataFrame, label: str | None = None,
-         size: tuple[float, float] = (7, 4.2)) -> Figure:
-    """A matplotlib figure, `size` inches large, of the curves in a frame over the tokens seen.
+def plot(frame: pd.DataFrame) -> Figure:
+    """A matplotlib figure of the curves in a frame over the tokens seen.
 
     Published runs are grey. Published models are horizontal lines, for HellaSwag and if the frame
     has published runs.
@@ -287,7 +280,7 @@ def plot(frame: pd.DataFrame, label: str | None = None,
 
     value = frame.columns[2]
     own = frame[~frame["curve"].isin(PUBLISHED_RUNS)]
-    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="none")
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained", facecolor="none")
     axes = figure.subplots()
 
     # draw the curves; a single point needs a marker to be visible
@@ -295,7 +288,7 @@ def plot(frame: pd.DataFrame, label: str | None = None,
         if name in PUBLISHED_RUNS:
             style = {"color": GREY, "linestyle": PUBLISHED_LINESTYLES[name]}
         else:
-            style = STYLES.get(name, {"linewidth": 1.6})
+            style = STYLES[name]
         marker = "o" if len(points) == 1 else ""
         axes.plot(points["tokens"], points[value], label=name, marker=marker, **style)
 
@@ -324,7 +317,7 @@ def plot(frame: pd.DataFrame, label: str | None = None,
     for axis in axes.xaxis, axes.yaxis:
         axis.set_major_formatter(lambda number, _: format_count(number))
     axes.set_xlabel("tokens seen", color=GREY)
-    axes.set_title(label or LABELS[value], color=GREY)
+    axes.set_title(LABELS[value], color=GREY)
     axes.tick_params(colors=GREY)
     axes.spines[:].set_color(GREY)
     axes.spines[["top", "right"]].set_visible(False)
@@ -360,25 +353,21 @@ def save_plots(run: str | Path, folder: str | Path) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-@dataclasses.dataclass
-class ReportConfig:
-    """Prints a run's results and draws its plots."""
+def main(run: tyro.conf.Positional[Path], out: Path | None = None):
+    """Prints a run's results and draws its plots.
 
-    run: tyro.conf.Positional[Path]
-    """The run's folder."""
-    out: Path | None = None
-    """The folder to write the plots to; the run's folder by default."""
-
-
-def main(config: ReportConfig):
-    for name, value in summary(config.run).items():
+    Args:
+        run: The run's folder.
+        out: The folder to write the plots to; the run's folder by default.
+    """
+    for name, value in summary(run).items():
         print(f"{name:>22}  {value}")
-    out = config.out or config.run
+    out = out or run
     out.mkdir(parents=True, exist_ok=True)
-    for name in save_plots(config.run, out):
+    for name in save_plots(run, out):
         print(f"{'plot':>22}  {out / name}")
 
 
 if __name__ == "__main__":
     with report_user_errors():
-        main(tyro.cli(ReportConfig))
+        tyro.cli(main)

@@ -286,7 +286,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
 
 
 def save(run: TrainingRun, step: int, val_loss: float | None):
-    """Writes a checkpoint. val_loss is None after a signal, when there is no time to evaluate.
+    """Writes a checkpoint. val_loss is None after a signal, which leaves no time to evaluate.
 
     If that fails, for example on a full disk, training continues without this checkpoint. Raises
     UserError if it was the last one.

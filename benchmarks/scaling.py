@@ -10,7 +10,6 @@ docs/scaling.md, which explains them.
 """
 import dataclasses
 import itertools
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 import ddp
 import report
 import train
+from benchmarks.pages import write_lines
 from checkpoint import LOG
 from common.devices import DEVICES
 from common.errors import report_user_errors
@@ -161,11 +161,8 @@ def write_report(runs: pd.DataFrame):
     flops = tokens * model.flops_per_token(BUNDLED.block_size)
     lines += ["", *size_table(law, flops), "", *a100_table()]
 
-    block = "\n".join(lines) + "\n"
-    page = PAGE.read_text(encoding="utf-8")
-    page = re.sub(r"(?s)(?<=<!-- law -->\n).*(?=<!-- end of law -->)", lambda _: block, page)
-    PAGE.write_text(page, encoding="utf-8")
-    print(block)
+    print("\n".join(lines))
+    write_lines(PAGE, "law", lines)
     draw(runs, law, measured, parameters).savefig(FOLDER / "law.png")
 
 

@@ -10,6 +10,7 @@ times each variant once.
 """
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+from benchmarks.rounds import time_in_rounds
 from dataloader import DataLoader
 from model import GPT, GPTConfig
 from training import optim
@@ -65,16 +67,12 @@ def main(data: Path = Path("data/tiny_shakespeare_char")):
 
 def step_seconds() -> dict[Setting, float]:
     """Median seconds of a step in each setting."""
-    settings = [LAPTOP, *(setting for setting, _, _ in VARIANTS)]
-    steps = {setting: Step(setting) for setting in settings}
-    times = {setting: [] for setting in steps}
-    for _ in range(ROUNDS):
-        for setting, step in steps.items():
-            tokens = torch.randint(VOCAB_SIZE, (setting.batch_size, setting.block_size + 1))
-            began = time.thread_time()
-            step.take(tokens[:, :-1], tokens[:, 1:], 1e-4)
-            times[setting].append(time.thread_time() - began)
-    return {setting: statistics.median(values) for setting, values in times.items()}
+    steps = {}
+    for setting in (LAPTOP, *(setting for setting, _, _ in VARIANTS)):
+        tokens = torch.randint(VOCAB_SIZE, (setting.batch_size, setting.block_size + 1))
+        steps[setting] = partial(Step(setting).take, tokens[:, :-1], tokens[:, 1:], 1e-4)
+    times = time_in_rounds(steps, ROUNDS, time.thread_time)
+    return {setting: statistics.median(seconds) for setting, seconds in times.items()}
 
 
 class Step:

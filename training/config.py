@@ -126,7 +126,7 @@ class TrainConfig:
 
 
 AT_LEAST_ONE = ("batch_tokens", "micro_batch", "block_size", "eval_every", "eval_tokens",
-                "sample_every", "save_every", "log_every", "samples")
+                "sample_every", "save_every", "log_every", "samples", "nproc")
 NOT_NEGATIVE = ("max_steps", "price", "learning_rate", "embedding_rate", "warmup_steps",
                 "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip")
 
@@ -135,7 +135,7 @@ def validate(config: TrainConfig):
     """Raises UserError if a value is out of range, or if two options exclude each other."""
     for name in AT_LEAST_ONE:
         value = getattr(config, name)
-        if value != "auto" and value < 1:
+        if value not in ("auto", None) and value < 1:
             raise UserError(f"{option(name)} must be at least 1, not {value}.")
     for name in NOT_NEGATIVE:
         value = getattr(config, name)
@@ -147,8 +147,6 @@ def validate(config: TrainConfig):
         raise UserError(f"--wait-s must be above 0, not {config.wait_s}.")
     if not 0 < config.mfu <= 1:
         raise UserError(f"--mfu must be above 0 and at most 1, not {config.mfu}.")
-    if config.nproc is not None and config.nproc < 1:
-        raise UserError(f"--nproc must be at least 1, not {config.nproc}.")
     if config.shard and config.optimizer == "muon":
         raise UserError("Muon needs whole matrices, which --shard divides: use --optimizer adamw "
                         "or leave out --shard.")
