@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
 from benchmarks.rounds import time_in_rounds
 from training.loss import LOGIT_ROWS, ChunkedCrossEntropy
 
@@ -45,8 +45,7 @@ def main():
         median = statistics.median(seconds)
         print(f"{name:42} {median:6.2f} s {6 * N * C * V / median / 1e9:6.0f} GFLOP/s")
     chunked = times[f"{LOGIT_ROWS['cpu']} rows at a time"]
-    ratios = [whole / chunks for whole, chunks in zip(times["all at once"], chunked)]
-    print_ratio("loss in chunks", ratios, "times all logits at once")
+    print_ratio("loss in chunks", divide(times["all at once"], chunked), "times all logits at once")
 
 
 if __name__ == "__main__":

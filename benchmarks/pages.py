@@ -2,10 +2,15 @@
 import re
 from pathlib import Path
 
+from common.errors import UserError
+
 
 def write_lines(page: Path, name: str, lines: list[str]):
-    """Replaces what stands between the marks called `name`."""
+    """Replaces the lines between the marks called `name`."""
     block = "\n".join(lines) + "\n"
-    text = page.read_text(encoding="utf-8")
     marks = rf"(?s)(?<=<!-- {name} -->\n).*(?=<!-- end of {name} -->)"
-    page.write_text(re.sub(marks, lambda _: block, text), encoding="utf-8")
+    text, found = re.subn(marks, lambda _: block, page.read_text(encoding="utf-8"))
+    if not found:
+        raise UserError(f"{page} lacks the lines `<!-- {name} -->` and `<!-- end of {name} -->`: "
+                        "add them where the results belong.")
+    page.write_text(text, encoding="utf-8")

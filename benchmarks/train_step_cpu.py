@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
 from benchmarks.rounds import time_in_rounds
 from model import GPT, GPTConfig
 from training.optim import build_optimizers, set_learning_rate
@@ -73,8 +73,7 @@ def time_optimizers(model: GPT):
     for name, seconds in times.items():
         print(f"{name:28} {statistics.median(seconds) * 1000:8,.1f} ms per step")
     if "torch.optim.Muon, the same" in times:
-        ratios = [theirs / ours for theirs, ours in zip(
-            times["torch.optim.Muon, the same"], times["our Muon, hidden matrices"])]
+        ratios = divide(times["torch.optim.Muon, the same"], times["our Muon, hidden matrices"])
         print_ratio("our Muon", ratios, "times torch.optim.Muon")
 
 

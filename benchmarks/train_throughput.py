@@ -28,7 +28,7 @@ import tyro
 
 import ddp
 import train
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
 from common.devices import find_device
 from model import GPT, SIZES
 from training.config import TrainConfig
@@ -51,12 +51,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     rounds: int = 3
-    steps: int = 1
-    """Steps per round."""
     eager: bool = True
     """Also time each program without torch.compile."""
-    profile: bool = False
-    """Print a profile of our compiled step."""
 
 
 class Way(NamedTuple):
@@ -87,19 +83,11 @@ def main(config: Config):
     times, peaks, losses = {way: [] for way in ways}, {}, {}
     for number in range(config.rounds + 1):
         for way in ways:
-            pipes[way].send(config.steps)
+            pipes[way].send(number)
             seconds, peaks[way], losses[way] = pipes[way].recv()
             if number > 0:  # the first round compiles and warms up
-                times[way].append(seconds / config.steps)
+                times[way].append(seconds)
     print_results(config, times, peaks, losses)
-
-    # profile our step, and end the processes
-    if config.profile:
-        pipes[OURS].send("profile")
-    for pipe in pipes.values():
-        pipe.send(0)
-    while config.profile and multiprocessing.active_children():
-        time.sleep(0.1)
 
 
 def print_results(config: Config, times: dict[Way, list[float]], peaks: dict[Way, int],
@@ -118,8 +106,7 @@ def print_results(config: Config, times: dict[Way, list[float]], peaks: dict[Way
         print(f"{way!s:>30} {speed:10,.1f} tokens/s, {speed * flops / 1e9:8,.0f} GFLOP/s{mfu}, "
               f"peak {peaks[way] / 1e9:6.2f} GB, loss {losses[way]:.3f}")
         if way != OURS:
-            ratios = [theirs / ours for theirs, ours in zip(seconds, times[OURS])]
-            print_ratio("training step, compiled", ratios, f"times {way}")
+            print_ratio("training step, compiled", divide(seconds, times[OURS]), f"times {way}")
     print(json.dumps({str(way): seconds for way, seconds in times.items()}))
 
 
@@ -133,25 +120,16 @@ def flops_per_token(size: str) -> int:
 # The process of one way
 
 def serve_steps(way: Way, config: Config, pipe):
-    """Take as many steps as each message says, and send (seconds, peak bytes, loss) back."""
+    """Takes a step for each number received, and sends (seconds, peak bytes, loss) back."""
     device = ddp.pick_device(config.device)
     torch.manual_seed(0)
     take_step = build_step(way, config, device)
     x, y = random_batch(config, device)
-    step = 0
-    while message := pipe.recv():
-        if message == "profile":
-            with torch.profiler.profile() as profile:
-                take_step(x, y, step)
-            order = f"self_{device.type}_time_total"
-            print(profile.key_averages().table(sort_by=order, row_limit=25))
-            continue
+    while True:
+        step = pipe.recv()
         began = time.perf_counter()
-        for _ in range(message):
-            loss = take_step(x, y, step)
-            step += 1
-        seconds = time.perf_counter() - began
-        pipe.send((seconds, peak_bytes(device), loss))
+        loss = take_step(x, y, step)
+        pipe.send((time.perf_counter() - began, peak_bytes(device), loss))
 
 
 def random_batch(config: Config, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
