@@ -122,7 +122,7 @@ def train_one(shape: tuple[int, int, int], tokens: int, data: Path) -> pd.DataFr
 def model_of(config: TrainConfig) -> GPT:
     """The model of a configuration, without memory for its weights."""
     with torch.device("meta"):
-        return GPT(model_sizes(config, config.vocab_size or VOCAB_SIZE))
+        return GPT(model_sizes(config, VOCAB_SIZE))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def configure(size: str, **options) -> TrainConfig:
 def build_run(config: TrainConfig, world: ddp.World) -> TrainingRun:
     """The part of a run that train_step uses: a model with random weights, and no data."""
     with torch.device("meta"):
-        model = GPT(model_sizes(config, VOCAB_SIZE))
+        model = GPT(model_sizes(config, config.vocab_size))
     place_model(model, None, config, world)
     optimizers, scaler = create_optimizers(config, model, world)
     return TrainingRun(
