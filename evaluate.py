@@ -23,7 +23,7 @@ import tyro
 
 from checkpoint import describe, load_model
 from common.files import write_json
-from ddp import pick_device
+from ddp import auto_dtype, dtype_name, pick_device
 from generate import Dtype, Engine
 
 
@@ -64,9 +64,10 @@ def main(config: EvaluateConfig):
     manager, names = load_tasks(config)
     device = pick_device(config.device)
     model, tokenizer, info = load_model(config.model, device)
-    # the engine's own choice could be int8 on a CPU
-    on_cpu = config.dtype == "auto" and device.type == "cpu"
-    engine = Engine(model, tokenizer, "float32" if on_cpu else config.dtype)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else dtype_name(auto_dtype(device))
+    engine = Engine(model, tokenizer, dtype)
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
 
     results = evaluate(engine, names, manager, config.limit, config.num_fewshot,
