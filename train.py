@@ -297,7 +297,7 @@ def save(run: TrainingRun, step: int, val_loss: float | None):
         run.model.reshard()  # free the weights that validation gathered
     if run.log or config.shard:
         try:
-            fingerprint = run_fingerprint(config, run.data, step)
+            fingerprint = run_fingerprint(config, run.data_checksums, step)
             checkpoint.save(run.folder, step, run.model,
                             optim.named_state(run.model, run.optimizers), run.tokenizer,
                             fingerprint | {"grad_scaler": run.scaler.state_dict()},

@@ -185,7 +185,7 @@ def build_run(config: TrainConfig, world: ddp.World) -> TrainingRun:
     place_model(model, None, config, world)
     optimizers, scaler = create_optimizers(config, model, world)
     return TrainingRun(
-        config, world, folder=Path(), data={}, tokenizer=None, model=model,
+        config, world, folder=Path(), data_checksums={}, tokenizer=None, model=model,
         ddp_model=ddp.wrap(model, world), optimizers=optimizers, scaler=scaler, batches=None,
         val_loader=None, hellaswag_examples=None, first_step=0, first_step_is_evaluated=False,
         log=None)

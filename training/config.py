@@ -172,7 +172,7 @@ MAY_CHANGE = {
     "mfu", "price"}
 
 
-def data_fingerprint(data: Path, manifest: dict) -> dict:
+def checksum_data(data: Path, manifest: dict) -> dict:
     """Checksums of a run's data: of their shards in the manifest, and of a sample of their tokens,
     as other tokens can be put under the same name."""
     checksums = "".join(shard["sha256"] for shard in manifest.get("shards", ()))
@@ -181,17 +181,17 @@ def data_fingerprint(data: Path, manifest: dict) -> dict:
             "data_sample": sample_checksum(data, manifest)}
 
 
-def run_fingerprint(config: TrainConfig, data: dict, step: int) -> dict:
+def run_fingerprint(config: TrainConfig, data_checksums: dict, step: int) -> dict:
     """The values that must not change when a run resumes from its checkpoint at `step`.
 
-    `data` is the data_fingerprint. Before the decay of "wsd" begins, the learning rate does not
-    depend on max_steps, so max_steps may still change.
+    `data_checksums` are those of `checksum_data`. Before the decay of "wsd" begins, the learning
+    rate does not depend on max_steps, so max_steps may still change.
     """
     fingerprint = {name: value for name, value in as_json(config).items() if name not in MAY_CHANGE}
     decay_starts = optim.decay_start(config.warmup_steps, config.max_steps)
     if config.schedule == "wsd" and step <= decay_starts:
         fingerprint["max_steps"] = "open"
-    return fingerprint | data
+    return fingerprint | data_checksums
 
 
 def run_description(config: TrainConfig, manifest: dict) -> dict:

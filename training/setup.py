@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 from shards import read_manifest, read_tokenizer
 from tokenizer import Tokenizer
 from training import optim, plan, runlog, sharding
-from training.config import TrainConfig, data_fingerprint, run_description, run_fingerprint
+from training.config import TrainConfig, checksum_data, run_description, run_fingerprint
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class TrainingRun:
     config: TrainConfig  # with the actual sizes of the model and the micro-batch
     world: ddp.World
     folder: Path  # log/<name>
-    data: dict  # fingerprint of the data
+    data_checksums: dict
     tokenizer: Tokenizer
     model: GPT
     ddp_model: nn.Module  # the same model, wrapped to average gradients over the ranks
@@ -81,10 +81,11 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
 
     # create the optimizers, then load the checkpoint into the model and into them
     optimizers, scaler = create_optimizers(config, model, world)
-    data = data_fingerprint(config.data, manifest)
+    data_checksums = checksum_data(config.data, manifest)
     is_evaluated = False
     if first_step:
-        is_evaluated = load_checkpoint(folder, first_step, config, data, model, optimizers, scaler)
+        is_evaluated = load_checkpoint(folder, first_step, config, data_checksums, model,
+                                       optimizers, scaler)
         if world.is_main:
             print(f"resuming {folder} from step {first_step:,}")
 
@@ -95,8 +96,9 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
                          config.track, device=device_name, processes=world.size)
 
     return TrainingRun(
-        config=config, world=world, folder=folder, data=data, tokenizer=tokenizer,
-        model=model, ddp_model=ddp.wrap(model, world), optimizers=optimizers, scaler=scaler,
+        config=config, world=world, folder=folder, data_checksums=data_checksums,
+        tokenizer=tokenizer, model=model, ddp_model=ddp.wrap(model, world),
+        optimizers=optimizers, scaler=scaler,
         batches=train_loader.batches(first_step, config.max_steps, world.device),
         val_loader=val_loader, hellaswag_examples=examples,
         first_step=first_step, first_step_is_evaluated=is_evaluated, log=log)
@@ -354,16 +356,16 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
 # Resuming
 
 
-def load_checkpoint(folder: Path, step: int, config: TrainConfig, data: dict, model: GPT,
+def load_checkpoint(folder: Path, step: int, config: TrainConfig, data_checksums: dict, model: GPT,
                     optimizers: list[torch.optim.Optimizer],
                     scaler: torch.amp.GradScaler) -> bool:
     """Loads the checkpoint of `step` into the model, the optimizers and the gradient scaler.
 
-    `data` is the data_fingerprint. Returns whether validation has already run at that step. Raises
-    UserError if the configuration or the data differ from the checkpoint's.
+    Returns whether validation has already run at that step. Raises UserError if the configuration
+    or the data differ from the checkpoint's.
     """
     saved = checkpoint.saved_config(folder, step)
-    for name, value in run_fingerprint(config, data, step).items():
+    for name, value in run_fingerprint(config, data_checksums, step).items():
         # a checkpoint older than an option was trained with the option's default
         saved_value = saved.get(name, getattr(TrainConfig, name, value))
         if saved_value != value and name.startswith("data"):
