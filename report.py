@@ -288,7 +288,7 @@ def plot(frame: pd.DataFrame) -> Figure:
         if name in PUBLISHED_RUNS:
             style = {"color": GREY, "linestyle": PUBLISHED_LINESTYLES[name]}
         else:
-            style = STYLES[name]
+            style = STYLES.get(name, {})
         marker = "o" if len(points) == 1 else ""
         axes.plot(points["tokens"], points[value], label=name, marker=marker, **style)
 
