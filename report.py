@@ -263,11 +263,12 @@ def cost(run: str | Path) -> dict[str, str]:
 
 LABELS = {"loss": "loss (nats per token)", "hellaswag": "HellaSwag, acc_norm",
           "throughput": "training throughput (tokens/s)"}
+GREY = "0.5"  # readable on light and dark pages: the plot's background is transparent
 STYLES = {"training": {"color": "C0", "alpha": 0.5, "linewidth": 1},
           "validation": {"color": "C3", "linewidth": 2},
-          "HellaSwag": {"color": "C3", "linewidth": 2}}
-GREY = "0.5"  # readable on light and dark pages: the plot's background is transparent
-PUBLISHED_LINESTYLES = dict(zip(PUBLISHED_RUNS, ("-.", ":")))
+          "HellaSwag": {"color": "C3", "linewidth": 2},
+          "allenporter/nano-gpt": {"color": GREY, "linestyle": "-."},
+          "samkeet/GPT_124M": {"color": GREY, "linestyle": ":"}}
 
 
 def plot(frame: pd.DataFrame) -> Figure:
@@ -285,12 +286,9 @@ def plot(frame: pd.DataFrame) -> Figure:
 
     # draw the curves; a single point needs a marker to be visible
     for name, points in frame.groupby("curve", sort=False):
-        if name in PUBLISHED_RUNS:
-            style = {"color": GREY, "linestyle": PUBLISHED_LINESTYLES[name]}
-        else:
-            style = STYLES.get(name, {})
         marker = "o" if len(points) == 1 else ""
-        axes.plot(points["tokens"], points[value], label=name, marker=marker, **style)
+        axes.plot(points["tokens"], points[value], label=name, marker=marker,
+                  **STYLES.get(name, {}))
 
     # draw the published models
     if value == "hellaswag" or len(own) < len(frame):
@@ -302,7 +300,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     last = (own if len(own) else frame)["tokens"].max()
     right = min(1.25 * last, frame["tokens"].max()) or 1
     axes.set_xlim(-0.01 * right, 1.01 * right)
-    if "loss" in value:
+    if value == "loss":
         # leave out the first steps, whose high loss would flatten the rest
         left = min(0.02 * last, frame["tokens"].nlargest(3).min())
         visible = frame[(frame["tokens"] >= left) & (frame["tokens"] <= right)]
@@ -315,7 +313,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     # labels and colors
     axes.set_facecolor("none")
     for axis in axes.xaxis, axes.yaxis:
-        axis.set_major_formatter(lambda number, _: format_count(number))
+        axis.set_major_formatter(format_count)
     axes.set_xlabel("tokens seen", color=GREY)
     axes.set_title(LABELS[value], color=GREY)
     axes.tick_params(colors=GREY)
@@ -327,8 +325,8 @@ def plot(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def format_count(number: float) -> str:
-    """2.5B for 2,500,000,000."""
+def format_count(number: float, _position: int) -> str:
+    """A tick's label: 2.5B for 2,500,000,000."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= unit:
             return f"{number / unit:g}{letter}"
