@@ -35,7 +35,7 @@ from weights.huggingface import save_huggingface
 # our precisions by device, the fastest last
 PRECISIONS = {"cpu": ["float32", "float16", "int8"], "cuda": ["bfloat16"]}
 
-# transformers' precisions; bfloat16 only where the CPU does not emulate it
+# transformers' precisions; bfloat16 only if the CPU does not emulate it
 TRANSFORMERS_PRECISIONS = {"cpu": ["float32"], "cuda": ["bfloat16"]}
 if torch.ops.mkldnn._is_mkldnn_bf16_supported():
     TRANSFORMERS_PRECISIONS["cpu"].append("bfloat16")
