@@ -87,6 +87,8 @@ def main(config: Config):
             seconds, peaks[way], losses[way] = pipes[way].recv()
             if number > 0:  # the first round compiles and warms up
                 times[way].append(seconds)
+    for pipe in pipes.values():
+        pipe.send(None)  # ends its process
     print_results(config, times, peaks, losses)
 
 
@@ -120,13 +122,15 @@ def flops_per_token(size: str) -> int:
 # The process of one way
 
 def serve_steps(way: Way, config: Config, pipe):
-    """Takes a step for each number received, and sends (seconds, peak bytes, loss) back."""
+    """Takes a step for each number received, and sends (seconds, peak bytes, loss) back.
+
+    None ends the process.
+    """
     device = ddp.pick_device(config.device)
     torch.manual_seed(0)
     take_step = build_step(way, config, device)
     x, y = random_batch(config, device)
-    while True:
-        step = pipe.recv()
+    for step in iter(pipe.recv, None):
         began = time.perf_counter()
         loss = take_step(x, y, step)
         pipe.send((time.perf_counter() - began, peak_bytes(device), loss))
