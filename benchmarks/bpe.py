@@ -32,9 +32,8 @@ def main(path: tyro.conf.Positional[Path], size: int = 8192, rounds: int = 5):
     # read the texts to encode
     texts, total_bytes = [], 0
     for passage in reader.read(files):
-        text, _ = reader.passage_text(passage)
-        texts.append(text)
-        total_bytes += len(text.encode())
+        texts.append(passage.text)
+        total_bytes += len(passage.text.encode())
         if total_bytes > ENCODED_BYTES:
             break
 
