@@ -5,6 +5,7 @@ Programs import this module before the slow ones, so that Ctrl-C is quiet from t
 import contextlib
 import os
 import sys
+import time
 
 MAX_MESSAGE = 600  # characters
 
@@ -48,6 +49,8 @@ def report_user_errors(every_rank: bool = False):
             error = UserError(f"{error.filename}: {error.strerror}.")
         if every_rank or error.every_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(10)  # torchrun ends all ranks once one exits, and rank 0 must print first
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

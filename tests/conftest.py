@@ -15,10 +15,11 @@ import pytest
 import tokenizers
 import torch
 from playwright.sync_api import Error as PlaywrightError
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 import ddp
 import train
+from engine.scheduler import Scheduler
 from generate import Engine
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, byte_level_bpe, load_tokenizer
@@ -272,6 +273,7 @@ def web(start_server):
 @pytest.fixture(scope="module")
 def chromium():
     """The browser in which the tests open the page; they are skipped if there is none."""
+    expect.set_options(timeout=30_000)  # for busy machines
     with sync_playwright() as playwright:
         names = ("chromium", "chromium-browser", "google-chrome")
         path = next(filter(None, map(shutil.which, names)), None)
@@ -284,3 +286,16 @@ def chromium():
             pytest.skip(f"no Chromium to open the page with: {error}")
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def slow_model(monkeypatch):
+    """Texts take at least 50 ms per token, on any machine, until the test sets this event."""
+    full_speed, step = threading.Event(), Scheduler.step
+
+    def slow_step(self):
+        full_speed.wait(0.05)
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", slow_step)
+    return full_speed

@@ -133,14 +133,6 @@ def choose(page, name, option):
     expect(page.locator(f"#{name} input")).to_have_value(option)
 
 
-@pytest.fixture
-def slow_model(monkeypatch):
-    """The writing lasts long enough to be watched, on any machine."""
-    step = Scheduler.step
-    slow_step = lambda self: (time.sleep(0.01), step(self))[1]  # noqa: E731
-    monkeypatch.setattr(Scheduler, "step", slow_step)
-
-
 def go_to(page, tab):
     button = page.get_by_role("tab", name=tab, exact=True)
     if not button.count():  # on a phone it is in a menu
@@ -174,11 +166,11 @@ def test_a_person_types_generates_and_watches_the_text_stream(open_page, slow_mo
     page.click("#generate")
     expect(page.locator("#stop")).to_be_in_viewport()
     expect(page.locator("#generate")).to_be_hidden()
-    seen, deadline = {text_of(page)}, time.monotonic() + 60
-    while (not page.input_value("#status textarea").startswith("1,000 tokens")
-           and time.monotonic() < deadline):
-        seen.add(text_of(page))
-    assert len({len(text) for text in seen}) > 3, "the text grew in several pieces"
+    lengths, deadline = set(), time.monotonic() + 60
+    while len(lengths) < 4 and time.monotonic() < deadline:
+        lengths.add(len(text_of(page)))
+    assert len(lengths) == 4, "the text grows piece by piece"
+    slow_model.set()
     text = finish(page, len("JULIET:\nO ") + 1000)
     assert text.startswith("JULIET:\nO ")
     figures = (r"1,000 tokens · first after [\d,]+ ms · [\d,]+ tokens/s"
@@ -189,7 +181,7 @@ def test_a_person_types_generates_and_watches_the_text_stream(open_page, slow_mo
     assert page.locator("#text textarea").evaluate(below) < 40, "the box shows the newest line"
 
 
-def test_stop_stops_the_computation_and_so_does_leaving(open_page, steps):
+def test_stop_stops_the_computation_and_so_does_leaving(open_page, steps, slow_model):
     page = open_page()
     set_number(page, "length", 2000)
     page.click("#generate")
@@ -342,6 +334,7 @@ def test_what_is_typed_during_the_writing_is_kept(open_page, slow_model):
         page.locator("#text textarea").press(f"Control+{key}")
         page.keyboard.insert_text(text)
         assert page.is_visible("#stop"), "it still writes"
+    slow_model.set()
     text = finish(page, len(f"Act I. {BEGINNING} The end.") + 400)
     assert text.startswith(f"Act I. {BEGINNING}") and text.endswith(" The end.")
     own = page.locator("#text .mirror span:not(.made)").all_inner_texts()

@@ -174,13 +174,14 @@ def test_an_error_leaves_the_conversation_and_an_empty_message_does_nothing(page
     assert turns(page, 3)[:2] == before
 
 
-def test_what_one_types_during_a_reply_stays_in_its_box(page):
+def test_what_one_types_during_a_reply_stays_in_its_box(page, slow_model):
     page.fill("#chat-length input[type=number]", "60")
     page.keyboard.press("Tab")
     say(page, "Good morrow!")
     expect(page.locator("#turns .text").first).to_have_text("Good morrow!")
     page.keyboard.type("And thou?")
     page.keyboard.press("Enter")  # too early: the reply has not ended
+    slow_model.set()
     turns(page, 2)
     expect(page.locator("#say textarea")).to_have_value("And thou?")
 

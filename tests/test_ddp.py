@@ -198,6 +198,24 @@ def thread_names() -> str:
     return " ".join(sorted((task / "comm").read_text().strip() for task in tasks))
 
 
+SLOW_RANK_0 = """
+import os, time
+from common.errors import UserError, report_user_errors
+with report_user_errors():
+    if os.environ["RANK"] == "0":
+        time.sleep(2)
+    raise UserError("one sentence")
+"""
+
+
+def test_an_error_of_all_ranks_is_printed_once_even_if_rank_0_is_slow(tmp_path):
+    (tmp_path / "fails.py").write_text(SLOW_RANK_0)
+    result = subprocess.run([sys.executable, *torchrun(2), "fails.py"], cwd=tmp_path, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                            check=False)
+    assert result.stderr.count("error: one sentence") == 1
+
+
 def test_shard_needs_adamw_and_several_processes(one):
     with pytest.raises(UserError, match="Muon needs whole matrices"):
         train_here(*BASE, "--optimizer", "muon", "--shard")
