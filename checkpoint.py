@@ -322,11 +322,9 @@ def find_model(name: str | Path | None) -> Path:
     # a bundled model
     if name == "bundled" or name.startswith("bundled:"):
         bundled = list_bundled()
-        model = name.partition(":")[2]
-        if not model and bundled:
-            model = bundled[0]
+        model = name.partition(":")[2] or next(iter(bundled), "")
         if model not in bundled:
-            raise UserError(f"There is no bundled model {model!r}: choose one of "
+            raise UserError(f"Found no bundled model {model!r}: choose one of "
                             f"{', '.join(bundled) or '(none)'}.")
         return BUNDLED / model
 
@@ -424,15 +422,9 @@ def sanitize_info(info: dict) -> dict:
     def is_number(x) -> bool:
         return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 1e15
 
-    step, val_loss, train_config = (info.get(key) for key in ("step", "val_loss", "train_config"))
-    sanitized = {}
-    if is_number(step) and step == int(step):
-        sanitized["step"] = step
-    if is_number(val_loss):
-        sanitized["val_loss"] = val_loss
-    if isinstance(train_config, dict):
-        sanitized["train_config"] = train_config
-    return sanitized
+    is_valid = {"step": lambda x: is_number(x) and x == int(x), "val_loss": is_number,
+                "train_config": lambda x: isinstance(x, dict)}
+    return {key: info[key] for key, valid in is_valid.items() if valid(info.get(key))}
 
 
 def describe(info: dict) -> str:

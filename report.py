@@ -11,7 +11,6 @@ with different batch sizes compare.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import re
@@ -125,12 +124,10 @@ def curve(frame: pd.DataFrame, column: str, value: str, name: str) -> pd.DataFra
 
 def loss(run: str | Path) -> pd.DataFrame:
     """Training and validation loss in nats per token, with the published runs if comparable."""
-    import pandas as pd  # noqa: PLC0415
-
     frame = metrics(run)
     training = curve(frame, "train_loss", "loss", "training")
     validation = curve(frame, "val_loss", "loss", "validation")
-    return add_published_curves(run, pd.concat([training, validation]))
+    return add_published_curves(run, training, validation)
 
 
 def hellaswag(run: str | Path) -> pd.DataFrame:
@@ -143,13 +140,12 @@ def throughput(run: str | Path) -> pd.DataFrame:
     return curve(metrics(run), "tokens_per_s", "throughput", "training")
 
 
-def add_published_curves(run: str | Path, own: pd.DataFrame) -> pd.DataFrame:
+def add_published_curves(run: str | Path, *curves: pd.DataFrame) -> pd.DataFrame:
     """The run's curves, and the published ones if it trains on FineWeb-Edu with GPT-2's tokens."""
     import pandas as pd  # noqa: PLC0415
 
-    curves = [own]
-    if len(own) and learns_fineweb_edu(read_config(run)):
-        curves += published_curves(own.columns[2])
+    if any(map(len, curves)) and learns_fineweb_edu(read_config(run)):
+        curves = [*curves, *published_curves(curves[0].columns[2])]
     return pd.concat(curves, ignore_index=True)
 
 
@@ -174,10 +170,8 @@ def learns_fineweb_edu(config: dict) -> bool:
 
 def compare_to_published(tokens: int, val_loss: float) -> str:
     """Compares a validation loss on FineWeb-Edu with the published runs' after as many tokens."""
-    losses = [np.interp(tokens, frame["tokens"], frame["loss"])
-              for frame in published_curves("loss")]
-    lowest = min(losses)
-    highest = max(losses)
+    lowest, highest = sorted(np.interp(tokens, frame["tokens"], frame["loss"])
+                             for frame in published_curves("loss"))
     if val_loss > highest:
         return f"{val_loss - highest:.2f} above the published runs after {tokens:,} tokens"
     if val_loss < lowest:
@@ -269,16 +263,16 @@ def cost(run: str | Path) -> dict[str, str]:
 
 LABELS = {"loss": "loss (nats per token)", "hellaswag": "HellaSwag, acc_norm",
           "throughput": "training throughput (tokens/s)"}
+GREY = "0.5"  # readable on light and dark pages: the plot's background is transparent
 STYLES = {"training": {"color": "C0", "alpha": 0.5, "linewidth": 1},
           "validation": {"color": "C3", "linewidth": 2},
-          "HellaSwag": {"color": "C3", "linewidth": 2}}
-GREY = "0.5"  # readable on light and dark pages: the plot's background is transparent
-PUBLISHED_LINESTYLES = dict(zip(PUBLISHED_RUNS, ("-.", ":")))
+          "HellaSwag": {"color": "C3", "linewidth": 2},
+          "allenporter/nano-gpt": {"color": GREY, "linestyle": "-."},
+          "samkeet/GPT_124M": {"color": GREY, "linestyle": ":"}}
 
 
-def plot(frame: pd.DataFrame, label: str | None = None,
-         size: tuple[float, float] = (7, 4.2)) -> Figure:
-    """A matplotlib figure, `size` inches large, of the curves in a frame over the tokens seen.
+def plot(frame: pd.DataFrame) -> Figure:
+    """A matplotlib figure of the curves in a frame over the tokens seen.
 
     Published runs are grey. Published models are horizontal lines, for HellaSwag and if the frame
     has published runs.
@@ -287,17 +281,14 @@ def plot(frame: pd.DataFrame, label: str | None = None,
 
     value = frame.columns[2]
     own = frame[~frame["curve"].isin(PUBLISHED_RUNS)]
-    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="none")
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained", facecolor="none")
     axes = figure.subplots()
 
     # draw the curves; a single point needs a marker to be visible
     for name, points in frame.groupby("curve", sort=False):
-        if name in PUBLISHED_RUNS:
-            style = {"color": GREY, "linestyle": PUBLISHED_LINESTYLES[name]}
-        else:
-            style = STYLES.get(name, {"linewidth": 1.6})
         marker = "o" if len(points) == 1 else ""
-        axes.plot(points["tokens"], points[value], label=name, marker=marker, **style)
+        axes.plot(points["tokens"], points[value], label=name, marker=marker,
+                  **STYLES.get(name, {}))
 
     # draw the published models
     if value == "hellaswag" or len(own) < len(frame):
@@ -309,7 +300,7 @@ def plot(frame: pd.DataFrame, label: str | None = None,
     last = (own if len(own) else frame)["tokens"].max()
     right = min(1.25 * last, frame["tokens"].max()) or 1
     axes.set_xlim(-0.01 * right, 1.01 * right)
-    if "loss" in value:
+    if value == "loss":
         # leave out the first steps, whose high loss would flatten the rest
         left = min(0.02 * last, frame["tokens"].nlargest(3).min())
         visible = frame[(frame["tokens"] >= left) & (frame["tokens"] <= right)]
@@ -322,9 +313,9 @@ def plot(frame: pd.DataFrame, label: str | None = None,
     # labels and colors
     axes.set_facecolor("none")
     for axis in axes.xaxis, axes.yaxis:
-        axis.set_major_formatter(lambda number, _: format_count(number))
+        axis.set_major_formatter(format_count)
     axes.set_xlabel("tokens seen", color=GREY)
-    axes.set_title(label or LABELS[value], color=GREY)
+    axes.set_title(LABELS[value], color=GREY)
     axes.tick_params(colors=GREY)
     axes.spines[:].set_color(GREY)
     axes.spines[["top", "right"]].set_visible(False)
@@ -334,8 +325,8 @@ def plot(frame: pd.DataFrame, label: str | None = None,
     return figure
 
 
-def format_count(number: float) -> str:
-    """2.5B for 2,500,000,000."""
+def format_count(number: float, _position: int) -> str:
+    """A tick's label: 2.5B for 2,500,000,000."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= unit:
             return f"{number / unit:g}{letter}"
@@ -360,25 +351,21 @@ def save_plots(run: str | Path, folder: str | Path) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-@dataclasses.dataclass
-class ReportConfig:
-    """Prints a run's results and draws its plots."""
+def main(run: tyro.conf.Positional[Path], out: Path | None = None):
+    """Prints a run's results and draws its plots.
 
-    run: tyro.conf.Positional[Path]
-    """The run's folder."""
-    out: Path | None = None
-    """The folder to write the plots to; the run's folder by default."""
-
-
-def main(config: ReportConfig):
-    for name, value in summary(config.run).items():
+    Args:
+        run: The run's folder.
+        out: The folder to write the plots to; the run's folder by default.
+    """
+    for name, value in summary(run).items():
         print(f"{name:>22}  {value}")
-    out = config.out or config.run
+    out = out or run
     out.mkdir(parents=True, exist_ok=True)
-    for name in save_plots(config.run, out):
+    for name in save_plots(run, out):
         print(f"{'plot':>22}  {out / name}")
 
 
 if __name__ == "__main__":
     with report_user_errors():
-        main(tyro.cli(ReportConfig))
+        tyro.cli(main)

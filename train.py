@@ -33,7 +33,7 @@ from generate import Engine
 from model import GPT
 from tokenizer import Tokenizer
 from training import optim, plan, runlog, sharding
-from training.config import TrainConfig, run_description, run_fingerprint, validate
+from training.config import TrainConfig, run_fingerprint, validate
 from training.loss import cross_entropy
 from training.meter import Meter
 from training.presets import PRESETS, fast_recipe
@@ -219,7 +219,7 @@ def evaluate_and_log(run: TrainingRun, step: int) -> float:
         accuracy["hellaswag"] = scores["nanogpt"]["acc_norm"]
     if run.log:
         run.log.metrics(step=step, val_loss=val_loss, **accuracy)
-        if report.learns_fineweb_edu(run_description(config, run.manifest)):
+        if report.learns_fineweb_edu(run.log.config):
             tqdm.write(report.compare_to_published(step * config.batch_tokens, val_loss))
     return val_loss
 
@@ -286,7 +286,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
 
 
 def save(run: TrainingRun, step: int, val_loss: float | None):
-    """Writes a checkpoint. val_loss is None after a signal, when there is no time to evaluate.
+    """Writes a checkpoint. val_loss is None after a signal, which leaves no time to evaluate.
 
     If that fails, for example on a full disk, training continues without this checkpoint. Raises
     UserError if it was the last one.
@@ -297,7 +297,7 @@ def save(run: TrainingRun, step: int, val_loss: float | None):
         run.model.reshard()  # free the weights that validation gathered
     if run.log or config.shard:
         try:
-            fingerprint = run_fingerprint(config, run.manifest, step)
+            fingerprint = run_fingerprint(config, run.data_checksums, step)
             checkpoint.save(run.folder, step, run.model,
                             optim.named_state(run.model, run.optimizers), run.tokenizer,
                             fingerprint | {"grad_scaler": run.scaler.state_dict()},

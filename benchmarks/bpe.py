@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks.rounds import time_in_rounds
 from corpus import reader
 from corpus.sources import local_source
 from tokenizer import train_bpe
@@ -31,27 +32,20 @@ def main(path: tyro.conf.Positional[Path], size: int = 8192, rounds: int = 5):
     # read the texts to encode
     texts, total_bytes = [], 0
     for passage in reader.read(files):
-        text, _ = reader.passage_text(passage)
-        texts.append(text)
-        total_bytes += len(text.encode())
+        texts.append(passage.text)
+        total_bytes += len(passage.text.encode())
         if total_bytes > ENCODED_BYTES:
             break
 
     # encode them both ways, which must agree
-    def encode_with_tokenizers(text: str) -> list[int]:
-        return bpe.bpe.encode(text, add_special_tokens=False).ids
-
-    ways = {"tiktoken": bpe.encode_array, "tokenizers": encode_with_tokenizers}
-    for text in texts[:200]:
-        assert list(ways["tiktoken"](text)) == ways["tokenizers"](text)
-    times = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, encode in ways.items():
-            began = time.thread_time()
-            tokens = sum(len(encode(text)) for text in texts)
-            times[name].append(time.thread_time() - began)
-    print(f"{total_bytes / tokens:.2f} bytes per token")
-    for name, seconds in times.items():
+    ways = {
+        "tiktoken": lambda: [bpe.encode_array(text) for text in texts],
+        "tokenizers": lambda: [bpe.bpe.encode(text, add_special_tokens=False).ids
+                               for text in texts]}
+    encoded = ways["tiktoken"]()
+    assert [ids.tolist() for ids in encoded] == ways["tokenizers"]()
+    print(f"{total_bytes / sum(map(len, encoded)):.2f} bytes per token")
+    for name, seconds in time_in_rounds(ways, rounds, time.thread_time).items():
         print(f"{name:10} {total_bytes / statistics.median(seconds) / 1e6:5.1f} MB/s per core")
 
 

@@ -17,12 +17,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
 
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
 from checkpoint import load_model
 from engine.packed import use_allowed_cores
 from generate import Engine
@@ -34,7 +35,7 @@ from weights.huggingface import save_huggingface
 # our precisions by device, the fastest last
 PRECISIONS = {"cpu": ["float32", "float16", "int8"], "cuda": ["bfloat16"]}
 
-# transformers' precisions; bfloat16 only where the CPU does not emulate it
+# transformers' precisions; bfloat16 only if the CPU does not emulate it
 TRANSFORMERS_PRECISIONS = {"cpu": ["float32"], "cuda": ["bfloat16"]}
 if torch.ops.mkldnn._is_mkldnn_bf16_supported():
     TRANSFORMERS_PRECISIONS["cpu"].append("bfloat16")
@@ -42,9 +43,8 @@ if torch.ops.mkldnn._is_mkldnn_bf16_supported():
 # GGUF's precisions, with llama.cpp's names for them
 LLAMA = {"float32": "llama.cpp f32", "float16": "llama.cpp f16", "q8_0": "llama.cpp q8_0"}
 
-# targets for one stream, as a multiple of the reference's speed
-TARGETS = {"float32": 0.85, "float16": 1.1, "int8": 1.0, "bfloat16": 0.0}
-
+PROMPT_TOKENS = 64
+CROWD_TOKENS = 96  # new tokens of each of several streams
 SAMPLING = {"temperature": 0.8, "top_k": 50}
 
 
@@ -52,14 +52,11 @@ SAMPLING = {"temperature": 0.8, "top_k": 50}
 class Config:
     """Speeds by default, quality with --quality."""
     rounds: int = 3
-    prompt_tokens: int = 64
     new_tokens: int = 256
     """New tokens of a single stream."""
     device: str = "cpu"
     crowds: tuple[int, ...] = (8, 32)
     """Numbers of streams."""
-    crowd_tokens: int = 96
-    """New tokens of each of several streams."""
     bandwidth: float | None = None
     """Memory bandwidth in bytes/s; measured on a CPU by default."""
     peers: bool = True
@@ -112,15 +109,14 @@ def prefill(engine: Engine, ids: list[int], use_cache: bool = False) -> float:
 
 def speed_by_position(engine: Engine, ids: list[int]) -> dict[str, float]:
     """Tokens/s of one stream near positions 100 and 1000, and over half a context past its end."""
-    prompt_tokens, block_size = 64, 1024
-    request = engine.submit(ids[:prompt_tokens], seed=1, **SAMPLING,
-                            max_new_tokens=block_size + 513 - prompt_tokens)
-    times = []  # of the tokens from position `prompt_tokens` on
+    request = engine.submit(ids[:PROMPT_TOKENS], seed=1, **SAMPLING,
+                            max_new_tokens=1024 + 513 - PROMPT_TOKENS)
+    times = []  # of the tokens from position PROMPT_TOKENS on
     request.wake = lambda: times.append(time.perf_counter())
     list(request)
 
     def speed(start: int, stop: int) -> float:
-        return (stop - start) / (times[stop - prompt_tokens] - times[start - prompt_tokens])
+        return (stop - start) / (times[stop - PROMPT_TOKENS] - times[start - PROMPT_TOKENS])
 
     return {
         "at position 100": speed(70, 130),
@@ -199,7 +195,6 @@ class Comparison:
     reference: str
     ours: Callable[[], float]
     theirs: dict[str, Callable[[], float]]
-    target: float
 
 
 def measure_speeds(config: Config):
@@ -208,115 +203,126 @@ def measure_speeds(config: Config):
     ids = torch.randint(0, 50_000, (512,)).tolist()
     engines = {dtype: Engine(gpt.to(config.device), tokenizer, dtype)
                for dtype in PRECISIONS[config.device]}
-
-    # run each way once per round
     with tempfile.TemporaryDirectory() as folder:
         peers = load_peers(config, Path(folder), gpt, tokenizer) if config.peers else ({}, {})
         comparisons = make_comparisons(config, engines, ids, *peers)
-        ways = {}
-        for comparison in comparisons:
-            ways[f"ours {comparison.subject}"] = comparison.ours
-            ways.update(comparison.theirs)
-        for way in ways.values():
-            way()  # warm up
-        rounds = [{name: way() for name, way in ways.items()} for _ in range(config.rounds)]
+        speeds = run_rounds(comparisons, config.rounds)
 
-    for name in ways:
-        speeds = [speed[name] for speed in rounds]
-        print(f"{statistics.median(speeds):8.1f} tokens/s  {name:42} "
-              f"({min(speeds):.1f} to {max(speeds):.1f})")
-
-    # against the references
-    for comparison in comparisons:
-        if comparison.theirs:
-            ratios = []
-            for speed in rounds:
-                fastest = max(speed[name] for name in comparison.theirs)
-                ratios.append(speed[f"ours {comparison.subject}"] / fastest)
-            print_ratio(comparison.subject, ratios, f"times {comparison.reference}",
-                        note_of(comparison.target))
-
-    # many streams against few
-    best = PRECISIONS[config.device][-1]
-    few, many = (f"{best}, {streams_text(streams)}" for streams in config.crowds[:2])
-    print_ratio(f"{many} in total", [speed[f"ours {many}"] / speed[f"ours {few}"]
-                                     for speed in rounds],
-                f"times {streams_text(config.crowds[0])}", note_of(1.0))
-
-    # against the memory bandwidth: a token of one stream reads all weights once
+    for name, values in speeds.items():
+        print(f"{statistics.median(values):8.1f} tokens/s  {name:42} "
+              f"({min(values):.1f} to {max(values):.1f})")
+    compare_with_references(comparisons, speeds)
+    best = list(engines)[-1]
+    compare_crowds(best, config.crowds, speeds)
     bandwidth = config.bandwidth or measure_bandwidth()
     for dtype in engines:
-        size = gpt.num_parameters() * {"int8": 1, "float32": 4}.get(dtype, 2)  # bytes
-        subject = f"{dtype}, 1 stream"
-        limit = f"{bandwidth / size:.0f} tokens/s at {bandwidth / 1e9:.0f} GB/s"
-        target = note_of(0.7 if config.device == "cuda" else 0.0)
-        print_ratio(subject, [speed[f"ours {subject}"] * size / bandwidth for speed in rounds],
-                    "of the memory-bandwidth limit", f"{limit}, {target}" if target else limit)
-
-    # by position
-    by_position = [speed_by_position(engines[best], ids) for _ in range(config.rounds)]
-    for name, target in ("at position 1000", 0.7), ("past the context", 0.5):
-        print_ratio(f"{best}, 1 stream {name}",
-                    [speed[name] / speed["at position 100"] for speed in by_position],
-                    "times its speed at position 100", note_of(target))
-
-    # the first token of a prompt, without and with its cache
-    engines[best].scheduler.prefixes.entries.clear()
-    first, again = (len(ids) / prefill(engines[best], ids, use_cache=True) * 1000
-                    for _ in range(2))
-    print(f"first token of a 512-token prompt, {best}: {first:.0f} ms; "
-          f"with the prompt in the cache: {again:.0f} ms")
+        compare_with_bandwidth(dtype, gpt.num_parameters(), bandwidth, speeds)
+    compare_positions(best, engines[best], ids, config.rounds)
+    time_first_token(best, engines[best], ids)
 
 
 def make_comparisons(config: Config, engines: dict[str, Engine], ids: list[int],
                      hf_models: dict, llama_models: dict) -> list[Comparison]:
     """One stream in each precision, several streams in the fastest, and a long prompt."""
     best = list(engines)[-1]
-    prompt, comparisons = ids[:config.prompt_tokens], []
+    prompt = ids[:PROMPT_TOKENS]
+    comparisons = []
 
-    def add_with_transformers(subject: str, streams: int, ours: Callable, target: float):
+    def add_with_transformers(subject: str, streams: int, ours: Callable):
         theirs = {}
         for dtype, model in hf_models.items():
-            theirs[f"transformers in {dtype}, {streams_text(streams)}"] = (
-                lambda model=model: decode_with_transformers(
-                    model, prompt, streams, config.crowd_tokens))
+            theirs[f"transformers in {dtype}, {streams_text(streams)}"] = partial(
+                decode_with_transformers, model, prompt, streams, CROWD_TOKENS)
         reference = f"transformers in {' or '.join(hf_models)}"
-        comparisons.append(Comparison(subject, reference, ours, theirs, target))
+        comparisons.append(Comparison(subject, reference, ours, theirs))
 
     # one stream in each precision, against llama.cpp if it is there
     for dtype, engine in engines.items():
-        def one_stream(engine=engine):
-            return decode(engine, prompt, 1, config.new_tokens)
-
-        subject, target = f"{dtype}, 1 stream", TARGETS[dtype]
+        subject = f"{dtype}, 1 stream"
+        ours = partial(decode, engine, prompt, 1, config.new_tokens)
         if llama_models:
             name = LLAMA.get(dtype, LLAMA["q8_0"])
-            theirs = {f"{name}, 1 stream": lambda model=llama_models[name]: model.decode(
-                prompt, config.new_tokens)}
-            comparisons.append(Comparison(subject, name, one_stream, theirs, target))
+            theirs = {f"{name}, 1 stream": partial(
+                llama_models[name].decode, prompt, config.new_tokens)}
+            comparisons.append(Comparison(subject, name, ours, theirs))
         else:
-            add_with_transformers(subject, 1, one_stream, target)
+            add_with_transformers(subject, 1, ours)
 
     # the same with torch in the place of native.cpp
     if config.device == "cpu":
         by_torch = Engine(engines[best].model, engines[best].tokenizer, best, native=False)
         add_with_transformers(f"{best} without native.cpp, 1 stream", 1,
-                              lambda: decode(by_torch, prompt, 1, config.new_tokens), 0.0)
+                              partial(decode, by_torch, prompt, 1, config.new_tokens))
 
     # several streams
     for streams in config.crowds:
-        add_with_transformers(
-            f"{best}, {streams_text(streams)}", streams,
-            lambda streams=streams: decode(engines[best], prompt, streams, config.crowd_tokens),
-            8.0 if streams == 8 else 1.0)
+        add_with_transformers(f"{best}, {streams_text(streams)}", streams,
+                              partial(decode, engines[best], prompt, streams, CROWD_TOKENS))
 
     # a long prompt, against llama.cpp's fastest precision
-    theirs = {f"{name}, prompt of 512 tokens": lambda model=model: model.prefill(ids)
+    theirs = {f"{name}, prompt of 512 tokens": partial(model.prefill, ids)
               for name, model in llama_models.items()}
     comparisons.append(Comparison(f"{best}, prompt of 512 tokens",
                                   "the fastest of llama.cpp f32, f16 and q8_0",
-                                  lambda: prefill(engines[best], ids), theirs, 1.5))
+                                  partial(prefill, engines[best], ids), theirs))
     return comparisons
+
+
+def run_rounds(comparisons: list[Comparison], rounds: int) -> dict[str, list[float]]:
+    """Tokens/s of each way in each round."""
+    ways = {}
+    for comparison in comparisons:
+        ways[f"ours {comparison.subject}"] = comparison.ours
+        ways.update(comparison.theirs)
+    for way in ways.values():
+        way()  # warm up
+    speeds = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            speeds[name].append(way())
+    return speeds
+
+
+def compare_with_references(comparisons: list[Comparison], speeds: dict[str, list[float]]):
+    for comparison in comparisons:
+        if comparison.theirs:
+            fastest = map(max, zip(*(speeds[name] for name in comparison.theirs)))
+            ratios = divide(speeds[f"ours {comparison.subject}"], fastest)
+            print_ratio(comparison.subject, ratios, f"times {comparison.reference}")
+
+
+def compare_crowds(best: str, crowds: tuple[int, ...], speeds: dict[str, list[float]]):
+    """Many streams against few."""
+    few, many = (f"{best}, {streams_text(streams)}" for streams in crowds[:2])
+    ratios = divide(speeds[f"ours {many}"], speeds[f"ours {few}"])
+    print_ratio(f"{many} in total", ratios, f"times {streams_text(crowds[0])}")
+
+
+def compare_with_bandwidth(dtype: str, parameters: int, bandwidth: float,
+                           speeds: dict[str, list[float]]):
+    """One stream against the memory bandwidth, as each token reads all weights once."""
+    limit = bandwidth / (parameters * {"int8": 1, "float32": 4}.get(dtype, 2))  # tokens/s
+    subject = f"{dtype}, 1 stream"
+    print_ratio(subject, [speed / limit for speed in speeds[f"ours {subject}"]],
+                "of the memory-bandwidth limit",
+                f"{limit:.0f} tokens/s at {bandwidth / 1e9:.0f} GB/s")
+
+
+def compare_positions(best: str, engine: Engine, ids: list[int], rounds: int):
+    """One stream late in the context, and past it, against its beginning."""
+    speeds = [speed_by_position(engine, ids) for _ in range(rounds)]
+    for name in "at position 1000", "past the context":
+        print_ratio(f"{best}, 1 stream {name}",
+                    [speed[name] / speed["at position 100"] for speed in speeds],
+                    "times its speed at position 100")
+
+
+def time_first_token(best: str, engine: Engine, ids: list[int]):
+    """The first token of a prompt, without its cache and with it."""
+    engine.scheduler.prefixes.entries.clear()
+    first, again = (len(ids) / prefill(engine, ids, use_cache=True) * 1000 for _ in range(2))
+    print(f"first token of a 512-token prompt, {best}: {first:.0f} ms; "
+          f"with the prompt in the cache: {again:.0f} ms")
 
 
 def measure_bandwidth() -> float:
@@ -333,10 +339,6 @@ def streams_text(streams: int) -> str:
     return "1 stream" if streams == 1 else f"{streams} streams"
 
 
-def note_of(target: float) -> str:
-    return f"target {target}" if target else ""
-
-
 # --------------------------------------------------------------------------------------------------
 # Quality
 
@@ -346,13 +348,12 @@ def measure_quality(config: Config):
     gpt, tokenizer, info = load_model(config.quality)
     text = config.text.read_text(encoding="utf-8")
     text = text[-len(text) // 10:][:40_000]  # within the validation part of a training text
-    exact_nats, exact_greedy = None, None
     for dtype in "float32", "bfloat16", "float16", "int8":
         engine = Engine(gpt, tokenizer, dtype)
         tokens = engine.inspect(text, top=1)[1:]
         nats = -statistics.fmean(token["logprob"] for token in tokens)
         greedy = [token["top"][0][0] for token in tokens]
-        if exact_nats is None:
+        if dtype == "float32":
             exact_nats, exact_greedy = nats, greedy
         equal = statistics.fmean(a == b for a, b in zip(greedy, exact_greedy))
         print(f"{info['name']}, {dtype}, {engine.forward.backend}: "

@@ -22,7 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import publish
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
 from checkpoint import load_model
 from engine.harness import HarnessModel
 from generate import Engine
@@ -62,7 +62,7 @@ class Config:
     device: str = "cpu"
     examples: int = 200
     batch_size: int = 16
-    """Of the Hugging Face backend."""
+    """The Hugging Face backend's batch size."""
     rounds: int = 3
 
 
@@ -91,8 +91,7 @@ def main(config: Config):
                 their_times.append(seconds)
             print_comparison(task, our_results, their_results)
             speed = config.examples / statistics.median(our_times)
-            ratios = [their / our for our, their in zip(our_times, their_times)]
-            print_ratio(f"lm-eval's requests, task `{task}`", ratios,
+            print_ratio(f"lm-eval's requests, task `{task}`", divide(their_times, our_times),
                         "times its Hugging Face backend", f"{speed:.0f} examples/s")
 
 

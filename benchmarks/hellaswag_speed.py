@@ -25,7 +25,7 @@ import tiktoken
 import torch
 import tyro
 
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
 from checkpoint import load_model
 from generate import Engine
 from hellaswag import evaluate, read_examples
@@ -79,9 +79,8 @@ def main(config: Config):
     our_correct = [choice == example["label"]
                    for choice, example in zip(ours["predictions"], examples)]
     equal = sum(a == b for a, b in zip(our_correct, script_correct))
-    ratios = [theirs / own for own, theirs in zip(our_times, script_times)]
-    print_ratio(f"HellaSwag in {config.dtype}", ratios, "times build-nanogpt's script",
-                f"{equal} of {len(examples)} verdicts equal")
+    print_ratio(f"HellaSwag in {config.dtype}", divide(script_times, our_times),
+                "times build-nanogpt's script", f"{equal} of {len(examples)} verdicts equal")
 
 
 def load_script(path: Path):

@@ -6,12 +6,12 @@ The time is that of a new text: all layers traced, the logit lens of the columns
 shows, and the contributions to one logit (target: 2 s on two cores). The lens of all tokens, which
 the page does not need, is timed too. Medians over --rounds.
 """
-import argparse
 import itertools
 import statistics
 import time
 
 import torch
+import tyro
 
 from engine.internals import trace_tokens
 from engine.packed import use_allowed_cores
@@ -19,28 +19,23 @@ from model import GPT, GPTConfig
 from ui.layers import LENS_COLUMNS
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+def main(tokens: int = 200, rounds: int = 5):
     use_allowed_cores()
     model = GPT(GPTConfig()).eval()
-    ids = torch.randint(50257, (options.tokens,)).tolist()
+    ids = torch.randint(50257, (tokens,)).tolist()
 
-    wte = model.transformer.wte.weight
-    measure(model, ids, wte)  # the first run allocates memory
-    rounds = [measure(model, ids, wte) for _ in range(options.rounds)]
-    trace_s, lens_s, contributions_s, whole_lens_s = map(statistics.median, zip(*rounds))
-    print(f"{options.tokens} tokens of GPT-2 124M, {torch.get_num_threads()} threads: "
+    measure(model, ids)  # the first run allocates memory
+    times = [measure(model, ids) for _ in range(rounds)]
+    trace_s, lens_s, contributions_s, whole_lens_s = map(statistics.median, zip(*times))
+    print(f"{tokens} tokens of GPT-2 124M, {torch.get_num_threads()} threads: "
           f"{trace_s + lens_s + contributions_s:.2f} s")
     print(f"trace {trace_s:.2f} s, lens of {LENS_COLUMNS} tokens {lens_s:.2f} s, "
           f"contributions {contributions_s:.3f} s; lens of all tokens {whole_lens_s:.2f} s")
 
 
-def measure(model: GPT, ids: list[int], wte: torch.Tensor) -> list[float]:
+def measure(model: GPT, ids: list[int]) -> list[float]:
     """Seconds for the trace, the page's lens, the contributions, and the lens of all tokens."""
+    wte = model.transformer.wte.weight
     times = [time.perf_counter()]
     trace = trace_tokens(model, ids)
     times.append(time.perf_counter())
@@ -56,4 +51,4 @@ def measure(model: GPT, ids: list[int], wte: torch.Tensor) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -6,12 +6,13 @@ Compares all logits at once, our loss in chunks of rows, and torch's own chunked
 seconds and GFLOP/s (6 N C V) of forward and backward: medians of rounds, each way once per round.
 """
 import statistics
-import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
+from benchmarks.rounds import time_in_rounds
 from training.loss import LOGIT_ROWS, ChunkedCrossEntropy
 
 N, C, V = 2048, 768, 50_304  # rows, width, vocabulary
@@ -25,30 +26,26 @@ def main():
     targets = torch.randint(V, (N,))
 
     # the ways to compute the loss
-    ways = {"all at once": lambda: F.cross_entropy(F.linear(x, weight), targets)}
+    losses = {"all at once": lambda: F.cross_entropy(F.linear(x, weight), targets)}
     for rows in 128, 256, 512, 1024:
-        ways[f"{rows} rows at a time"] = (
-            lambda rows=rows: ChunkedCrossEntropy.apply(x, weight, targets, rows, True))
+        losses[f"{rows} rows at a time"] = partial(
+            ChunkedCrossEntropy.apply, x, weight, targets, rows, True)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
-        ways["torch.nn.functional.linear_cross_entropy"] = (
-            lambda: F.linear_cross_entropy(x, weight, targets, options=options))
+        losses["torch.nn.functional.linear_cross_entropy"] = partial(
+            F.linear_cross_entropy, x, weight, targets, options=options)
 
-    # time them in turn
-    times = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, loss in ways.items():
-            x.grad = weight.grad = None
-            began = time.perf_counter()
-            loss().backward()
-            times[name].append(time.perf_counter() - began)
+    def both_passes(loss):
+        x.grad = weight.grad = None
+        loss().backward()
 
+    ways = {name: partial(both_passes, loss) for name, loss in losses.items()}
+    times = time_in_rounds(ways, ROUNDS)
     for name, seconds in times.items():
         median = statistics.median(seconds)
         print(f"{name:42} {median:6.2f} s {6 * N * C * V / median / 1e9:6.0f} GFLOP/s")
     chunked = times[f"{LOGIT_ROWS['cpu']} rows at a time"]
-    ratios = [whole / chunks for whole, chunks in zip(times["all at once"], chunked)]
-    print_ratio("loss in chunks", ratios, "times all logits at once")
+    print_ratio("loss in chunks", divide(times["all at once"], chunked), "times all logits at once")
 
 
 if __name__ == "__main__":

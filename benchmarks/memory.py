@@ -7,7 +7,6 @@ Counted means that the real step runs on simulated H100s (tests/fake_gpu.py), wi
 one rank of 1, 8 or 64. A row that does not fit an H100 is counted, too.
 """
 import dataclasses
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +15,11 @@ import torch
 
 import ddp
 import train
-from benchmarks.train_throughput import build_run
-from model import SIZES
+from benchmarks.pages import write_lines
+from benchmarks.train_throughput import build_run, configure
 from tests.fake_gpu import Machine, Report, SimulatedGPU
 from training import plan
 from training.config import TrainConfig
-from training.presets import PRESETS
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
@@ -39,15 +37,6 @@ class Comparison(NamedTuple):
     counted_memory: float
     planned_bytes: float  # sent by a process in a step
     counted_bytes: float
-
-
-def configure(size: str, **options) -> TrainConfig:
-    """The preset gpt2-124m with the sizes of another model."""
-    sizes = SIZES[size]
-    return dataclasses.replace(
-        PRESETS["gpt2-124m"], **{
-            "compile": "off", "n_layer": sizes.n_layer, "n_head": sizes.n_head,
-            "n_embd": sizes.n_embd, "block_size": sizes.block_size, **options})
 
 
 def take_steps(gpu: SimulatedGPU, world: ddp.World, config: TrainConfig) -> dict[str, float]:
@@ -96,12 +85,8 @@ def main(models: list[str]):
             lines.append(f"| `{size}` | {devices} | {'yes' if shard else 'no'} | {micro_batch} | "
                          f"{' | '.join(figures)} |")
             print(lines[-1], flush=True)
-    if models:
-        return
-    page = PAGE.read_text(encoding="utf-8")
-    table = "<!-- memory -->\n" + "\n".join(lines) + "\n<!-- end of memory -->"
-    PAGE.write_text(re.sub("(?s)<!-- memory -->.*<!-- end of memory -->", lambda _: table, page),
-                    encoding="utf-8")
+    if not models:
+        write_lines(PAGE, "memory", lines)
 
 
 if __name__ == "__main__":

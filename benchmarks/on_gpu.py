@@ -31,6 +31,7 @@ import checkpoint
 import ddp
 import train
 from benchmarks import decode, train_throughput
+from benchmarks.train_throughput import VOCAB_SIZE
 from common.devices import find_device
 from common.errors import UserError, report_user_errors
 from common.files import write_json
@@ -40,9 +41,7 @@ from model import GPT, SIZES, GPTConfig
 from tokenizer import gpt2_tokenizer
 from training import setup
 from training.loss import ChunkedCrossEntropy
-from training.presets import PRESETS
 
-VOCAB_SIZE = 50_304  # padded
 TINY = GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16)
 
 
@@ -61,18 +60,14 @@ class Config:
     """Run the one section in this process and print its result (used by the program itself)."""
 
     @property
-    def sizes(self) -> GPTConfig:
-        return TINY if self.tiny else SIZES["gpt2"]
-
-
-class Skipped(Exception):
-    """A section cannot run here; the message says why."""
+    def size(self) -> str:
+        return "tiny" if self.tiny else "gpt2"
 
 
 def main(config: Config):
     device = ddp.pick_device(config.device)
     if unknown := set(config.sections) - set(SECTIONS):
-        raise UserError(f"There is no section {', '.join(unknown)}: choose from "
+        raise UserError(f"Unknown section {', '.join(unknown)}: choose from "
                         f"{', '.join(SECTIONS)}.")
     if config.inside:
         print(json.dumps(run_section(config, device)))
@@ -104,12 +99,10 @@ def start_section(name: str, config: Config) -> dict:
 
 
 def run_section(config: Config, device: torch.device) -> dict:
+    SIZES["tiny"] = TINY
     _, section = SECTIONS[config.sections[0]]
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return section(config, device)
-    except Skipped as reason:
-        return {"skipped": str(reason)}
+    with contextlib.redirect_stdout(sys.stderr):
+        return section(config, device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,17 +152,17 @@ def resume(config: Config, device: torch.device) -> dict:
     """Whether a run that was interrupted ends with the bits of one that was not."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_tokens(Path("tokens"))
-        options = ["gpt2-124m", *size_options(config), "--data", "tokens", "--device",
-                   config.device, "--deterministic", "--compile", "off", "--hellaswag", "none",
-                   "--max-steps", "6", "--save-every", "3", "--micro-batch", "4", "--name", "run",
-                   "--batch-tokens", str(8 * config.sizes.block_size), "--eval-tokens", "512",
-                   "--sample-every", "1000", "--samples", "1", "--warmup-steps", "1"]
-        train.main(options)
+        train_config = train_throughput.configure(
+            config.size, data=Path("tokens"), name="run", deterministic=True, hellaswag="none",
+            batch_tokens=8 * SIZES[config.size].block_size, micro_batch=4, max_steps=6,
+            warmup_steps=1, save_every=3, eval_tokens=512, sample_every=1000, samples=1)
+        world = ddp.World(0, 1, device)
+        train.train(train_config, world)
         run = checkpoint.LOG / "run"
         whole = torch.load(run / "model_00006.pt", weights_only=True)["model"]
         for path in run.glob("*_00006*"):  # as if it had been killed before the last checkpoint
             path.rename(path.with_name(f"old-{path.name}"))
-        train.main(options)
+        train.train(train_config, world)
         resumed = torch.load(run / "model_00006.pt", weights_only=True)["model"]
         return {"bitwise_equal": all(torch.equal(whole[name], resumed[name]) for name in whole)}
 
@@ -192,16 +185,11 @@ def crowd(config: Config, device: torch.device) -> dict:
 def step(config: Config, device: torch.device) -> dict:
     """Tokens/s, MFU and peak memory of a compiled training step, ours and others'."""
     sequences, steps = (2, 1) if config.tiny else (64, 10)
-    block_size = config.sizes.block_size
-    SIZES["tiny"] = TINY
     throughput = train_throughput.Config(
-        size="tiny" if config.tiny else "gpt2", sequences=sequences, device=config.device,
+        size=config.size, sequences=sequences, device=config.device,
         dtype="bfloat16" if ddp.auto_dtype(device) == torch.bfloat16 else "float32")
-    tokens = torch.randint(50_257, (sequences, block_size + 1), device=device)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    with torch.device("meta"):
-        model = GPT(dataclasses.replace(config.sizes, vocab_size=VOCAB_SIZE))
-    flops = model.flops_per_token(block_size)
+    x, y = train_throughput.random_batch(throughput, device)
+    flops = train_throughput.flops_per_token(config.size)
     sheet = find_device(ddp.device_name(device))
 
     results = {}
@@ -217,7 +205,7 @@ def step(config: Config, device: torch.device) -> dict:
         except Exception as error:  # another program's, or a missing package
             results[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
             continue
-        speed = sequences * block_size / seconds
+        speed = x.numel() / seconds
         results[name] = {"tokens_per_s": round(speed), "peak_gb": peak_gb(device)}
         if sheet:
             results[name]["mfu"] = round(speed * flops / sheet.flops, 4)
@@ -247,7 +235,7 @@ def loss_chunks(config: Config, device: torch.device) -> dict:
 def micro_batch(config: Config, device: torch.device) -> dict:
     """What --micro-batch auto finds for GPT-2 124M."""
     if device.type != "cuda":
-        raise Skipped("a CPU is not tried, but estimated")
+        return {"skipped": "a CPU's memory is estimated, not tried"}
     run, _ = build_step(config, device, micro_batch="auto", batch_tokens=2**19)
     sequences = setup.choose_micro_batch(run.config, None, run.model, run.world)
     return {"sequences": sequences, "peak_gb": peak_gb(device)}
@@ -288,26 +276,18 @@ def hellaswag_speed(config: Config, device: torch.device) -> dict:
 # --------------------------------------------------------------------------------------------------
 # Helpers of the sections
 
-def size_options(config: Config) -> list[str]:
-    sizes = config.sizes
-    return ["--n-layer", str(sizes.n_layer), "--n-head", str(sizes.n_head),
-            "--n-embd", str(sizes.n_embd), "--block-size", str(sizes.block_size)]
-
-
 def build_step(config: Config, device: torch.device, **options):
     """A run without data that train_step can use, and a micro-batch for it."""
-    sizes = config.sizes
-    options = {"batch_tokens": 4 * sizes.block_size, "micro_batch": 2, **options}
-    train_config = dataclasses.replace(
-        PRESETS["gpt2-124m"], n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd,
-        block_size=sizes.block_size, compile="off", **options)
-    run = train_throughput.build_run(train_config, ddp.World(0, 1, device))
-    return run, torch.randint(50_257, (4, sizes.block_size), device=device)
+    block_size = SIZES[config.size].block_size
+    options = {"batch_tokens": 4 * block_size, "micro_batch": 2, **options}
+    run = train_throughput.build_run(train_throughput.configure(config.size, **options),
+                                     ddp.World(0, 1, device))
+    return run, torch.randint(50_257, (4, block_size), device=device)
 
 
 def build_engine(config: Config, device: torch.device) -> Engine:
     torch.manual_seed(0)
-    model = GPT(config.sizes).to(device).eval()
+    model = GPT(SIZES[config.size]).to(device).eval()
     return Engine(model, gpt2_tokenizer(), max_running=256, max_waiting=256)
 
 

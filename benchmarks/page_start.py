@@ -5,7 +5,6 @@
 The time is what the page takes on top of importing torch and gradio (target: 2 s). The memory is
 the peak once the model has generated text (target: 700 MB). Medians over --rounds fresh processes.
 """
-import argparse
 import contextlib
 import http.client
 import socket
@@ -15,25 +14,20 @@ import sys
 import time
 from pathlib import Path
 
+import tyro
 from gradio_client import Client
 
 ROOT = Path(__file__).parents[1]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="bundled")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-
+def main(model: str = "bundled", rounds: int = 3):
     time_imports()  # fills the disk cache
-    rounds = [(time_imports(), *start_page(options.model)) for _ in range(options.rounds)]
-    imports_s, first_s, first_mb, peak_mb = map(statistics.median, zip(*rounds))
+    results = [(time_imports(), *start_page(model)) for _ in range(rounds)]
+    imports_s, first_s, first_mb, peak_mb = map(statistics.median, zip(*results))
     print(f"import torch, gradio: {imports_s:.2f} s; first page after {first_s:.2f} s, "
           f"{first_s - imports_s:.2f} s more")
     print(f"peak memory: {first_mb:,.0f} MB with the first page, {peak_mb:,.0f} MB once "
-          f"{options.model} has generated text")
+          f"{model} has generated text")
 
 
 def time_imports() -> float:
@@ -85,4 +79,4 @@ def peak_resident_mb(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -7,6 +7,7 @@ sentence without the number: `int8, 8 streams: times transformers in float32`.
 """
 import re
 import statistics
+from collections.abc import Iterable
 
 
 def print_ratio(subject: str, ratios: list[float], reference: str, note: str = ""):
@@ -15,6 +16,11 @@ def print_ratio(subject: str, ratios: list[float], reference: str, note: str = "
     details = ", ".join(part for part in (spread, note) if part)
     line = sentence(f"{subject}: {reference}", statistics.median(ratios))
     print(f"= {line}" + (f"; {details}" if details else ""))
+
+
+def divide(ours: Iterable[float], theirs: Iterable[float]) -> list[float]:
+    """The ratio in each round."""
+    return [a / b for a, b in zip(ours, theirs)]
 
 
 def parse_ratio(line: str) -> tuple[str, float] | None:

@@ -4,7 +4,6 @@
     python -m benchmarks.recipes                  # train every run without a result, then report
     python -m benchmarks.recipes adamw muon-lr    # only runs whose names start with one of these
     python -m benchmarks.recipes --only-report    # write runs.csv and curves.png from curves/*.csv
-    python -m benchmarks.recipes --times          # the time of a step with AdamW and with Muon
 
 The architecture stays the same. Each run uses train.py's own loop in log/recipe-<name>/, resumes
 after an interruption, and writes benchmarks/recipes/curves/<name>.csv. Several processes may share
@@ -17,7 +16,6 @@ import itertools
 import math
 import re
 import statistics
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -34,12 +32,10 @@ from common.errors import UserError, report_user_errors
 from model import GPT
 from training import optim
 from training.config import TrainConfig
-from training.setup import model_sizes
 
 FOLDER = Path(__file__).parent / "recipes"
 CURVES = FOLDER / "curves"
 TOKENS = 2**20  # of the baseline's run
-VOCAB_SIZE = 4096
 
 # --------------------------------------------------------------------------------------------------
 # The runs, by name: how each differs from BASE
@@ -135,12 +131,8 @@ TRICKS = {
 
 
 def main(names: tyro.conf.Positional[tuple[str, ...]] = (), /,
-         data: Path = Path("data/edu_corpus_bpe-4096"),
-         only_report: bool = False, times: bool = False):
+         data: Path = Path("data/edu_corpus_bpe-4096"), only_report: bool = False):
     """Train the runs whose names start with one of `names`, or all of them, and report."""
-    if times:
-        time_steps()
-        return
     if not only_report:
         train_missing(names, data)
     write_report()
@@ -169,31 +161,6 @@ def train_one(name: str, changes: dict, data: Path):
     points = zip(log["step"] * config.batch_tokens, log["val_loss"].round(5))
     with open(CURVES / f"{name}.csv", "w", newline="") as file:
         csv.writer(file).writerows([("tokens", "val_loss"), *points])
-
-
-def time_steps(rounds: int = 15):
-    """Median times of a step with AdamW and with Muon, each once per round.
-
-    The main thread's own time does not depend on other programs that use the cores.
-    """
-    model = GPT(model_sizes(BASE, VOCAB_SIZE))
-    x = torch.randint(VOCAB_SIZE, (BASE.batch_tokens // BASE.block_size, BASE.block_size))  # (B, T)
-    optimizers = {name: optim.build_optimizers(model, name, 0.1, (0.9, 0.95))
-                  for name in ("adamw", "muon")}
-    times = {name: [] for name in optimizers}
-    for _ in range(rounds):
-        for name, parts in optimizers.items():
-            began, thread_began = time.perf_counter(), time.thread_time()
-            model(x, x)[1].backward()
-            optim.set_learning_rate(parts, 1e-6)
-            for part in parts:
-                part.step()
-            model.zero_grad(set_to_none=True)
-            times[name].append((time.perf_counter() - began, time.thread_time() - thread_began))
-    for name, pairs in times.items():
-        wall_s, thread_s = (statistics.median(column) for column in zip(*pairs))
-        print(f"{name:6} {wall_s * 1000:6.0f} ms per step, {thread_s * 1000:6.0f} ms of the main "
-              "thread")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from benchmarks.pages import write_lines
 from benchmarks.ratio import parse_ratio, sentence
 from common.files import read_json, write_json
 
@@ -120,17 +121,12 @@ def machine() -> str:
 
 
 def write_table(path: Path, results: dict[str, dict[str, float]]):
-    """Write the table of benchmarks/README.md, between its two marks."""
-    rows = [f"| speed on `{path.stem}` | benchmark |", "| --- | --- |"]
+    """Write the table of ratios in benchmarks/README.md."""
+    lines = [f"| speed on `{path.stem}` | benchmark |", "| --- | --- |"]
     for name, ratios in results.items():
         for label, ratio in ratios.items():
-            rows.append(f"| {sentence(label, ratio, emphasis='**')} | `{name}` |")
-    table = "\n".join(rows)
-    readme = ROOT / "benchmarks" / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    marks = r"(<!-- ratios -->\n).*?(<!-- /ratios -->)"
-    text = re.sub(marks, lambda match: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+            lines.append(f"| {sentence(label, ratio, emphasis='**')} | `{name}` |")
+    write_lines(ROOT / "benchmarks" / "README.md", "ratios", lines)
 
 
 if __name__ == "__main__":

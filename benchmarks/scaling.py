@@ -10,7 +10,6 @@ docs/scaling.md, which explains them.
 """
 import dataclasses
 import itertools
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 import ddp
 import report
 import train
+from benchmarks.pages import write_lines
 from checkpoint import LOG
 from common.devices import DEVICES
 from common.errors import report_user_errors
@@ -122,7 +122,7 @@ def train_one(shape: tuple[int, int, int], tokens: int, data: Path) -> pd.DataFr
 def model_of(config: TrainConfig) -> GPT:
     """The model of a configuration, without memory for its weights."""
     with torch.device("meta"):
-        return GPT(model_sizes(config, config.vocab_size or VOCAB_SIZE))
+        return GPT(model_sizes(config, VOCAB_SIZE))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,17 +155,13 @@ def write_report(runs: pd.DataFrame):
         f"({min(predictions):.2f} to {max(predictions):.2f} if any one model is left out) |",
     ]
     measured = measured_curve()
-    if len(measured):
-        last_tokens, last_loss = measured[["tokens", "loss"]].iloc[-1]
-        lines.append(f"| measured after {last_tokens / 1e6:.1f}M tokens | **{last_loss:.2f}** |")
+    last_tokens, last_loss = measured[["tokens", "loss"]].iloc[-1]
+    lines.append(f"| measured after {last_tokens / 1e6:.1f}M tokens | **{last_loss:.2f}** |")
     flops = tokens * model.flops_per_token(BUNDLED.block_size)
     lines += ["", *size_table(law, flops), "", *a100_table()]
 
-    block = "\n".join(lines) + "\n"
-    page = PAGE.read_text(encoding="utf-8")
-    page = re.sub(r"(?s)(?<=<!-- law -->\n).*(?=<!-- end of law -->)", lambda _: block, page)
-    PAGE.write_text(page, encoding="utf-8")
-    print(block)
+    print("\n".join(lines))
+    write_lines(PAGE, "law", lines)
     draw(runs, law, measured, parameters).savefig(FOLDER / "law.png")
 
 
@@ -175,9 +171,7 @@ def measured_curve() -> pd.DataFrame:
     if (LOG / NAME / "metrics.jsonl").exists():
         curve = report.loss(LOG / NAME).query("curve == 'validation'")
         curve[["tokens", "loss"]].to_csv(path, index=False)
-    if path.exists():
-        return pd.read_csv(path).query("tokens > 0")
-    return pd.DataFrame(columns=["tokens", "loss"])
+    return pd.read_csv(path).query("tokens > 0")
 
 
 def size_table(law: Law, flops: float) -> list[str]:
@@ -218,11 +212,10 @@ def draw(runs: pd.DataFrame, law: Law, measured: pd.DataFrame, bundled_parameter
         axes.plot(group["tokens"], group["val_loss"], "o", color=f"C{i}",
                   label=f"{N / 1e6:.1f}M parameters")
         axes.plot(tokens, law.loss(N, tokens), color=f"C{i}", linewidth=1, alpha=0.6)
-    if len(measured):
-        axes.plot(measured["tokens"], measured["loss"], color="0.2", linewidth=1.5,
-                  label="the bundled model during training")
-        axes.plot(measured["tokens"].iloc[-1:], measured["loss"].iloc[-1:], "*", color="0.2",
-                  markersize=12, label="the bundled model at its end")
+    axes.plot(measured["tokens"], measured["loss"], color="0.2", linewidth=1.5,
+              label="the bundled model during training")
+    axes.plot(measured["tokens"].iloc[-1:], measured["loss"].iloc[-1:], "*", color="0.2",
+              markersize=12, label="the bundled model at its end")
     axes.set(xscale="log", xlabel="tokens seen", ylabel="validation loss, nats per token",
              title="Points are final losses, lines the law; the lowest line is for the bundled "
                    f"model's {bundled_parameters / 1e6:.1f}M",

@@ -3,23 +3,30 @@
     python prepare.py tiny_shakespeare
     python -m benchmarks.shakespeare_sweep
 
-Each variant trains with a complete schedule. Its loss is measured at four points of the run, over
-the first 20,000 validation characters. The cost of a step is the CPU time of one thread, relative
-to a step of nanoGPT's laptop setting: 4 layers, 128 wide, 12 x 64 characters, AdamW. Each round
-times each variant once.
+Each variant of the preset shakespeare-char-cpu trains with a complete schedule, in log/sweep-…. Its
+loss is measured at four points of the run, over the first 20,000 validation characters. The cost of
+a step is the CPU time of one thread, relative to a step of nanoGPT's laptop setting: 4 layers,
+128 wide, 12 x 64 characters, AdamW. Each round times each variant once.
 """
+import dataclasses
+import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import tyro
 
-from dataloader import DataLoader
-from model import GPT, GPTConfig
-from training import optim
+import ddp
+import report
+import train
+from benchmarks.rounds import time_in_rounds
+from benchmarks.train_throughput import build_run
+from checkpoint import LOG
+from training.config import TrainConfig
+from training.presets import PRESETS
 
 VOCAB_SIZE = 65
 ROUNDS = 15  # of timing
@@ -32,6 +39,10 @@ class Setting(NamedTuple):
     batch_size: int
     block_size: int
     optimizer: str
+
+    def __str__(self):
+        return (f"{self.n_layer}, {self.n_embd}, {self.batch_size} x {self.block_size}, "
+                f"{self.optimizer}")
 
 
 LAPTOP = Setting(4, 128, 12, 64, "adamw")  # nanoGPT's README
@@ -54,70 +65,46 @@ VARIANTS = [  # setting, peak learning rate, characters in all
 def main(data: Path = Path("data/tiny_shakespeare_char")):
     torch.set_num_threads(1)
     seconds = step_seconds()
-    print("| layers, width, batch, optimizer, rate | characters: loss | cost of a step |")
-    print("| --- | --- | --- |")
+    lines = ["| layers, width, batch, optimizer, rate | characters: loss | cost of a step |",
+             "| --- | --- | --- |"]
     for setting, rate, characters in VARIANTS:
-        losses = train(setting, rate, characters, data)
-        n_layer, n_embd, batch_size, block_size, optimizer = setting
-        print(f"| {n_layer}, {n_embd}, {batch_size} x {block_size}, {optimizer}, {rate:g} | "
-              f"{losses} | {seconds[setting] / seconds[LAPTOP]:.2f} |", flush=True)
+        losses = train_one(setting, rate, characters, data)
+        cost = seconds[setting] / seconds[LAPTOP]
+        lines.append(f"| {setting}, {rate:g} | {losses} | {cost:.2f} |")
+    print("\n".join(lines))
+
+
+def configure(setting: Setting, **options) -> TrainConfig:
+    batch_tokens = setting.batch_size * setting.block_size
+    return dataclasses.replace(
+        PRESETS["shakespeare-char-cpu"], n_layer=setting.n_layer, n_head=setting.n_embd // 32,
+        n_embd=setting.n_embd, block_size=setting.block_size, vocab_size=VOCAB_SIZE,
+        batch_tokens=batch_tokens, micro_batch=setting.batch_size, optimizer=setting.optimizer,
+        **options)
 
 
 def step_seconds() -> dict[Setting, float]:
     """Median seconds of a step in each setting."""
-    settings = [LAPTOP, *(setting for setting, _, _ in VARIANTS)]
-    steps = {setting: Step(setting) for setting in settings}
-    times = {setting: [] for setting in steps}
-    for _ in range(ROUNDS):
-        for setting, step in steps.items():
-            tokens = torch.randint(VOCAB_SIZE, (setting.batch_size, setting.block_size + 1))
-            began = time.thread_time()
-            step.take(tokens[:, :-1], tokens[:, 1:], 1e-4)
-            times[setting].append(time.thread_time() - began)
-    return {setting: statistics.median(values) for setting, values in times.items()}
+    steps = {}
+    for setting in (LAPTOP, *(setting for setting, _, _ in VARIANTS)):
+        run = build_run(configure(setting), ddp.SINGLE_PROCESS)
+        x = torch.randint(VOCAB_SIZE, (setting.batch_size, setting.block_size))  # (B, T)
+        steps[setting] = partial(train.train_step, run, x, x, 0)
+    times = time_in_rounds(steps, ROUNDS, time.thread_time)
+    return {setting: statistics.median(seconds) for setting, seconds in times.items()}
 
 
-class Step:
-    """A model and its optimizers."""
-
-    def __init__(self, setting: Setting):
-        torch.manual_seed(0)
-        n_head = setting.n_embd // 32
-        self.model = GPT(GPTConfig(
-            setting.block_size, VOCAB_SIZE, setting.n_layer, n_head, setting.n_embd))
-        self.optimizers = optim.build_optimizers(self.model, setting.optimizer, 0.1, (0.9, 0.99))
-
-    def take(self, x: torch.Tensor, y: torch.Tensor, rate: float):
-        """Forward, backward and update on inputs x and targets y, (B, T) each."""
-        self.model(x, y)[1].backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        optim.set_learning_rate(self.optimizers, rate)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def train(setting: Setting, rate: float, characters: int, data: Path) -> str:
+def train_one(setting: Setting, rate: float, characters: int, data: Path) -> str:
     """The validation losses of a run at four points, as text."""
-    step, losses = Step(setting), []
-    train_loader = DataLoader(data, "train", setting.batch_size, setting.block_size, 1)
-    val_loader = DataLoader(data, "val", 1, setting.block_size)
-    batch_characters = setting.batch_size * setting.block_size
-    max_steps = characters // batch_characters
-    for i in range(max_steps):
-        step.take(*train_loader.batch(i), optim.learning_rate(
-            i, peak=rate, schedule="cosine", min_ratio=0.0, warmup_steps=20, max_steps=max_steps))
-        if (i + 1) % (max_steps // 4) == 0:
-            loss = validation_loss(step.model, val_loader)
-            losses.append(f"{(i + 1) * batch_characters / 1000:.0f}k: {loss:.3f}")
-    return ", ".join(losses)
-
-
-@torch.no_grad()
-def validation_loss(model: GPT, loader: DataLoader, characters: int = 20_000) -> float:
-    x, y = loader.read(range(characters // loader.block_size))
-    logits = model(x)[0]  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+    max_steps = characters // (setting.batch_size * setting.block_size)
+    name = f"sweep-{setting}-{rate:g}-{characters}".replace(", ", "-").replace(" ", "")
+    config = configure(
+        setting, data=data, name=name, learning_rate=rate, max_steps=max_steps,
+        eval_every=math.ceil(max_steps / 4), eval_tokens=20_000, save_every=max_steps)
+    with ddp.join_world("cpu") as world:
+        train.train(config, world)
+    log = report.metrics(LOG / name).dropna(subset="val_loss").query("step > 0")
+    return ", ".join(f"{row.tokens / 1000:.0f}k: {row.val_loss:.3f}" for row in log.itertuples())
 
 
 if __name__ == "__main__":

@@ -56,15 +56,18 @@ def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path],
         for i in range(rounds):
             timed.append(train(folder, f"timed{i}"))
             nanogpt_curves.append(train_nanogpt(checkout.resolve(), folder))
-        timed_longer = [train(folder, "long", "--max-steps", str(longer))] if longer else []
+        if longer:
+            timed_longer = train(folder, "long", "--max-steps", str(longer))
 
         # off the clock
         print("nanoGPT's last model on the whole split:", score_nanogpt(folder))
         curves = [scored(folder, seconds) for seconds in timed]
-        longer_curves = [scored(folder, seconds, "--max-steps", str(longer))
-                         for seconds in timed_longer]
+        columns = {"nanoGPT": nanogpt_curves, "shakespeare-char-cpu": curves}
+        if longer:
+            columns[f"with --max-steps {longer}"] = [
+                scored(folder, timed_longer, "--max-steps", str(longer))]
 
-    print_table(nanogpt_curves, curves, longer_curves, longer)
+    print_table(columns)
     whole_run = np.median([curve[-1][0] for curve in nanogpt_curves])
     goal = np.median([seconds_to(GOAL, curve) for curve in curves])
     print(f"nanoGPT's run takes {whole_run:.0f} s; ours reaches {GOAL} after {goal:.0f} s, "
@@ -73,19 +76,13 @@ def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path],
                 "times nanoGPT's laptop run")
 
 
-def print_table(nanogpt_curves: list[Curve], curves: list[Curve], longer_curves: list[Curve],
-                longer: int):
+def print_table(columns: dict[str, list[Curve]]):
     """Minutes to each loss, a column for each program."""
-    columns = [nanogpt_curves, curves]
-    heading = "minutes | nanoGPT | shakespeare-char-cpu |"
-    if longer:
-        columns.append(longer_curves)
-        heading += f" with --max-steps {longer} |"
-    print(heading)
+    print(f"minutes | {' | '.join(columns)} |")
     for loss in LOSSES:
         cells = []
-        for column in columns:
-            seconds = np.median([seconds_to(loss, curve) for curve in column])
+        for curves in columns.values():
+            seconds = np.median([seconds_to(loss, curve) for curve in curves])
             cells.append(f"{seconds / 60:.2f}" if seconds < np.inf else "not reached")
         print(f"{loss} | {' | '.join(cells)} |")
 

@@ -7,11 +7,12 @@ not, and by micro-batch; then the time of an optimizer step. Medians of rounds i
 runs once, so that a drift of the machine affects all ways.
 """
 import statistics
-import time
+from functools import partial
 
 import torch
 
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
+from benchmarks.rounds import time_in_rounds
 from model import GPT, GPTConfig
 from training.optim import build_optimizers, set_learning_rate
 
@@ -30,12 +31,6 @@ def forward_backward(model: GPT, micro_batch: int, dtype: str):
         model(x, x)[1].backward()
 
 
-def seconds_of(work) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def main():
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
           f"{torch.get_num_threads()} threads")
@@ -46,15 +41,12 @@ def main():
 
 
 def time_forward_backward(eager: GPT, compiled: GPT):
-    times = {way: [] for way in WAYS}
-    for number in range(ROUNDS + 1):
-        for way in WAYS:
-            dtype, is_compiled, micro_batch = way
-            model = compiled if is_compiled else eager
-            seconds = seconds_of(lambda: forward_backward(model, micro_batch, dtype))  # noqa: B023
-            if number > 0:  # the first round warms up
-                times[way].append(seconds)
-    for (dtype, is_compiled, micro_batch), seconds in times.items():
+    ways = {}
+    for way in WAYS:
+        dtype, is_compiled, micro_batch = way
+        model = compiled if is_compiled else eager
+        ways[way] = partial(forward_backward, model, micro_batch, dtype)
+    for (dtype, is_compiled, micro_batch), seconds in time_in_rounds(ways, ROUNDS).items():
         speed = micro_batch * CONFIG.block_size / statistics.median(seconds)
         print(f"{dtype:8} {'compiled' if is_compiled else 'eager':8} "
               f"micro-batch {micro_batch:2}: {speed:8,.0f} tokens/s")
@@ -70,16 +62,19 @@ def time_optimizers(model: GPT):
         optimizers["torch.optim.Muon, the same"] = [
             torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")]
 
-    medians = {}
-    for name, parts in optimizers.items():
+    def take_step(parts):
+        for part in parts:
+            part.step()
+
+    for parts in optimizers.values():
         set_learning_rate(parts, 1e-6)
-        times = [seconds_of(lambda: [part.step() for part in parts])  # noqa: B023
-                 for _ in range(ROUNDS + 1)]
-        medians[name] = statistics.median(times[1:])  # the first step warms up
-        print(f"{name:28} {medians[name] * 1000:8,.1f} ms per step")
-    if "torch.optim.Muon, the same" in medians:
-        ratio = medians["torch.optim.Muon, the same"] / medians["our Muon, hidden matrices"]
-        print_ratio("our Muon", [ratio], "times torch.optim.Muon")
+    ways = {name: partial(take_step, parts) for name, parts in optimizers.items()}
+    times = time_in_rounds(ways, ROUNDS)
+    for name, seconds in times.items():
+        print(f"{name:28} {statistics.median(seconds) * 1000:8,.1f} ms per step")
+    if "torch.optim.Muon, the same" in times:
+        ratios = divide(times["torch.optim.Muon, the same"], times["our Muon, hidden matrices"])
+        print_ratio("our Muon", ratios, "times torch.optim.Muon")
 
 
 if __name__ == "__main__":

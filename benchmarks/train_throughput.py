@@ -28,13 +28,12 @@ import tyro
 
 import ddp
 import train
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
 from common.devices import find_device
 from model import GPT, SIZES
-from training import optim
 from training.config import TrainConfig
 from training.presets import PRESETS
-from training.setup import TrainingRun, compute_dtype, model_sizes, place_model
+from training.setup import TrainingRun, create_optimizers, model_sizes, place_model
 
 VOCAB_SIZE = 50_304  # padded, as build-nanogpt's
 TOKENIZER_SIZE = 50_257
@@ -52,12 +51,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     rounds: int = 3
-    steps: int = 1
-    """Steps per round."""
     eager: bool = True
     """Also time each program without torch.compile."""
-    profile: bool = False
-    """Print a profile of our compiled step."""
 
 
 class Way(NamedTuple):
@@ -88,32 +83,24 @@ def main(config: Config):
     times, peaks, losses = {way: [] for way in ways}, {}, {}
     for number in range(config.rounds + 1):
         for way in ways:
-            pipes[way].send(config.steps)
+            pipes[way].send(number)
             seconds, peaks[way], losses[way] = pipes[way].recv()
             if number > 0:  # the first round compiles and warms up
-                times[way].append(seconds / config.steps)
-    print_results(config, times, peaks, losses)
-
-    # profile our step, and end the processes
-    if config.profile:
-        pipes[OURS].send("profile")
+                times[way].append(seconds)
     for pipe in pipes.values():
-        pipe.send(0)
-    while config.profile and multiprocessing.active_children():
-        time.sleep(0.1)
+        pipe.send(None)  # ends its process
+    print_results(config, times, peaks, losses)
 
 
 def print_results(config: Config, times: dict[Way, list[float]], peaks: dict[Way, int],
                   losses: dict[Way, float]):
-    sizes = SIZES[config.size]
-    tokens = config.sequences * sizes.block_size
-    with torch.device("meta"):
-        model = GPT(dataclasses.replace(sizes, vocab_size=VOCAB_SIZE))
-    flops = model.flops_per_token(sizes.block_size)
+    block_size = SIZES[config.size].block_size
+    tokens = config.sequences * block_size
+    flops = flops_per_token(config.size)
     device_name = ddp.device_name(ddp.pick_device(config.device))
     device = find_device(device_name)
     print(f"torch {torch.__version__}, {device_name}, {config.dtype}, {config.size}, "
-          f"{config.sequences} x {sizes.block_size} tokens per step, "
+          f"{config.sequences} x {block_size} tokens per step, "
           f"{flops / 1e9:.3f} GFLOP per token")
     for way, seconds in times.items():
         speed = tokens / statistics.median(seconds)
@@ -121,39 +108,39 @@ def print_results(config: Config, times: dict[Way, list[float]], peaks: dict[Way
         print(f"{way!s:>30} {speed:10,.1f} tokens/s, {speed * flops / 1e9:8,.0f} GFLOP/s{mfu}, "
               f"peak {peaks[way] / 1e9:6.2f} GB, loss {losses[way]:.3f}")
         if way != OURS:
-            ratios = [theirs / ours for theirs, ours in zip(seconds, times[OURS])]
-            print_ratio("training step, compiled", ratios, f"times {way}")
+            print_ratio("training step, compiled", divide(seconds, times[OURS]), f"times {way}")
     print(json.dumps({str(way): seconds for way, seconds in times.items()}))
+
+
+def flops_per_token(size: str) -> int:
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(SIZES[size], vocab_size=VOCAB_SIZE))
+    return model.flops_per_token(SIZES[size].block_size)
 
 
 # --------------------------------------------------------------------------------------------------
 # The process of one way
 
 def serve_steps(way: Way, config: Config, pipe):
-    """Take as many steps as each message says, and send (seconds, peak bytes, loss) back."""
+    """Takes a step for each number received, and sends (seconds, peak bytes, loss) back.
+
+    None ends the process.
+    """
     device = ddp.pick_device(config.device)
     torch.manual_seed(0)
     take_step = build_step(way, config, device)
+    x, y = random_batch(config, device)
+    for step in iter(pipe.recv, None):
+        began = time.perf_counter()
+        loss = take_step(x, y, step)
+        pipe.send((time.perf_counter() - began, peak_bytes(device), loss))
 
-    # contiguous, because some models take views of them
+
+def random_batch(config: Config, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs x and targets y, (B, T) each: contiguous, because some models take views of them."""
     block_size = SIZES[config.size].block_size
     tokens = torch.randint(TOKENIZER_SIZE, (config.sequences, block_size + 1), device=device)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T) each
-
-    step = 0
-    while message := pipe.recv():
-        if message == "profile":
-            with torch.profiler.profile() as profile:
-                take_step(x, y, step)
-            order = f"self_{device.type}_time_total"
-            print(profile.key_averages().table(sort_by=order, row_limit=25))
-            continue
-        began = time.perf_counter()
-        for _ in range(message):
-            loss = take_step(x, y, step)
-            step += 1
-        seconds = time.perf_counter() - began
-        pipe.send((seconds, peak_bytes(device), loss))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def build_step(way: Way, config: Config, device: torch.device) -> Step:
@@ -173,11 +160,10 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def our_step(config: Config, device: torch.device, compiled: bool) -> Step:
-    sizes = SIZES[config.size]
-    train_config = dataclasses.replace(
-        PRESETS["gpt2-124m"], n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd,
-        block_size=sizes.block_size, dtype=config.dtype, compile="on" if compiled else "off",
-        batch_tokens=config.sequences * sizes.block_size, micro_batch=config.sequences)
+    train_config = configure(
+        config.size, dtype=config.dtype, compile="on" if compiled else "off",
+        batch_tokens=config.sequences * SIZES[config.size].block_size,
+        micro_batch=config.sequences)
     run = build_run(train_config, ddp.World(0, 1, device))
 
     def take_step(x, y, step: int) -> float:
@@ -187,18 +173,24 @@ def our_step(config: Config, device: torch.device, compiled: bool) -> Step:
     return take_step
 
 
+def configure(size: str, **options) -> TrainConfig:
+    """The preset gpt2-124m, not compiled, with the sizes of another model."""
+    sizes = SIZES[size]
+    return dataclasses.replace(
+        PRESETS["gpt2-124m"], **{
+            "compile": "off", "n_layer": sizes.n_layer, "n_head": sizes.n_head,
+            "n_embd": sizes.n_embd, "block_size": sizes.block_size, **options})
+
+
 def build_run(config: TrainConfig, world: ddp.World) -> TrainingRun:
     """The part of a run that train_step uses: a model with random weights, and no data."""
     with torch.device("meta"):
-        model = GPT(model_sizes(config, VOCAB_SIZE))
+        model = GPT(model_sizes(config, config.vocab_size))
     place_model(model, None, config, world)
-    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay,
-                                        (config.beta1, config.beta2), config.embedding_rate)
-    uses_float16 = compute_dtype(config, world.device) == torch.float16
+    optimizers, scaler = create_optimizers(config, model, world)
     return TrainingRun(
-        config, world, folder=Path(), manifest={}, tokenizer=None, model=model,
-        ddp_model=ddp.wrap(model, world), optimizers=optimizers,
-        scaler=torch.amp.GradScaler(world.device.type, enabled=uses_float16), batches=None,
+        config, world, folder=Path(), data_checksums={}, tokenizer=None, model=model,
+        ddp_model=ddp.wrap(model, world), optimizers=optimizers, scaler=scaler, batches=None,
         val_loader=None, hellaswag_examples=None, first_step=0, first_step_is_evaluated=False,
         log=None)
 

@@ -84,7 +84,7 @@ def test_a_lower_ratio_and_a_failed_program_are_reported(tmp_path, monkeypatch, 
     programs, readme = tmp_path / "benchmarks", tmp_path / "benchmarks" / "README.md"
     programs.mkdir()
     (programs / "__init__.py").touch()
-    readme.write_text("before\n<!-- ratios -->\n<!-- /ratios -->\nafter\n")
+    readme.write_text("before\n<!-- ratios -->\n<!-- end of ratios -->\nafter\n")
     monkeypatch.chdir(tmp_path)  # `python -m benchmarks.one` starts the programs of this folder
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "PROGRAMS", {"one": [], "two": [], "three": ["{corpus}"]})

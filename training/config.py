@@ -126,7 +126,7 @@ class TrainConfig:
 
 
 AT_LEAST_ONE = ("batch_tokens", "micro_batch", "block_size", "eval_every", "eval_tokens",
-                "sample_every", "save_every", "log_every", "samples")
+                "sample_every", "save_every", "log_every", "samples", "nproc")
 NOT_NEGATIVE = ("max_steps", "price", "learning_rate", "embedding_rate", "warmup_steps",
                 "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip")
 
@@ -135,7 +135,7 @@ def validate(config: TrainConfig):
     """Raises UserError if a value is out of range, or if two options exclude each other."""
     for name in AT_LEAST_ONE:
         value = getattr(config, name)
-        if value != "auto" and value < 1:
+        if value not in ("auto", None) and value < 1:
             raise UserError(f"{option(name)} must be at least 1, not {value}.")
     for name in NOT_NEGATIVE:
         value = getattr(config, name)
@@ -147,8 +147,6 @@ def validate(config: TrainConfig):
         raise UserError(f"--wait-s must be above 0, not {config.wait_s}.")
     if not 0 < config.mfu <= 1:
         raise UserError(f"--mfu must be above 0 and at most 1, not {config.mfu}.")
-    if config.nproc is not None and config.nproc < 1:
-        raise UserError(f"--nproc must be at least 1, not {config.nproc}.")
     if config.shard and config.optimizer == "muon":
         raise UserError("Muon needs whole matrices, which --shard divides: use --optimizer adamw "
                         "or leave out --shard.")
@@ -174,22 +172,26 @@ MAY_CHANGE = {
     "mfu", "price"}
 
 
-def run_fingerprint(config: TrainConfig, manifest: dict, step: int) -> dict:
-    """The values that must not change when a run resumes from its checkpoint at `step`.
-
-    Data are compared by the checksums of their shards in the manifest, and by a sample of their
-    tokens, as other tokens can be put under the same name. Before the decay of "wsd" begins, the
-    learning rate does not depend on max_steps, so max_steps may still change.
-    """
+def checksum_data(data: Path, manifest: dict) -> dict:
+    """Checksums of a run's data: of their shards in the manifest, and of a sample of their tokens,
+    as other tokens can be put under the same name."""
     checksums = "".join(shard["sha256"] for shard in manifest.get("shards", ()))
     digest = hashlib.sha256(checksums.encode()).hexdigest()[:16]
+    return {"data": digest if checksums else str(data),
+            "data_sample": sample_checksum(data, manifest)}
+
+
+def run_fingerprint(config: TrainConfig, data_checksums: dict, step: int) -> dict:
+    """The values that must not change when a run resumes from its checkpoint at `step`.
+
+    `data_checksums` are those of `checksum_data`. Before the decay of "wsd" begins, the learning
+    rate does not depend on max_steps, so max_steps may still change.
+    """
     fingerprint = {name: value for name, value in as_json(config).items() if name not in MAY_CHANGE}
-    fingerprint["data"] = digest if checksums else str(config.data)
-    fingerprint["data_sample"] = sample_checksum(config.data, manifest)
     decay_starts = optim.decay_start(config.warmup_steps, config.max_steps)
     if config.schedule == "wsd" and step <= decay_starts:
         fingerprint["max_steps"] = "open"
-    return fingerprint
+    return fingerprint | data_checksums
 
 
 def run_description(config: TrainConfig, manifest: dict) -> dict:

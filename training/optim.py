@@ -172,19 +172,14 @@ def named_state(model, optimizers) -> dict[str, torch.Tensor]:
 
 def load_named_state(model, optimizers, tensors: dict[str, torch.Tensor]):
     """Loads a state that `named_state` returned into the optimizers."""
-    # group the tensors by parameter name
-    states: dict[str, dict] = {}
-    for name, tensor in tensors.items():
-        parameter_name, key = name.rsplit("/", 1)
-        states.setdefault(parameter_name, {})[key] = tensor
-
-    # torch numbers the parameters of an optimizer in the order of its groups
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        param_groups = optimizer.state_dict()["param_groups"]
+        content = optimizer.state_dict()
+        # torch numbers the parameters of an optimizer in the order of its groups
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        numbered = {}
         for number, p in enumerate(parameters):
-            if names[p] in states:
-                numbered[number] = states[names[p]]
-        optimizer.load_state_dict({"state": numbered, "param_groups": param_groups})
+            prefix = f"{names[p]}/"
+            content["state"][number] = {name.removeprefix(prefix): tensor
+                                        for name, tensor in tensors.items()
+                                        if name.startswith(prefix)}
+        optimizer.load_state_dict(content)

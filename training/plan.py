@@ -145,9 +145,9 @@ def activation_bytes(model: GPT, tokens: int, is_half: bool, recomputed: bool = 
         kept += n_layer * block
         block = 0
 
-    # A sharded model holds the gathered embeddings; behind the loss also their gradients, and of
-    # blocks the weights of two, and the gradients of one in both precisions. Others hold autocast's
-    # copies of the weights.
+    # A sharded model holds the gathered embeddings. During the blocks' backward pass it also holds
+    # their gradients, the weights of two blocks, and one block's gradients in both precisions.
+    # Other models hold autocast's copies of the weights.
     if sharded:
         loss += size * count(model.transformer.wte, model.transformer.wpe)
         block += 2 * size * count(model.transformer.wte, model.transformer.wpe)

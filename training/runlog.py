@@ -1,5 +1,4 @@
 """A run's folder during training: its lock and its log files."""
-import contextlib
 import importlib
 import json
 import math
@@ -15,20 +14,17 @@ from common.errors import UserError
 from common.files import write_json
 
 
-@contextlib.contextmanager
 def locked(folder: Path):
-    """Locks a run's folder for this process. Raises UserError if another process holds the lock."""
+    """Locks a run's folder for this process, until the end of a `with` block.
+
+    Raises UserError if another process holds the lock.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
-        lock.acquire(timeout=0)
+        return FileLock(folder.parent / f".{folder.name}.lock").acquire(timeout=0)
     except Timeout:
         raise UserError(f"Another process is training {folder}: wait until it ends, or choose "
                         "another --name.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Log:
@@ -40,14 +36,15 @@ class Log:
     validation of that step too.
     """
 
-    def __init__(self, folder: Path, config: dict, resume_step: int | None, is_evaluated: bool,
+    def __init__(self, folder: Path, config: dict, first_step: int, is_evaluated: bool,
                  track: str = "none", **machine):
         self.folder = folder
+        self.config = config
         self.tracker = start_tracker(track, folder.name, config)
         folder.mkdir(parents=True, exist_ok=True)
 
         # a new run: remove the log of an attempt that saved no checkpoint
-        if resume_step is None:
+        if not first_step:
             for name in ("metrics.jsonl", "samples.jsonl", "best.json"):
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / "config.json", config)
@@ -65,21 +62,20 @@ class Log:
             if not (folder / name).read_bytes().endswith(b"\n"):
                 with open(folder / name, "a") as file:
                     file.write("\n")
-            self.append(name, event="resume", step=resume_step, measured=is_evaluated, **machine)
+            self.append(name, event="resume", step=first_step, measured=is_evaluated, **machine)
 
-    def metrics(self, **values):
+    def metrics(self, step: int, **values):
         """Logs the values of one step, and prints the validation loss if it is among them."""
-        self.append("metrics.jsonl", **values)
+        self.append("metrics.jsonl", step=step, **values)
         if self.tracker:
-            others = {name: value for name, value in values.items() if name != "step"}
             try:
-                self.tracker.log(others, step=values["step"])
+                self.tracker.log(values, step=step)
             except Exception as error:  # a third-party service can raise anything
                 warn(f"tracking has stopped; the log files are still written ({error})")
                 self.tracker = None
         if "val_loss" in values:
-            message = f"step {values['step']}: validation loss {values['val_loss']:.4f}"
-            if values.get("hellaswag") is not None:
+            message = f"step {step}: validation loss {values['val_loss']:.4f}"
+            if "hellaswag" in values:
                 message += f", HellaSwag {values['hellaswag']:.4f}"
             tqdm.write(message)
 
@@ -107,10 +103,10 @@ def start_tracker(package: str, run: str, config: dict):
     """Starts or resumes the run in trackio or wandb, which share an API. None for "none"."""
     if package == "none":
         return None
-    identity = {"name": run} if package == "trackio" else {"name": run, "id": run}
+    identity = {"id": run} if package == "wandb" else {}  # trackio resumes by name
     try:
-        module = importlib.import_module(package)
-        return module.init(project="gpt2-from-scratch", config=config, resume="allow", **identity)
+        return importlib.import_module(package).init(
+            project="gpt2-from-scratch", name=run, config=config, resume="allow", **identity)
     except ModuleNotFoundError:
         raise UserError(f"--track {package} needs a package: pip install {package}.") from None
     except Exception as error:  # a third-party service can raise anything

@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 from shards import read_manifest, read_tokenizer
 from tokenizer import Tokenizer
 from training import optim, plan, runlog, sharding
-from training.config import TrainConfig, run_description, run_fingerprint
+from training.config import TrainConfig, checksum_data, run_description, run_fingerprint
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class TrainingRun:
     config: TrainConfig  # with the actual sizes of the model and the micro-batch
     world: ddp.World
     folder: Path  # log/<name>
-    manifest: dict  # of the data
+    data_checksums: dict
     tokenizer: Tokenizer
     model: GPT
     ddp_model: nn.Module  # the same model, wrapped to average gradients over the ranks
@@ -51,59 +51,54 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
     Returns None after printing the plan if config.dry_run is set. Raises UserError if the data, the
     model of --init-from or the checkpoint do not fit the configuration.
     """
-    # find the checkpoint to resume from, the same on all ranks
+    # find the checkpoint to resume from
     folder = checkpoint.LOG / config.name
-    resume_step = find_checkpoint(config, folder, world)
-    first_step = resume_step or 0
+    first_step = find_checkpoint(config, folder, world)
 
     # build the model on the meta device
     manifest = read_data_manifest(config)
     model, initial_weights, tokenizer, config = build_model(config, manifest)
 
-    # open the data
+    # open the data, and read HellaSwag's examples
     sequences = config.batch_tokens // config.block_size
     train_loader = DataLoader(config.data, "train", sequences, config.block_size, config.seed,
                               world.rank, world.size, config.order, manifest)
     val_loader = DataLoader(config.data, "val", 1, config.block_size, manifest=manifest)
-
-    # read HellaSwag, which a dry run does not download
-    skip_download = config.dry_run and config.hellaswag == "auto"
-    examples = None if skip_download else read_hellaswag(config, world)
+    examples = read_hellaswag(config, world)
 
     # print the plan
+    device_name = ddp.device_name(world.device)
     if world.is_main:
-        device_name = ddp.device_name(world.device)
         print(plan.describe(config, model, train_loader, val_loader, device_name, world.size))
     if config.dry_run:
         return None
 
     # initialize the weights on the device, then find the micro-batch that fits beside them
     place_model(model, initial_weights, config, world)
-    saved_run = folder if resume_step else None
+    saved_run = folder if first_step else None
     micro_batch = choose_micro_batch(config, saved_run, model, world)
     config = dataclasses.replace(config, micro_batch=micro_batch)
 
     # create the optimizers, then load the checkpoint into the model and into them
-    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay,
-                                        (config.beta1, config.beta2), config.embedding_rate)
-    uses_float16 = compute_dtype(config, world.device) == torch.float16
-    scaler = torch.amp.GradScaler(world.device.type, enabled=uses_float16)
+    optimizers, scaler = create_optimizers(config, model, world)
+    data_checksums = checksum_data(config.data, manifest)
     is_evaluated = False
-    if resume_step is not None:
-        is_evaluated = load_checkpoint(folder, resume_step, config, manifest, model, optimizers,
-                                       scaler)
+    if first_step:
+        is_evaluated = load_checkpoint(folder, first_step, config, data_checksums, model,
+                                       optimizers, scaler)
         if world.is_main:
-            print(f"resuming {folder} from step {resume_step:,}")
+            print(f"resuming {folder} from step {first_step:,}")
 
     # open the log
     log = None
     if world.is_main:
-        log = runlog.Log(folder, run_description(config, manifest), resume_step, is_evaluated,
-                         config.track, device=ddp.device_name(world.device), processes=world.size)
+        log = runlog.Log(folder, run_description(config, manifest), first_step, is_evaluated,
+                         config.track, device=device_name, processes=world.size)
 
     return TrainingRun(
-        config=config, world=world, folder=folder, manifest=manifest, tokenizer=tokenizer,
-        model=model, ddp_model=ddp.wrap(model, world), optimizers=optimizers, scaler=scaler,
+        config=config, world=world, folder=folder, data_checksums=data_checksums,
+        tokenizer=tokenizer, model=model, ddp_model=ddp.wrap(model, world),
+        optimizers=optimizers, scaler=scaler,
         batches=train_loader.batches(first_step, config.max_steps, world.device),
         val_loader=val_loader, hellaswag_examples=examples,
         first_step=first_step, first_step_is_evaluated=is_evaluated, log=log)
@@ -113,26 +108,22 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
 # Checkpoint and data
 
 
-def find_checkpoint(config: TrainConfig, folder: Path, world: ddp.World) -> int | None:
-    """The step to resume from, or None to start a new run.
+def find_checkpoint(config: TrainConfig, folder: Path, world: ddp.World) -> int:
+    """The step to resume from, the same on all ranks; 0 to start a new run.
 
     The main process decides. Raises UserError if a new run would start in a folder that already
     holds one.
     """
-    step = None
+    step = 0
     if world.is_main:
         if config.resume == "auto":
-            step = checkpoint.newest(folder)
+            step = checkpoint.newest(folder) or 0  # no checkpoint is of step 0
         holds_run = checkpoint.saved_steps(folder) or checkpoint.model_steps(folder)
-        if step is None and holds_run:
+        if not step and holds_run:
             reason = ("all of its checkpoints are damaged" if config.resume == "auto" else
                       "--resume auto continues it")
             raise UserError(f"{folder} already holds a run ({reason}): choose another --name.")
-
-    # send the step to the other ranks, as step + 1, so that 0 means a new run
-    sent = 0 if step is None else step + 1
-    received = int(ddp.sum_over_ranks(world, sent)[0])
-    return received - 1 if received else None
+    return int(ddp.sum_over_ranks(world, step)[0])
 
 
 def read_data_manifest(config: TrainConfig) -> dict:
@@ -159,8 +150,11 @@ def read_data_manifest(config: TrainConfig) -> dict:
 
 
 def read_hellaswag(config: TrainConfig, world: ddp.World) -> list[dict] | None:
-    """HellaSwag's examples; None if the run does not score them or a rank cannot download them."""
-    if config.hellaswag == "none":
+    """HellaSwag's examples; None if the run does not score them or a rank cannot download them.
+
+    A dry run does not download them.
+    """
+    if config.hellaswag == "none" or (config.dry_run and config.hellaswag == "auto"):
         return None
     if config.hellaswag != "auto":
         return hellaswag.read_examples(Path(config.hellaswag))
@@ -275,6 +269,15 @@ def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, w
         sharding.fill(model.initial_weights())
 
 
+def create_optimizers(config: TrainConfig, model: GPT, world: ddp.World
+                      ) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler]:
+    """The optimizers and the gradient scaler, which is active in float16 only."""
+    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay,
+                                        (config.beta1, config.beta2), config.embedding_rate)
+    uses_float16 = compute_dtype(config, world.device) == torch.float16
+    return optimizers, torch.amp.GradScaler(world.device.type, enabled=uses_float16)
+
+
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """The precision of the matrix products on the device."""
     if config.dtype == "auto":
@@ -353,16 +356,16 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
 # Resuming
 
 
-def load_checkpoint(folder: Path, step: int, config: TrainConfig, manifest: dict, model: GPT,
+def load_checkpoint(folder: Path, step: int, config: TrainConfig, data_checksums: dict, model: GPT,
                     optimizers: list[torch.optim.Optimizer],
                     scaler: torch.amp.GradScaler) -> bool:
     """Loads the checkpoint of `step` into the model, the optimizers and the gradient scaler.
 
     Returns whether validation has already run at that step. Raises UserError if the configuration
-    differs from the checkpoint's.
+    or the data differ from the checkpoint's.
     """
     saved = checkpoint.saved_config(folder, step)
-    for name, value in run_fingerprint(config, manifest, step).items():
+    for name, value in run_fingerprint(config, data_checksums, step).items():
         # a checkpoint older than an option was trained with the option's default
         saved_value = saved.get(name, getattr(TrainConfig, name, value))
         if saved_value != value and name.startswith("data"):

@@ -1,4 +1,5 @@
 """Signals that stop a run early: every rank stops at the same point, and its step is saved."""
+import contextlib
 import os
 import signal
 import threading
@@ -7,7 +8,7 @@ import time
 import ddp
 
 
-class StopSignals:
+class StopSignals(contextlib.ExitStack):
     """Records SIGTERM and SIGINT (Ctrl-C) in `world.received_signal` from `start` on.
 
     They do not end the process: `ddp.check_signals` tells the training loop. A second Ctrl-C raises
@@ -15,22 +16,16 @@ class StopSignals:
     """
 
     def __init__(self, world: ddp.World):
+        super().__init__()
         self.world = world
-        self.previous_handlers = {}
         self.last_check = None  # (step, time) at which the ranks last exchanged signals
         self.next_check = 0  # the step at which they do so again
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
 
     def start(self):
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous_handlers[number] = signal.signal(number, self.handle)
+                previous_handler = signal.signal(number, self.handle)
+                self.callback(signal.signal, number, previous_handler)
 
     def handle(self, number, _frame):
         if self.world.received_signal == number == signal.SIGINT:
