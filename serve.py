@@ -14,7 +14,6 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Annotated
 
 from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
 
@@ -29,10 +28,9 @@ from api import metrics
 from api.completions import ChatCompletion, Completion
 from api.guard import Access, Guard
 from api.schema import ChatRequest, CompletionRequest, RequestError, error_answer
-from checkpoint import describe, list_bundled, load_model
-from ddp import pick_device
+from checkpoint import describe, list_bundled
 from engine.packed import use_allowed_cores
-from generate import Dtype, Engine
+from generate import Engine, ModelConfig
 
 DISCONNECT_CHECK_S = 0.5  # how often to check that a client who waits is still connected
 GRACE_S = 3  # how long texts can continue after SIGTERM or Ctrl-C
@@ -130,20 +128,12 @@ async def respond(http: Request, completion: Completion) -> StreamingResponse | 
 # The command line
 
 @dataclasses.dataclass
-class ServeConfig:
+class ServeConfig(ModelConfig):
     """Serves a model under OpenAI's API."""
 
-    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
-    """bundled[:name], a run folder, a .pt file, a Hugging Face folder or a Hub id. Default: the
-    newest run, or the bundled model if there is none."""
     host: str = "127.0.0.1"
     """The address to listen on; 0.0.0.0 accepts connections from other machines."""
     port: int = 8000
-    device: str = "auto"
-    """auto, cuda, mps or cpu."""
-    dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA; on a CPU int8 for models with 20 million parameters or more, and
-    float32 for smaller ones."""
     access: tyro.conf.OmitArgPrefixes[Access] = dataclasses.field(default_factory=Access)
 
 
@@ -164,8 +154,7 @@ def check_port(host: str, port: int):
 def main(config: ServeConfig):
     check_port(config.host, config.port)
     use_allowed_cores()
-    model, tokenizer, info = load_model(config.model, pick_device(config.device))
-    engine = Engine(model, tokenizer, config.dtype)
+    engine, info = config.load()
     name = config.model or info["name"]
     app = FastAPI(title="GPT-2 From Scratch")
     app.include_router(routes([name], lambda _: engine))

@@ -12,7 +12,8 @@ from fastapi.concurrency import run_in_threadpool
 from api import metrics, schema
 from api.conversation import SPEAKERS, fit_prompt, turn_ends
 from common.errors import UserError
-from generate import Engine, Piece, PieceStream, Reader
+from engine.reader import Piece, PieceStream, Reader
+from generate import Engine
 
 IDLE_S = 60  # nothing happens in an empty batch
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import ddp
 from common.errors import UserError
+from engine.cache import common_prefix
 from engine.packed import pack_model
 from model import GPT
 from tokenizer import Tokenizer
@@ -117,14 +118,6 @@ def group_by_prefix(pairs: list[tuple[list[int], list[int]]], max_tokens: int
     return [SharedPrefix(sequences[members[0]][:shared], [sequences[i][shared:] for i in members],
                          members, [len(pairs[i][0]) - shared for i in members])
             for members, shared in groups]
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """The number of tokens at the beginning of `a` and `b` that are equal."""
-    for n, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return n
-    return min(len(a), len(b))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Faster matrix products for inference on a CPU, in each precision: `pack_model(model, "int8")`.
 
 A row's result never depends on the other rows, bit for bit (tests/test_generate.py), so a prompt
-gets the same text alone and in a batch. Activations are float32 in every precision; only the
-weights are smaller, because the time of a token is the time to read them. The kernel for each
-precision was chosen by measurement (benchmarks/NOTES.md) and is fixed:
+gets the same text in any batch. Activations are float32 in every precision; only the weights are
+smaller, because the time of a token is the time to read them. The kernel for each precision was
+chosen by measurement (benchmarks/NOTES.md) and is fixed:
 
 - float32: oneDNN with prepacked weights. It treats rows alike, whatever their number.
 - float16: fbgemm, four rows at a time and at most 24 per call. For other numbers of rows fbgemm has
