@@ -44,7 +44,7 @@ class Completion:
     """A text completion in progress: `n` choices for each prompt. Raises UserError, and Busy.
 
     Choice i belongs to prompt i // n. The request ends when the object is garbage-collected, for
-    example because the client has disconnected. `client` is whom the scheduler gives the places.
+    example because the client has disconnected. Requests of one `client` share its places.
     """
     id_prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
 
