@@ -53,13 +53,10 @@ class HalfLinear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))  # (R, in)
-        count = len(rows)
-        if count % FBGEMM_ROWS:
-            rows = F.pad(rows, (0, 0, 0, -count % FBGEMM_ROWS))
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % FBGEMM_ROWS))
         parts = [torch.ops.quantized.linear_dynamic_fp16(part, self.weight)
-                 for part in rows.split(FBGEMM_MAX_ROWS)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        y = y[:count]  # (R, out), without the padding
+                 for part in padded.split(FBGEMM_MAX_ROWS)]
+        y = torch.cat(parts)[:len(rows)]  # (R, out)
         if self.bias is not None:
             y.add_(self.bias)
         return y.view(*x.shape[:-1], -1)
