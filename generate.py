@@ -201,26 +201,24 @@ class Engine:
             ids = context + self.tokenizer.encode(text)
         tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
 
-        scored = 1  # nothing predicts the first token
-        while scored < len(ids):
-            # choose the next window; it predicts the token behind it too
-            overlap = max(1, self.block_size // 2)
-            start = 0 if scored < self.block_size else scored - overlap
-            stop = min(start + self.block_size + 1, len(ids))
+        position = 1  # of the next token to score; nothing predicts the first one
+        while position < len(ids):
+            # the next window, which overlaps the previous one by half
+            first = 0 if position < self.block_size else position - max(1, self.block_size // 2)
+            inputs = ids[first:min(first + self.block_size, len(ids) - 1)]
             cache = self.forward.new_cache()
             # run it in chunks: the logits of a whole window would be large
-            for chunk_start in range(start, stop - 1, CHUNK):
-                chunk = ids[chunk_start:min(chunk_start + CHUNK, stop - 1)]
-                segment = Segment(cache, chunk_start - start, chunk)
-                rows = range(max(scored - 1 - chunk_start, 0), len(chunk))  # not scored before
-                logits = self.forward([segment], rows)[:, :self.tokenizer.vocab_size]
-                for row, logprobs in zip(rows, logits.log_softmax(-1)):  # (V,) each
-                    predicted = chunk_start + row + 1
+            for start in range(0, len(inputs), CHUNK):
+                chunk = inputs[start:start + CHUNK]
+                rows = range(position - 1 - first - start, len(chunk))  # not scored yet
+                logits = self.forward([Segment(cache, start, chunk)], rows)
+                for logprobs in logits[:, :self.tokenizer.vocab_size].log_softmax(-1):  # (V,) each
                     best = logprobs.topk(min(top, len(logprobs)))
                     pairs = zip(best.indices.tolist(), best.values.tolist())
-                    tokens[predicted]["logprob"] = logprobs[ids[predicted]].item()
-                    tokens[predicted]["top"] = [(decode([i]), logprob) for i, logprob in pairs]
-            scored = stop
+                    token = tokens[position]
+                    token["logprob"] = logprobs[token["id"]].item()
+                    token["top"] = [(decode([i]), logprob) for i, logprob in pairs]
+                    position += 1
         return tokens[len(context):]
 
 
@@ -229,7 +227,7 @@ class Engine:
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Which model a program runs, and how."""
+    """The options of every program that runs a model: which one, where and in what precision."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
     """bundled[:name], a run folder, a .pt file, a Hugging Face folder or a Hub id. Default: the
