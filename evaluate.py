@@ -14,36 +14,30 @@ import dataclasses
 import statistics
 import sys
 from pathlib import Path
-from typing import Annotated
 
 from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
 
 # isort: split
 import tyro
 
-from checkpoint import describe, load_model
+from checkpoint import describe
 from common.files import write_json
 from ddp import auto_dtype, dtype_name, pick_device
-from generate import Dtype, Engine
+from generate import Dtype, Engine, ModelConfig
 
 
-@dataclasses.dataclass
-class EvaluateConfig:
+@dataclasses.dataclass(kw_only=True)
+class EvaluateConfig(ModelConfig):
     """Evaluates a model on tasks of lm-evaluation-harness."""
 
     tasks: str
     """Names of tasks, separated by commas; * stands for any characters."""
-    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
-    """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id. Default: the newest
-    run, or bundled."""
     task_folder: Path | None = None
     """A folder with YAML files of more tasks."""
     limit: int | None = None
     """Use only the first LIMIT examples of each task."""
     num_fewshot: int | None = None
     """Number of solved examples before each question. Default: the task's own."""
-    device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
-    """auto, cuda, mps or cpu."""
     dtype: Dtype = "auto"
     """auto is float32 on a CPU, bfloat16 on hardware that computes it, float16 on older GPUs."""
     batch_tokens: int | None = None
@@ -63,11 +57,9 @@ def main(config: EvaluateConfig):
     # load the tasks first: their errors come before a model is loaded
     manager, names = load_tasks(config)
     device = pick_device(config.device)
-    model, tokenizer, info = load_model(config.model, device)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else dtype_name(auto_dtype(device))
-    engine = Engine(model, tokenizer, dtype)
+    if config.dtype == "auto":
+        config.dtype = "float32" if device.type == "cpu" else dtype_name(auto_dtype(device))
+    engine, info = config.load()
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
 
     results = evaluate(engine, names, manager, config.limit, config.num_fewshot,

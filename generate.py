@@ -9,13 +9,11 @@
         print(piece, end="", flush=True)
 
 An engine can be used from any number of threads: engine/scheduler.py runs all their requests
-together, and engine/sampling.py samples the tokens.
+together, engine/sampling.py samples the tokens, and engine/reader.py turns them into text.
 
 A model sees at most `block_size` tokens. A longer prompt loses its beginning. When generation has
 filled the context, the engine keeps the last half and prefills it again.
 """
-import asyncio
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -25,7 +23,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
 
@@ -36,154 +34,17 @@ import tyro
 from checkpoint import describe, load_model
 from ddp import auto_dtype, dtype_name, pick_device
 from engine import native
-from engine.forward import CHUNK, Forward, Segment
+from engine.cache import CHUNK
+from engine.forward import Forward, Segment
 from engine.packed import supports_dtype, use_allowed_cores
+from engine.reader import Piece, PieceStream, Reader  # noqa: F401 (ui/ uses the stream)
 from engine.sampling import Sampling
-from engine.scheduler import Request, Scheduler, Token
+from engine.scheduler import Request, Scheduler
 from model import GPT
 from tokenizer import Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 LARGE_MODEL = 20_000_000  # parameters; larger weights do not fit a CPU's cache, so int8 is faster
-
-
-# --------------------------------------------------------------------------------------------------
-# From tokens to text
-
-class Piece(NamedTuple):
-    """The text that one event adds to sample `index`.
-
-    The text is empty while a character or a possible stop string is incomplete. The last piece of a
-    sample has a reason ("stop", "length" or "deadline"), and may have text but no token.
-    """
-    index: int
-    text: str
-    token: Token | None = None
-    reason: str | None = None
-    offset: int = 0  # where the token's text begins in the sample's, in characters
-
-
-class Reader:
-    """Decodes a request's events to text, and ends each sample before its first stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, request: Request):
-        self.request, self.eot = request, tokenizer.eot
-        self.decoders = [tokenizer.stream_decoder() for _ in range(request.n)]
-        self.held = [""] * request.n  # text held back, because it may begin a stop string
-        self.lengths = [0] * request.n  # characters decoded
-        self.ended = set()  # indices of samples
-
-    @property
-    def done(self) -> bool:
-        return len(self.ended) == self.request.n
-
-    def read(self, event: tuple[int, Token | str]) -> Piece | None:
-        """The piece that an event adds, or None if its sample has already ended."""
-        index, token = event
-        if index in self.ended:
-            return None
-        decode = self.decoders[index]
-        reason = None
-        if isinstance(token, str):
-            token, reason = None, token
-        elif token.id == self.eot:  # it has no text
-            reason = "stop"
-        new = decode([], final=True) if reason else decode([token.id])
-        offset = self.lengths[index]
-        self.lengths[index] += len(new)
-
-        # cut the text at the first stop string
-        text = self.held[index] + new
-        stops = self.request.sampling.stop
-        positions = [text.find(stop) for stop in stops if stop in text]
-        if positions:
-            text, reason = text[:min(positions)], "stop"
-
-        # hold back an ending that may turn out to begin a stop string
-        held = 0
-        if reason:
-            self.ended.add(index)
-            self.request.cancel(index)
-        else:
-            held = max((partial_match(text, stop) for stop in stops), default=0)
-        self.held[index] = text[len(text) - held:]
-        return Piece(index, text[:len(text) - held], token, reason, offset)
-
-
-def partial_match(text: str, stop: str) -> int:
-    """The length of the longest proper prefix of `stop` that ends the text."""
-    for length in range(len(stop) - 1, 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
-
-
-class PieceStream:
-    """An async iterator over the pieces of one or more requests, on an asyncio event loop.
-
-    Each item is a batch: a list of (reader index, Piece) with everything new. It may be empty: if
-    nothing arrives, there is one after `idle_s` seconds, so that the consumer can check other
-    things. Iteration ends as soon as all samples have ended, and raises the error of a request that
-    failed. The requests are cancelled when the stream is closed, cancelled or garbage-collected.
-    """
-
-    def __init__(self, readers: list[Reader], idle_s: float):
-        self.readers, self.idle_s = readers, idle_s
-        self.arrived = asyncio.Event()
-        self.connected = False
-
-    def __aiter__(self) -> "PieceStream":
-        return self
-
-    async def __anext__(self) -> list[tuple[int, Piece]]:
-        try:
-            if not self.connected:
-                self.connect()
-            await asyncio.sleep(0)  # other tasks run even if there is always something new
-            batch = self.take()
-            if batch:
-                return batch
-            if all(reader.done for reader in self.readers):
-                raise StopAsyncIteration
-            # not wait_for, which in Python 3.11 loses a cancellation if there is something new
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.idle_s):
-                    await self.arrived.wait()
-            return self.take()
-        except BaseException:  # the end, an error of a request, or the consumer is cancelled
-            self.close()
-            raise
-
-    def connect(self):
-        """Makes the requests wake up this event loop when there are new events."""
-        loop, arrived = asyncio.get_running_loop(), self.arrived
-        for reader in self.readers:
-            # The callback must not refer to the stream: the scheduler would keep it alive.
-            reader.request.wake = functools.partial(wake_loop, loop, arrived, reader.request)
-        self.connected = True
-
-    def take(self) -> list[tuple[int, Piece]]:
-        """Everything that has arrived since the last call."""
-        self.arrived.clear()
-        batch = []
-        for i, reader in enumerate(self.readers):
-            pieces = map(reader.read, reader.request.take_events())
-            batch += [(i, piece) for piece in pieces if piece]
-        return batch
-
-    def close(self):
-        for reader in self.readers:
-            reader.request.wake = None
-            reader.request.cancel()
-
-    __del__ = close
-
-
-def wake_loop(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event, request: Request):
-    try:
-        loop.call_soon_threadsafe(arrived.set)
-    except RuntimeError:  # the event loop is closed, so there is no consumer any more
-        request.cancel()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,26 +201,24 @@ class Engine:
             ids = context + self.tokenizer.encode(text)
         tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
 
-        scored = 1  # nothing predicts the first token
-        while scored < len(ids):
-            # choose the next window; it predicts the token behind it too
-            overlap = max(1, self.block_size // 2)
-            start = 0 if scored < self.block_size else scored - overlap
-            stop = min(start + self.block_size + 1, len(ids))
+        position = 1  # of the next token to score; nothing predicts the first one
+        while position < len(ids):
+            # the next window, which overlaps the previous one by half
+            first = 0 if position < self.block_size else position - max(1, self.block_size // 2)
+            inputs = ids[first:min(first + self.block_size, len(ids) - 1)]
             cache = self.forward.new_cache()
             # run it in chunks: the logits of a whole window would be large
-            for chunk_start in range(start, stop - 1, CHUNK):
-                chunk = ids[chunk_start:min(chunk_start + CHUNK, stop - 1)]
-                segment = Segment(cache, chunk_start - start, chunk)
-                rows = range(max(scored - 1 - chunk_start, 0), len(chunk))  # not scored before
-                logits = self.forward([segment], rows)[:, :self.tokenizer.vocab_size]
-                for row, logprobs in zip(rows, logits.log_softmax(-1)):  # (V,) each
-                    predicted = chunk_start + row + 1
+            for start in range(0, len(inputs), CHUNK):
+                chunk = inputs[start:start + CHUNK]
+                rows = range(position - 1 - first - start, len(chunk))  # not scored yet
+                logits = self.forward([Segment(cache, start, chunk)], rows)
+                for logprobs in logits[:, :self.tokenizer.vocab_size].log_softmax(-1):  # (V,) each
                     best = logprobs.topk(min(top, len(logprobs)))
                     pairs = zip(best.indices.tolist(), best.values.tolist())
-                    tokens[predicted]["logprob"] = logprobs[ids[predicted]].item()
-                    tokens[predicted]["top"] = [(decode([i]), logprob) for i, logprob in pairs]
-            scored = stop
+                    token = tokens[position]
+                    token["logprob"] = logprobs[token["id"]].item()
+                    token["top"] = [(decode([i]), logprob) for i, logprob in pairs]
+                    position += 1
         return tokens[len(context):]
 
 
@@ -367,12 +226,28 @@ class Engine:
 # The command line
 
 @dataclasses.dataclass
-class GenerateConfig:
-    """Continues a prompt. Without one, asks for prompts until the input ends."""
+class ModelConfig:
+    """The options of every program that runs a model: which one, where and in what precision."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
     """bundled[:name], a run folder, a .pt file, a Hugging Face folder or a Hub id. Default: the
     newest run, or the bundled model if there is none."""
+    device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
+    """auto, cuda, mps or cpu."""
+    dtype: Dtype = "auto"
+    """auto is bfloat16 on CUDA; on a CPU int8 for models with 20 million parameters or more, and
+    float32 for smaller ones."""
+
+    def load(self) -> tuple[Engine, dict]:
+        """(the model's engine, its info as `load_model` returns it)."""
+        model, tokenizer, info = load_model(self.model, pick_device(self.device))
+        return Engine(model, tokenizer, self.dtype), info
+
+
+@dataclasses.dataclass
+class GenerateConfig(ModelConfig):
+    """Continues a prompt. Without one, asks for prompts until the input ends."""
+
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """The text to continue."""
     file: Path | None = None
@@ -395,11 +270,6 @@ class GenerateConfig:
     """The same seed gives the same text. Default: a random seed, which is printed."""
     json: bool = False
     """Print each sample as a JSON object."""
-    device: str = "auto"
-    """auto, cuda, mps or cpu."""
-    dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA; on a CPU int8 for models with 20 million parameters or more, and
-    float32 for smaller ones."""
 
 
 def main(config: GenerateConfig):
@@ -419,8 +289,7 @@ def main(config: GenerateConfig):
 
     # load the model
     use_allowed_cores()
-    model, tokenizer, info = load_model(config.model, pick_device(config.device))
-    engine = Engine(model, tokenizer, config.dtype)
+    engine, info = config.load()
     backend = f"{engine.dtype} on {engine.device}, {engine.forward.backend}"
     print(f"{info['name']}: {describe(info)}; {backend}", file=sys.stderr)
 
@@ -457,15 +326,9 @@ def complete(engine: Engine, prompt: str, config: GenerateConfig, settings: dict
 
     if config.json:
         for i, text in enumerate(texts):
-            print(json.dumps({
-                "prompt": prompt,
-                "text": text,
-                "finish_reason": reasons[i],
-                "prompt_tokens": len(ids),
-                "tokens": tokens[i],
-                "seed": seed,
-                "index": i,
-            }))
+            print(json.dumps({"prompt": prompt, "text": text, "finish_reason": reasons[i],
+                              "prompt_tokens": len(ids), "tokens": tokens[i], "seed": seed,
+                              "index": i}))
     elif streaming:
         print()
     else:

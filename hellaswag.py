@@ -24,7 +24,7 @@ import re
 import time
 import zlib
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
 
@@ -34,11 +34,11 @@ import tyro
 from tqdm import tqdm
 
 import ddp
-from checkpoint import describe, load_model
+from checkpoint import describe
 from common.files import write_json
 from corpus.sources import DATA, fetch
 from engine.likelihood import encode, fit_to_context, log_likelihoods, perplexity
-from generate import Dtype, Engine
+from generate import Dtype, ModelConfig
 from model import GPT
 from tokenizer import Tokenizer, without_surrogates
 
@@ -234,14 +234,9 @@ def accuracy(correct: int, n: int) -> tuple[float | None, float | None]:
 # Command line
 
 @dataclasses.dataclass
-class HellaSwagConfig:
+class HellaSwagConfig(ModelConfig):
     """Evaluates a model on HellaSwag, or on a text."""
 
-    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
-    """bundled[:name], a run folder, a .pt, a Hugging Face folder or Hub id. Default: the newest
-    run, or bundled."""
-    device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
-    """auto, cuda, mps or cpu."""
     data: Path | None = None
     """HellaSwag's examples, as .jsonl or .jsonl.gz. Default: download the validation set."""
     limit: int | None = None
@@ -270,11 +265,10 @@ def main(config: HellaSwagConfig):
     else:
         examples = read_examples(config.data or download(), config.limit)
         text = "".join(example["ctx"] + "".join(example["endings"]) for example in examples)
-    model, tokenizer, info = load_model(config.model, device)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = ddp.dtype_name(ddp.auto_dtype(device))
-    engine = Engine(model, tokenizer, dtype)
+    if config.dtype == "auto":
+        config.dtype = ddp.dtype_name(ddp.auto_dtype(device))
+    engine, info = config.load()
+    tokenizer = engine.tokenizer
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
     _, unknown = tokenizer.replace_unknown(text)
     if unknown:

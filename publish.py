@@ -25,7 +25,6 @@ import report
 from checkpoint import load_model, model_steps
 from model import GPT
 from tokenizer import Tokenizer
-from weights.gguf import save_gguf
 from weights.huggingface import save_huggingface
 
 app = tyro.extras.SubcommandApp()
@@ -73,6 +72,8 @@ def export(model: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path],
         tokenizer.chat_template = read_chat_template(chat_template)
 
     if to == "gguf":
+        from weights.gguf import save_gguf  # noqa: PLC0415 (only this needs gguf)
+
         path = folder / f"model-{dtype}.gguf"
         save_gguf(path, gpt, tokenizer, dtype, info["name"])
     else:

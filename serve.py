@@ -14,7 +14,6 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Annotated
 
 from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
 
@@ -29,12 +28,11 @@ from api import metrics
 from api.completions import ChatCompletion, Completion
 from api.guard import Access, Guard
 from api.schema import ChatRequest, CompletionRequest, RequestError, error_answer
-from checkpoint import describe, list_bundled, load_model
-from ddp import pick_device
+from checkpoint import describe, list_bundled
 from engine.packed import use_allowed_cores
-from generate import Dtype, Engine
+from generate import Engine, ModelConfig
 
-DISCONNECT_CHECK_S = 0.5  # how often to check that the client of a whole answer still waits
+DISCONNECT_CHECK_S = 0.5  # how often to check that a client who waits is still connected
 GRACE_S = 3  # how long texts can continue after SIGTERM or Ctrl-C
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 GENERATE = {"completions": (CompletionRequest, Completion),
@@ -48,15 +46,6 @@ def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
     """The API for the models in `names`; `engine(name)` gives a model's engine."""
     router = APIRouter()
     created = int(time.time())
-
-    def check_name(name: str) -> str:
-        """The name as it stands in the list: "bundled" is short for the first bundled model."""
-        if name == "bundled" and name not in names:
-            name = f"bundled:{list_bundled()[0]}"
-        if name not in names:
-            raise RequestError(f"The model {name!r} does not exist: /v1/models lists the models.",
-                               404, "model", "model_not_found")
-        return name
 
     def describe_model(name: str) -> dict:
         return {"id": name, "object": "model", "created": created, "owned_by": "gpt-2-from-scratch"}
@@ -76,40 +65,24 @@ def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
     @router.get("/v1/models/{name:path}")
     async def retrieve_model(name: str):
         try:
-            return describe_model(check_name(name))
+            return describe_model(find_name(name, names))
         except UserError as error:
             return error_answer(error)
-
-    async def answer(http: Request, endpoint: str) -> StreamingResponse | JSONResponse:
-        schema, kind = GENERATE[endpoint]
-        body = schema.model_validate_json(await http.body())
-        name = check_name(body.model)
-        # loading a model and encoding prompts would block the event loop
-        model_engine = await run_in_threadpool(engine, name)
-        metrics.engines[name] = model_engine
-        client = http.client.host if http.client else None
-        completion = await run_in_threadpool(kind, model_engine, body, client)
-        if body.stream:
-            events = completion.server_sent_events()
-            return StreamingResponse(events, media_type="text/event-stream")
-        whole = asyncio.create_task(completion.whole())
-        try:
-            while not whole.done() and not await http.is_disconnected():
-                await asyncio.wait([whole], timeout=DISCONNECT_CHECK_S)
-            return JSONResponse(whole.result() if whole.done() else {})
-        finally:
-            whole.cancel()
 
     # the last route: it takes whatever the others do not
     @router.api_route("/v1/{endpoint:path}", methods=METHODS, include_in_schema=False)
     async def generate(http: Request, endpoint: str):
         try:
-            if endpoint not in GENERATE and not endpoint.startswith("models"):
-                raise RequestError(f"/v1/{endpoint} does not exist: use /v1/completions, "
-                                   "/v1/chat/completions or /v1/models.", 404)
-            if endpoint not in GENERATE or http.method != "POST":
-                raise RequestError(f"/v1/{endpoint} does not support {http.method}.", 405)
-            response = await answer(http, endpoint)
+            check_endpoint(endpoint, http.method)
+            schema, kind = GENERATE[endpoint]
+            body = schema.model_validate_json(await http.body())
+            name = find_name(body.model, names)
+            # loading a model and encoding prompts would block the event loop
+            model_engine = await run_in_threadpool(engine, name)
+            metrics.engines[name] = model_engine
+            client = http.client.host if http.client else None
+            completion = await run_in_threadpool(kind, model_engine, body, client)
+            response = await respond(http, completion)
         except Exception as error:
             response = error_answer(error)
         label = endpoint if endpoint in GENERATE else "other"
@@ -119,24 +92,48 @@ def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
     return router
 
 
+def find_name(name: str, names: list[str]) -> str:
+    """The name as it stands in `names`: "bundled" is short for the first bundled model."""
+    if name == "bundled" and name not in names:
+        name = f"bundled:{list_bundled()[0]}"
+    if name not in names:
+        raise RequestError(f"The model {name!r} does not exist: /v1/models lists the models.",
+                           404, "model", "model_not_found")
+    return name
+
+
+def check_endpoint(endpoint: str, method: str):
+    """Raises RequestError unless a POST to the endpoint generates text."""
+    if endpoint not in GENERATE and not endpoint.startswith("models"):
+        raise RequestError(f"/v1/{endpoint} does not exist: use /v1/completions, "
+                           "/v1/chat/completions or /v1/models.", 404)
+    if endpoint not in GENERATE or method != "POST":
+        raise RequestError(f"/v1/{endpoint} does not support {method}.", 405)
+
+
+async def respond(http: Request, completion: Completion) -> StreamingResponse | JSONResponse:
+    """The completion as a stream or as a whole, which ends early if the client disconnects."""
+    if completion.body.stream:
+        return StreamingResponse(completion.server_sent_events(), media_type="text/event-stream")
+    whole = asyncio.create_task(completion.whole())
+    try:
+        while not whole.done() and not await http.is_disconnected():
+            await asyncio.wait([whole], timeout=DISCONNECT_CHECK_S)
+        return JSONResponse(whole.result() if whole.done() else {})
+    finally:
+        whole.cancel()
+
+
 # --------------------------------------------------------------------------------------------------
 # The command line
 
 @dataclasses.dataclass
-class ServeConfig:
+class ServeConfig(ModelConfig):
     """Serves a model under OpenAI's API."""
 
-    model: Annotated[str | None, tyro.conf.arg(aliases=["-m"])] = None
-    """bundled[:name], a run folder, a .pt file, a Hugging Face folder or a Hub id. Default: the
-    newest run, or the bundled model if there is none."""
     host: str = "127.0.0.1"
     """The address to listen on; 0.0.0.0 accepts connections from other machines."""
     port: int = 8000
-    device: str = "auto"
-    """auto, cuda, mps or cpu."""
-    dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA; on a CPU int8 for models with 20 million parameters or more, and
-    float32 for smaller ones."""
     access: tyro.conf.OmitArgPrefixes[Access] = dataclasses.field(default_factory=Access)
 
 
@@ -157,8 +154,7 @@ def check_port(host: str, port: int):
 def main(config: ServeConfig):
     check_port(config.host, config.port)
     use_allowed_cores()
-    model, tokenizer, info = load_model(config.model, pick_device(config.device))
-    engine = Engine(model, tokenizer, config.dtype)
+    engine, info = config.load()
     name = config.model or info["name"]
     app = FastAPI(title="GPT-2 From Scratch")
     app.include_router(routes([name], lambda _: engine))

@@ -12,7 +12,8 @@ from fastapi.concurrency import run_in_threadpool
 from api import metrics, schema
 from api.conversation import SPEAKERS, fit_prompt, turn_ends
 from common.errors import UserError
-from generate import Engine, Piece, PieceStream, Reader
+from engine.reader import Piece, PieceStream, Reader
+from generate import Engine
 
 IDLE_S = 60  # nothing happens in an empty batch
 
@@ -43,7 +44,7 @@ class Completion:
     """A text completion in progress: `n` choices for each prompt. Raises UserError, and Busy.
 
     Choice i belongs to prompt i // n. The request ends when the object is garbage-collected, for
-    example because the client has disconnected. `client` is whom the scheduler gives the places.
+    example because the client has disconnected. Requests of one `client` share its places.
     """
     id_prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
 

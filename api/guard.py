@@ -1,6 +1,6 @@
 """Decides which requests reach the server: the page and the API stand behind the same guard.
 
-A web site that a visitor of this machine opens can send requests to 127.0.0.1, too. Its browser
+A web site that a user of this machine opens can send requests to 127.0.0.1, too. The browser
 names the site in the Origin header; a site whose name was pointed at this machine (DNS rebinding)
 shows in the Host header. Both are checked, and bodies are bounded before they are read.
 """

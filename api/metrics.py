@@ -1,4 +1,4 @@
-"""What /metrics shows, in Prometheus' format. It counts; it never sees a text."""
+"""What /metrics shows, in Prometheus' format: counts and times, never texts."""
 import weakref
 
 import prometheus_client

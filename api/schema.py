@@ -15,7 +15,7 @@ from engine.scheduler import Busy
 
 MAX_PROMPTS = 128  # in one request
 MAX_NEW_TOKENS = 100_000  # in one request, over all texts
-RETRY_AFTER_S = 5  # what a client of a busy server is told
+RETRY_AFTER_S = 5  # the clients of a busy server should wait this long
 
 # fields that never change a text
 IGNORED = {"metadata", "name", "parallel_tool_calls", "prompt_cache_key", "safety_identifier",

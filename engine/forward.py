@@ -12,49 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from engine.cache import CHUNK, KVCache
 from engine.packed import pack_model
 from model import GPT
 
-CHUNK = 64  # tokens; prompts are prefilled in chunks that start at multiples of this
-
-
-# --------------------------------------------------------------------------------------------------
-# KV cache
-
-class KVCache:
-    """Keys and values of one sequence's first `length` tokens. The cache grows by whole chunks.
-
-    The entries of the first `reusable` tokens are bit for bit those that a prefill of the same
-    tokens gives, so any prompt that starts with these tokens can use a copy.
-    """
-
-    def __init__(self, kv, length: int = 0, reusable: int = 0):
-        self.kv = kv  # (n_layer, 2, n_head, capacity, head size)
-        self.length = length
-        self.reusable = reusable
-
-    def reserve(self, length: int):
-        """Make room for `length` tokens. Doubles the capacity, so that copies stay rare."""
-        if length > self.kv.size(3):
-            capacity = round_up(max(length, 2 * self.length))
-            # zeros, because attention reads whole chunks and masks the entries not filled yet
-            grown = self.kv.new_zeros(*self.kv.shape[:3], capacity, self.kv.size(4))
-            grown[..., :self.length, :] = self.kv[..., :self.length, :]
-            self.kv = grown
-
-    def copy(self, length: int) -> "KVCache":
-        """A copy of the first `length` tokens."""
-        kv = self.kv[..., :round_up(length), :].clone()
-        return KVCache(kv, length, min(length, self.reusable))
-
-
-def round_up(length: int) -> int:
-    """The smallest multiple of CHUNK that holds `length` tokens."""
-    return -(-length // CHUNK) * CHUNK
-
-
-# --------------------------------------------------------------------------------------------------
-# The step
 
 class Segment(NamedTuple):
     """Tokens of one sequence to process: part of its prompt, or the token sampled last."""

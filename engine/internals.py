@@ -6,7 +6,7 @@
     trace.contributions(-1, wte[token])     # what each head and MLP adds to the token's logit
 
 `model` is the GPT as `load_model` returns it (`Engine.model`), not a packed copy: the weights are
-those of the file, also if the engine writes with int8. Shapes: L layers, nh heads of size hs,
+those of the file, even if the engine generates with int8. Shapes: L layers, nh heads of size hs,
 T tokens, C = n_embd, V = vocab_size.
 """
 import copy

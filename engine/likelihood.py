@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import ddp
 from common.errors import UserError
+from engine.cache import common_prefix
 from engine.packed import pack_model
 from model import GPT
 from tokenizer import Tokenizer
@@ -119,14 +120,6 @@ def group_by_prefix(pairs: list[tuple[list[int], list[int]]], max_tokens: int
             for members, shared in groups]
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """The number of tokens at the beginning of `a` and `b` that are equal."""
-    for n, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return n
-    return min(len(a), len(b))
-
-
 # --------------------------------------------------------------------------------------------------
 # Log-likelihoods
 
@@ -188,7 +181,7 @@ def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]]
 def score_batch(model: GPT, vocab_size: int, parts: list[SharedPrefix]) -> list[Likelihood]:
     """The likelihood of each continuation of the parts, in order, in one forward pass."""
     device = model.transformer.wte.weight.device
-    *inputs, lengths = collate([pack(part) for part in parts])
+    *inputs, lengths = pack(parts)
     ids, positions, mask, logit_rows, targets = (tensor.to(device) for tensor in inputs)
     hidden = model.hidden(ids, positions=positions, mask=mask).flatten(0, 1)  # (B * T, C)
     # compute the logits in chunks of rows
@@ -197,10 +190,9 @@ def score_batch(model: GPT, vocab_size: int, parts: list[SharedPrefix]) -> list[
     for rows, row_targets in zip(logit_rows.split(chunk), targets.split(chunk)):
         logits = model.logits(hidden[rows])[:, :vocab_size].float()  # (rows, V)
         scores.append(score_targets(logits, row_targets))
-    logprobs, is_greedy = (torch.cat(parts).cpu() for parts in zip(*scores))  # (S,) each
+    logprobs, is_greedy = (torch.cat(chunks).cpu() for chunks in zip(*scores))  # (S,) each
     if not logprobs.isfinite().all():
         raise UserError("The model predicts NaN: its weights are damaged or its training diverged.")
-    lengths = lengths.tolist()
     return [Likelihood(tokens.sum().item(), greedy.all().item()) for tokens, greedy in
             zip(logprobs.double().split(lengths), is_greedy.split(lengths))]
 
@@ -220,64 +212,47 @@ def score_targets(logits, targets):
 # --------------------------------------------------------------------------------------------------
 # Packing, as drawn at the top
 
-class PackedSequence(NamedTuple):
-    """A context and its continuations as one sequence of T tokens that predicts S tokens."""
-    ids: list[int]  # (T,)
-    positions: list[int]  # (T,)
-    branches: list[int]  # (T,) 0 for the context, 1, 2, … for the continuations
-    logit_rows: list[int]  # (S,) rows of the sequence that predict the targets
-    targets: list[int]  # (S,) all scored tokens of all continuations
-    lengths: list[int]  # scored tokens of the continuations; they sum to S
-
-
 def packed_length(part: SharedPrefix) -> int:
     """Number of tokens in the packed sequence; the last of each continuation is only predicted."""
     inputs = [max(0, len(continuation) - 1) for continuation in part.continuations]
     return len(part.context) + sum(inputs)
 
 
-def pack(part: SharedPrefix) -> PackedSequence:
-    """The context once, followed by the inputs of each continuation as a branch of its own."""
-    T = len(part.context)
-    sequence = PackedSequence(list(part.context), list(range(T)), [0] * T, [], [], [])
-    unscored = part.unscored or [0] * len(part.continuations)
-    for branch, (continuation, skip) in enumerate(zip(part.continuations, unscored), 1):
-        inputs = continuation[:-1]
-        if continuation:
-            # the context's last token predicts the first token, each input the one after it
-            begin = len(sequence.ids)
-            rows = [T - 1, *range(begin, begin + len(inputs))]
-            sequence.logit_rows.extend(rows[skip:])
-        sequence.ids.extend(inputs)
-        sequence.positions.extend(range(T, T + len(inputs)))
-        sequence.branches.extend([branch] * len(inputs))
-        sequence.targets.extend(continuation[skip:])
-        sequence.lengths.append(len(continuation) - skip)
-    return sequence
+def pack(parts: list[SharedPrefix]) -> tuple:
+    """Pack each part into a sequence: the context once, then each continuation as a branch.
 
-
-def collate(sequences: list[PackedSequence]) -> tuple[torch.Tensor, ...]:
-    """Pad B sequences to the longest and concatenate their targets.
-
-    Returns ids and positions (B, T), the mask (B, 1, T, T), logit_rows (S,) as indices into the
-    flattened (B * T), targets (S,), and the lengths of all continuations.
+    Returns, for B sequences padded to T tokens with S tokens to score in all continuations: ids and
+    positions (B, T), the mask (B, 1, T, T), logit_rows (S,), which predict the targets and index
+    the flattened (B * T), targets (S,), and the number of scored tokens of each continuation.
     """
-    T = max((len(sequence.ids) for sequence in sequences), default=0)
-    padded = np.zeros((3, len(sequences), T), dtype=np.int64)
-    for b, (ids, positions, branches, *_) in enumerate(sequences):
+    T = max(map(packed_length, parts), default=0)
+    padded = np.zeros((3, len(parts), T), dtype=np.int64)
+    logit_rows, targets, lengths = [], [], []
+    for b, part in enumerate(parts):
+        P = len(part.context)
+        ids, positions, branches = list(part.context), list(range(P)), [0] * P
+        unscored = part.unscored or [0] * len(part.continuations)
+        for branch, (continuation, skip) in enumerate(zip(part.continuations, unscored), 1):
+            inputs = continuation[:-1]
+            if continuation:
+                # the context's last token predicts the first token, each input the one after it
+                begin = len(ids)
+                rows = [P - 1, *range(begin, begin + len(inputs))]
+                logit_rows += [b * T + row for row in rows[skip:]]
+            ids += inputs
+            positions += range(P, P + len(inputs))
+            branches += [branch] * len(inputs)
+            targets += continuation[skip:]
+            lengths.append(len(continuation) - skip)
         padded[:, b, :len(ids)] = ids, positions, branches
     ids, positions, branches = torch.from_numpy(padded)  # (B, T) each
     # a token attends to the context and to its own branch, up to itself
     to_context = branches[:, None, :] == 0  # (B, 1, T)
     to_own_branch = branches[:, :, None] == branches[:, None, :]  # (B, T, T)
     mask = (to_context | to_own_branch).tril()[:, None]  # (B, 1, T, T)
-    logit_rows, targets, lengths = [], [], []
-    for b, sequence in enumerate(sequences):
-        logit_rows += [b * T + row for row in sequence.logit_rows]
-        targets += sequence.targets
-        lengths += sequence.lengths
-    flat = (torch.tensor(values, dtype=torch.long) for values in (logit_rows, targets, lengths))
-    return ids, positions, mask, *flat
+    logit_rows = torch.tensor(logit_rows, dtype=torch.long)
+    targets = torch.tensor(targets, dtype=torch.long)
+    return ids, positions, mask, logit_rows, targets, lengths
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 //
 // A row is one token of one sequence. No row's result depends on the other rows: each sum adds its
 // products in the order of the inputs, however many rows share a tile. A prompt therefore gets the
-// same text alone and in a batch, and a sampled token's cache entries equal those of a prefill.
+// same text in any batch, and a sampled token's cache entries equal those of a prefill.
 //
 // Two macros are set when this file is compiled: WEIGHTS, one of the structs Float32, Float16,
 // BFloat16 and Int8 below, and CACHE, the type of keys and values (float, or uint16_t for float16).
@@ -174,7 +174,7 @@ struct Team {
 
     void run(int threads, std::function<void()> new_work) {
         std::unique_lock lock(in_use, std::try_to_lock);
-        if (!lock || threads == 1) return new_work();  // the team is busy: this thread works alone
+        if (!lock || threads == 1) return new_work();  // the team is busy
         for (; members < threads; members++) std::thread([this] { serve(); }).detach();
         work = new_work;
         call++, call.notify_all();

@@ -25,6 +25,7 @@ SOURCE = Path(__file__).with_name("native.cpp")
 # dtype -> the C++ struct that multiplies weights of this dtype
 WEIGHT_TYPES = {"float32": "Float32", "float16": "Float16", "bfloat16": "BFloat16", "int8": "Int8"}
 
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 PANEL = 16  # outputs whose weights are interleaved in memory
 OUTPUT_BLOCK = 64  # outputs that a thread computes at a time; matrices are padded to a multiple
 
@@ -72,9 +73,8 @@ def load_library(weight_type: str, cache_type: str):
             raise OSError("g++ cannot compile it") from None
         os.replace(temporary, library)
     function = ctypes.CDLL(str(library)).forward
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [
-        pointer, integer, pointer, pointer, integer, pointer, pointer, ctypes.c_int]
+        POINTER, INTEGER, POINTER, POINTER, INTEGER, POINTER, POINTER, ctypes.c_int]
     return function
 
 
@@ -85,7 +85,6 @@ def c_struct(name: str, fields: dict) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 Norm = c_struct("Norm", {"weight": POINTER, "bias": POINTER})
 Matrix = c_struct("Matrix", {"weight": POINTER, "bias": POINTER, "scale": POINTER, "start": POINTER,
                              "inputs": INTEGER, "outputs": INTEGER})

@@ -1,9 +1,9 @@
 """Faster matrix products for inference on a CPU, in each precision: `pack_model(model, "int8")`.
 
 A row's result never depends on the other rows, bit for bit (tests/test_generate.py), so a prompt
-gets the same text alone and in a batch. Activations are float32 in every precision; only the
-weights are smaller, because the time of a token is the time to read them. The kernel for each
-precision was chosen by measurement (benchmarks/NOTES.md) and is fixed:
+gets the same text in any batch. Activations are float32 in every precision; only the weights are
+smaller, because the time of a token is the time to read them. The kernel for each precision was
+chosen by measurement (benchmarks/NOTES.md) and is fixed:
 
 - float32: oneDNN with prepacked weights. It treats rows alike, whatever their number.
 - float16: fbgemm, four rows at a time and at most 24 per call. For other numbers of rows fbgemm has
@@ -53,13 +53,10 @@ class HalfLinear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))  # (R, in)
-        count = len(rows)
-        if count % FBGEMM_ROWS:
-            rows = F.pad(rows, (0, 0, 0, -count % FBGEMM_ROWS))
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % FBGEMM_ROWS))
         parts = [torch.ops.quantized.linear_dynamic_fp16(part, self.weight)
-                 for part in rows.split(FBGEMM_MAX_ROWS)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        y = y[:count]  # (R, out), without the padding
+                 for part in padded.split(FBGEMM_MAX_ROWS)]
+        y = torch.cat(parts)[:len(rows)]  # (R, out)
         if self.bias is not None:
             y.add_(self.bias)
         return y.view(*x.shape[:-1], -1)

@@ -11,7 +11,6 @@ Clients share the places fairly: a free one goes to the client that has the fewe
 free for clients that have none.
 """
 import atexit
-import bisect
 import collections
 import queue
 import secrets
@@ -26,7 +25,8 @@ import torch
 
 from common.errors import UserError
 from common.seed import derive_seed
-from engine.forward import CHUNK, Forward, KVCache, Segment
+from engine.cache import CHUNK, KVCache, PrefixCache
+from engine.forward import Forward, Segment
 from engine.sampling import Sampling, penalize, sample, top_ids
 
 IDLE_PREFILL_TOKENS = 8 * CHUNK  # prompt tokens in a step in which no sequence is decoding
@@ -44,53 +44,6 @@ class Token(NamedTuple):
     id: int
     logprob: float | None = None  # nats, under the model's unmodified distribution
     top: tuple = ()  # (id, logprob) pairs, likeliest first
-
-
-# --------------------------------------------------------------------------------------------------
-# Prefix cache
-
-class PrefixCache:
-    """Keeps the KV caches of recent texts, so that prompts with a shared prefix can reuse them.
-
-    The caches take at most `max_bytes` in total; the least recently used one is dropped first.
-    """
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self.entries: list[tuple[list[int], KVCache]] = []  # least recently used first
-
-    def add(self, ids: list[int], cache: KVCache):
-        ids = ids[:cache.reusable]
-        if not ids or any(kept_ids[:len(ids)] == ids for kept_ids, _ in self.entries):
-            return
-        # replace the entries that are a prefix of the new one
-        self.entries = [entry for entry in self.entries if ids[:len(entry[0])] != entry[0]]
-        self.entries.append((ids, cache.copy(len(ids))))
-        while self.entries and sum(cache.kv.nbytes for _, cache in self.entries) > self.max_bytes:
-            self.entries.pop(0)
-
-    def find(self, ids: list[int]) -> KVCache | None:
-        """A copy of the cache for the longest known prefix of `ids`.
-
-        It never covers all of `ids`, because the last token must run to produce logits.
-        """
-        best, length = None, 0
-        for i, (kept_ids, _) in enumerate(self.entries):
-            shared = common_prefix(kept_ids, ids[:-1])
-            if shared > length:
-                best, length = i, shared
-        if best is None:
-            return None
-        entry = self.entries.pop(best)
-        self.entries.append(entry)
-        return entry[1].copy(length)
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """The number of leading ids that two lists share."""
-    # Binary search: comparing slices is much faster than comparing ids in a Python loop.
-    lengths = range(1, min(len(a), len(b)) + 1)
-    return bisect.bisect_left(lengths, True, key=lambda n: a[:n] != b[:n])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,10 +297,10 @@ class Scheduler:
         places = collections.Counter(sequence.request.client for sequence in self.running)
 
         def can_start(request: Request) -> bool:
-            alone = request.client == id(request)
+            anonymous = request.client == id(request)
             # the other samples start from the prompt that the first one has prefilled
             prepared = not request.started or request.prefilled
-            return prepared and (alone or places[request.client] < SHARE * free)
+            return prepared and (anonymous or places[request.client] < SHARE * free)
 
         ready = filter(can_start, self.waiting)
         return min(ready, key=lambda request: places[request.client], default=None)

@@ -26,9 +26,10 @@ from common.errors import UserError
 from engine import native, scheduler
 from engine.forward import Forward, Segment
 from engine.packed import pack_model
+from engine.reader import PieceStream, Reader
 from engine.sampling import Sampling, penalize, sample, weigh
 from engine.scheduler import Busy, Request, Token
-from generate import Engine, PieceStream, Reader
+from generate import Engine
 from tokenizer import CharTokenizer
 
 PRECISIONS = ["float32", "bfloat16", "float16", "int8"]

@@ -133,18 +133,14 @@ def read_tokenizer(folder: Path, c: dict) -> Tokenizer:
 
 def check_config(c: dict, folder: Path):
     """Raises UserError for a setting that changes what the model computes."""
-    supported = {**FIXED, "n_inner": c.get("n_inner") and 4 * c["n_embd"]}
-    if c.get("model_type") == "custom_gpt":  # samkeet's name for the same architecture
-        supported["model_type"] = "custom_gpt"
-    for key, value in supported.items():
-        if c.get(key, value) != value:
+    supported = {key: [value] for key, value in FIXED.items()}
+    supported["model_type"].append("custom_gpt")  # samkeet's name for the same architecture
+    supported["n_inner"] = [None, 4 * c["n_embd"]]
+    supported["activation_function"] = list(ACTIVATIONS)
+    for key, values in supported.items():
+        if key in c and c[key] not in values:
             raise UserError(f"{folder} is not a GPT-2 that this program can run: its {key} is "
-                            f"{c[key]!r} and must be {value!r}.")
-    activation = c.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{folder} is not a GPT-2 that this program can run: its "
-                        f"activation_function is {activation!r} and must be one of "
-                        f"{', '.join(ACTIVATIONS)}.")
+                            f"{c[key]!r} and must be {' or '.join(map(repr, values))}.")
 
 
 def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:

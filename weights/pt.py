@@ -24,7 +24,9 @@ def load_pt(path: Path) -> tuple[GPT, Tokenizer, dict]:
     content = unpickle(path)
     try:
         if content.get("format") == 1:
-            state, config, tokenizer, info = from_ours(content)
+            state, config = content["model"], content["config"]
+            tokenizer = load_tokenizer(dict(content["tokenizer"]))
+            info = {"step": content["step"], "val_loss": content["val_loss"]}
         elif "model_args" in content:
             state, config, tokenizer, info = from_nanogpt(content, path)
         else:
@@ -36,13 +38,6 @@ def load_pt(path: Path) -> tuple[GPT, Tokenizer, dict]:
         raise UserError(f"{path} is not a checkpoint of this program, of build-nanogpt or of "
                         f"nanoGPT ({type(error).__name__}: {error}).") from None
     return build_model(config, state, path), tokenizer, info
-
-
-def from_ours(content: dict) -> tuple[dict, dict, Tokenizer, dict]:
-    """(state, configuration, tokenizer, info) from a checkpoint of this program."""
-    tokenizer = load_tokenizer(dict(content["tokenizer"]))
-    info = {"step": content["step"], "val_loss": content["val_loss"]}
-    return content["model"], content["config"], tokenizer, info
 
 
 def from_build_nanogpt(content: dict) -> tuple[dict, dict, Tokenizer, dict]:
