@@ -29,10 +29,12 @@ CHAT_LINES = Path(__file__).with_name("chat_lines.txt")
 def main(name: tyro.conf.Positional[str], data: tyro.conf.Positional[Path],
          examples: tyro.conf.Positional[Path | None] = None, prompt: str = "",
          text: Path | None = None, against: str = "bundled:edu", corpus: Path | None = None,
-         temperature: float = 0.7, top_p: float = 0.9, max_new_tokens: int = 150):
+         temperature: float = 0.7, top_p: float = 0.9, repetition_penalty: float = 1.0,
+         max_new_tokens: int = 150):
     model, tokenizer, info = load_model(f"bundled:{name}")
     engine = Engine(model, tokenizer)
-    settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    settings = {"temperature": temperature, "top_p": top_p,
+                "repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
     lines = ["| figure | value |", "| --- | --- |", *loss_rows(info, data)]
     if text:
         lines.append(text_row(engine, text, against))
@@ -99,6 +101,8 @@ def sample_lines(engine: Engine, prompt: str, settings: dict) -> list[str]:
         start = f"after `{prompt}`" if prompt else "without a prompt"
         kind, how = "samples", f", seeds 0 to 9, {start}"
         samples = (engine.generate(prompt, seed=seed, **settings)[0] for seed in range(10))
+    if settings["repetition_penalty"] != 1:
+        how = f", repetition penalty {settings['repetition_penalty']}{how}"
     lines = ["", f"Ten {kind}, not selected: temperature {settings['temperature']}, "
              f"top-p {settings['top_p']}, at most {settings['max_new_tokens']} tokens{how}."]
     for number, sample in enumerate(samples):

@@ -18,6 +18,7 @@ import gradio as gr
 from api.conversation import fit_prompt, turn_ends
 from common.errors import UserError
 from generate import Engine
+from tokenizer import Tokenizer
 from ui.models import Models, show_user_errors
 from ui.stream import (
     MAX_BYTES,
@@ -181,20 +182,16 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
         loaded = await models.wait_for(model)
         engine = loaded.engine
 
-        if engine.tokenizer.chat_template is None:
-            validate_names(you, it)
-        else:
-            sampling = dataclasses.replace(sampling, repetition_penalty=REPETITION_PENALTY)
-        stop = turn_ends(engine.tokenizer, you, it)
-
+        settings = settings_for(engine.tokenizer, you, it)
         ids, notices, left_out = await asyncio.to_thread(
             fit_ids, engine, messages, you, it, beginning, length)
-        length = min(length, engine.block_size - len(ids))
+        room = engine.block_size - len(ids)
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(length, room), **settings)
 
         # ask again with the next seed if the model says nothing
         for attempt in range(ATTEMPTS):
             writing = Writing(loaded, ids, dataclasses.replace(
-                sampling, max_new_tokens=length, stop=stop, seed=sampling.seed + attempt))
+                sampling, seed=sampling.seed + attempt))
             writing.notices += notices
             async for _ in follow(writing):
                 yield {"text": (beginning + writing.texts[0]).strip(), "left_out": left_out,
@@ -202,6 +199,14 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
                        "figures": writing.figures()}
             if writing.texts[0].strip() or beginning:
                 break
+
+
+def settings_for(tokenizer: Tokenizer, you: str, it: str) -> dict:
+    """The settings of a reply that depend on whether the model has a chat template."""
+    if tokenizer.chat_template is None:
+        validate_names(you, it)
+    penalty = REPETITION_PENALTY if tokenizer.chat_template else 1.0
+    return {"stop": turn_ends(tokenizer, you, it), "repetition_penalty": penalty}
 
 
 def fit_ids(engine: Engine, messages: list[dict[str, str]], you: str, it: str, beginning: str,
