@@ -15,12 +15,12 @@ import statistics
 import sys
 from pathlib import Path
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
-# isort: split
 import tyro
 
 from checkpoint import describe
+from common.errors import UserError
 from common.files import write_json
 from ddp import auto_dtype, dtype_name, pick_device
 from generate import Dtype, Engine, ModelConfig

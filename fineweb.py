@@ -11,12 +11,12 @@ The first shard is for validation. Run the same command again to resume. prepare
 import dataclasses
 from pathlib import Path
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
-# isort: split
 import huggingface_hub
 import tyro
 
+from common.errors import UserError
 from corpus import sources
 from prepare import ShardOptions, prepare
 

@@ -25,13 +25,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
-# isort: split
 import torch
 import tyro
 
 from checkpoint import describe, load_model
+from common.errors import UserError
 from ddp import auto_dtype, dtype_name, pick_device
 from engine import native
 from engine.cache import CHUNK

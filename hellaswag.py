@@ -26,15 +26,15 @@ import zlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
-# isort: split
 import torch
 import tyro
 from tqdm import tqdm
 
 import ddp
 from checkpoint import describe
+from common.errors import UserError
 from common.files import write_json
 from corpus.sources import DATA, fetch
 from engine.likelihood import encode, fit_to_context, log_likelihoods, perplexity

@@ -24,14 +24,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
-# isort: split
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from common.devices import allowed_cores
+from common.errors import UserError
 from common.files import DISK_FULL
 from corpus import encoding, reader, sources
 from corpus.fast_bpe import BatchEncoder

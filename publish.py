@@ -11,9 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
-# isort: split
 import huggingface_hub as hub
 import torch
 import tyro
@@ -23,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import report
 from checkpoint import load_model, model_steps
+from common.errors import UserError
 from model import GPT
 from tokenizer import Tokenizer
 from weights.huggingface import save_huggingface

@@ -18,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
-# isort: split
 import numpy as np
 import tyro
 
 from common.devices import KG_CO2E_PER_KWH, find_device
+from common.errors import UserError
 from common.files import read_json
 
 # pandas and matplotlib take a second to import, and a training run that imports this file needs

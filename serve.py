@@ -15,9 +15,8 @@ import socket
 import time
 from collections.abc import Callable
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
-# isort: split
 import tyro
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
@@ -29,6 +28,7 @@ from api.completions import ChatCompletion, Completion
 from api.guard import Access, Guard
 from api.schema import ChatRequest, CompletionRequest, RequestError, error_answer
 from checkpoint import describe, list_bundled
+from common.errors import UserError
 from engine.packed import use_allowed_cores
 from generate import Engine, ModelConfig
 

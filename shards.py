@@ -18,13 +18,13 @@ import json
 import re
 from pathlib import Path
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
-# isort: split
 import numpy as np
 import tyro
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.files import sha256
 from tokenizer import Tokenizer, load_tokenizer
 

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 
-from common.errors import UserError, report_user_errors  # first, so that Ctrl-C is quiet
+from common.program import report_user_errors
 
 # Let idle OpenMP threads sleep instead of spin, which slows a busy machine. Must precede torch
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -27,6 +27,7 @@ import checkpoint
 import ddp
 import hellaswag
 import report
+from common.errors import UserError
 from common.seed import derive_seed
 from dataloader import DataLoader
 from generate import Engine

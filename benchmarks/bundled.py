@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.program import report_user_errors
+
 import tyro
 
 from benchmarks.pages import write_lines
 from benchmarks.validation_loss import measure
 from checkpoint import BUNDLED, load_model
-from common.errors import report_user_errors
 from engine.likelihood import perplexity
 from generate import Engine
 from hellaswag import PROTOCOLS, evaluate, read_examples

@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from common.program import report_user_errors
+
 import numpy as np
 import torch
 import tyro
@@ -33,7 +35,7 @@ import train
 from benchmarks import decode, train_throughput
 from benchmarks.train_throughput import VOCAB_SIZE
 from common.devices import find_device
-from common.errors import UserError, report_user_errors
+from common.errors import UserError
 from common.files import write_json
 from generate import Engine
 from hellaswag import evaluate

@@ -19,6 +19,8 @@ import statistics
 from pathlib import Path
 from unittest import mock
 
+from common.program import report_user_errors
+
 import pandas as pd
 import torch
 import tyro
@@ -28,7 +30,7 @@ import ddp
 import report
 import train
 from checkpoint import LOG
-from common.errors import UserError, report_user_errors
+from common.errors import UserError
 from model import GPT
 from training import optim
 from training.config import TrainConfig

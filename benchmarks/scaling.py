@@ -13,6 +13,8 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
+from common.program import report_user_errors
+
 import numpy as np
 import pandas as pd
 import torch
@@ -25,7 +27,6 @@ import train
 from benchmarks.pages import write_lines
 from checkpoint import LOG
 from common.devices import DEVICES
-from common.errors import report_user_errors
 from model import GPT, SIZES
 from training.config import TrainConfig
 from training.presets import PRESETS

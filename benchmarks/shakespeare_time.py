@@ -20,12 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from common.program import report_user_errors
+
 import numpy as np
 import pandas as pd
 import tyro
 
 from benchmarks.ratio import print_ratio
-from common.errors import UserError, report_user_errors
+from common.errors import UserError
 from report import metrics
 from shards import Shards, read_manifest
 from tokenizer import load_tokenizer

@@ -6,11 +6,12 @@
 import math
 from pathlib import Path
 
+from common.program import report_user_errors
+
 import tyro
 
 import ddp
 from checkpoint import load_model
-from common.errors import report_user_errors
 from dataloader import DataLoader
 from train import evaluate
 from training.config import TrainConfig

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from common.program import report_user_errors
+
 import pytest
 import torch
 from conftest import (
@@ -36,7 +38,7 @@ import hellaswag
 import prepare
 import publish
 import train
-from common.errors import UserError, report_user_errors
+from common.errors import UserError
 from engine import likelihood
 
 VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
@@ -211,7 +213,8 @@ def thread_names() -> str:
 
 SLOW_RANK_0 = """
 import os, time
-from common.errors import UserError, report_user_errors
+from common.errors import UserError
+from common.program import report_user_errors
 with report_user_errors():
     if os.environ["RANK"] == "0":
         time.sleep(2)
