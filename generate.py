@@ -37,7 +37,7 @@ from engine import native
 from engine.cache import CHUNK
 from engine.forward import Forward, Segment
 from engine.packed import supports_dtype, use_allowed_cores
-from engine.reader import Piece, PieceStream, Reader  # noqa: F401 (ui/ uses the stream)
+from engine.reader import Piece, Reader
 from engine.sampling import Sampling
 from engine.scheduler import Request, Scheduler
 from model import GPT

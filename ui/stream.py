@@ -8,8 +8,9 @@ from typing import NamedTuple, get_args
 import gradio as gr
 
 from common.errors import UserError
+from engine.reader import Piece, PieceStream, Reader
 from engine.sampling import Sampling
-from generate import Dtype, Piece, PieceStream, Reader
+from generate import Dtype
 from ui.models import Loaded, Models, show_user_errors
 
 MAX_BYTES = 40_000  # in a prompt
