@@ -452,10 +452,10 @@ def test_every_tab_is_accessible_in_light_and_dark_colours(open_page):
 
 def test_the_page_fits_a_phone_and_warns(open_page):
     page = open_page(width=390, height=844)
+    expect(page.get_by_text("false or offensive")).to_be_visible()
     for tab in app.TABS:
         go_to(page, tab)
         page.wait_for_timeout(300)
-        expect(page.get_by_text("false or offensive")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
 
