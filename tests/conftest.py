@@ -445,7 +445,7 @@ def go_to(page, tab: str):
     expect(page.get_by_role("tab", name="Write")).to_be_visible()
     button = page.get_by_role("tab", name=tab, exact=True)
     if not button.is_visible():  # on a phone it is in a menu
-        page.get_by_label("More tabs").click()
+        page.get_by_label("More tabs").first.click()  # Look inside has tabs of its own
         button = page.locator(".overflow-dropdown").get_by_text(tab, exact=True)
     button.click()
 
