@@ -15,6 +15,7 @@ The output does not depend on the number of threads. Run the same command again 
 """
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -40,7 +41,7 @@ from shards import MANIFEST, read_manifest, read_tokenizer
 from tokenizer import CharTokenizer, Tokenizer, code_points, load_tokenizer, train_bpe
 
 COMMIT_INTERVAL_S = 1.0  # a killed process loses at most so much work
-SAMPLE_BYTES = 16 * reader.BLOCK_BYTES  # for the estimate of time and disk
+SAMPLE_S = 0.5  # how long the first batches are measured to estimate the time of all
 DISK_BYTES_PER_S = 2e8  # assumed for the estimate of copying shards
 
 
@@ -128,11 +129,9 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
     threads = options.workers or available_cores()
     encoder = BatchEncoder(tokenizer)
 
-    plan = make_plan(source, files, sizes, encoder, val_share, threads)
     with report_full_disk(out), ShardWriter(out, name, tokenizer, identity, options.shard_tokens,
                                             part, parts) as writer:
         if not writer.finished:
-            print_plan(plan, source, files, out, writer.counts)
             if source.kind == "tokens":
                 batches = encoding.copy_shards(files, writer.cursor)
             else:
@@ -141,7 +140,10 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
                     val_from = (val_from[0] - first, *val_from[1:])  # among this part's files
                     passages = reader.assign_split(passages, val_from)
                 batches = encoding.encode_passages(passages, encoder, threads)
-            write_shards(writer, plan, batches)
+            with contextlib.closing(batches):
+                plan, sample = make_plan(source, files, sizes, batches, writer.counts)
+                print_plan(plan, source, files, out, writer.counts)
+                write_shards(writer, plan, itertools.chain(sample, batches))
     print_summary(out, parts)
 
 
@@ -187,7 +189,7 @@ def write_shards(writer: ShardWriter, plan: "Plan", batches: Iterator[encoding.E
     last_commit = time.monotonic()
     bar = tqdm(total=getattr(plan, unit), initial=writer.counts[unit], unit=unit[0].upper(),
                unit_scale=True, mininterval=0.5, disable=writer.part > 0)
-    with contextlib.closing(batches), bar:
+    with bar:
         for batch in batches:
             writer.append(batch.tokens, batch.starts, batch.split)
             writer.counts.update(batch.counts)
@@ -250,34 +252,45 @@ class Plan(NamedTuple):
     seconds: float
 
 
-def make_plan(source: sources.Source, files: list[str], sizes: list[int], encoder: BatchEncoder,
-              val_share: float, threads: int) -> Plan:
-    """Measure a sample of the text and extrapolate."""
+def make_plan(source: sources.Source, files: list[str], sizes: list[int],
+              batches: Iterator[encoding.EncodedBatch],
+              counts: Counter) -> tuple[Plan, list[encoding.EncodedBatch]]:
+    """Take batches for SAMPLE_S and extrapolate. Returns the plan and the batches taken.
+
+    `counts` is what an earlier call has written.
+    """
     if source.kind == "tokens":
         total = sum(sizes)
-        return Plan(0, total // 2, total, total / DISK_BYTES_PER_S)
-
-    # read a sample, measuring CPU time, because other processes may be busy now
-    began = time.thread_time()
+        return Plan(0, total // 2, total, total / DISK_BYTES_PER_S), []
+    start_up_s = time.process_time()
+    times = [time.monotonic()]  # before and after each batch
     sample = []
-    size = 0
-    for passage in reader.read(files, val_share=val_share):
-        sample.append(passage)
-        size += passage.size
-        if size > SAMPLE_BYTES:
+    complete = False
+    for batch in batches:
+        sample.append(batch)
+        times.append(time.monotonic())
+        if times[-1] - times[1] > SAMPLE_S:  # the first batch waits until others have been read
             break
-    if not sample:
-        return Plan(0, 0, 0, 0.0)
-    read_s = time.thread_time() - began
+    else:
+        complete = True
 
-    # encode it
-    batch = encoding.encode_batch(encoder, sample)
-    encode_s = time.thread_time() - began - read_s
-    scale = reader.estimate_content_bytes(files, sizes) / max(1, size)
-    tokens = round(scale * len(batch.tokens))
-    seconds = scale * max(read_s, (read_s + encode_s) / threads)  # one thread reads
-    return Plan(round(scale * batch.counts["bytes"]), tokens,
-                tokens * batch.tokens.itemsize, seconds)
+    # extrapolate the text and its tokens
+    sample_bytes = sum(batch.counts["bytes"] for batch in sample)
+    done_bytes = counts["bytes"] + sample_bytes
+    total_bytes = done_bytes
+    if not complete:
+        ratio = sample_bytes / sum(batch.size for batch in sample)
+        total_bytes = max(done_bytes, round(reader.estimate_content_bytes(files, sizes) * ratio))
+    tokens_per_byte = sum(len(batch.tokens) for batch in sample) / max(1, sample_bytes)
+    tokens = round(total_bytes * tokens_per_byte)
+    itemsize = sample[0].tokens.itemsize if sample else 2
+
+    # extrapolate the time of the second half, because the first fills the tokenizer's caches
+    middle = len(sample) // 2
+    measured_bytes = sum(batch.counts["bytes"] for batch in sample[middle:])
+    seconds_per_byte = (times[-1] - times[middle]) / max(1, measured_bytes)
+    seconds = start_up_s + times[-1] - times[0] + (total_bytes - done_bytes) * seconds_per_byte
+    return Plan(total_bytes, tokens, tokens * itemsize, seconds), sample
 
 
 def print_plan(plan: Plan, source: sources.Source, files: list[str], out: Path, counts: Counter):
@@ -289,7 +302,7 @@ def print_plan(plan: Plan, source: sources.Source, files: list[str], out: Path, 
     enough = "" if free > plan.disk_bytes else "; NOT ENOUGH"
     number = "1 file" if len(files) == 1 else f"{len(files):,} files"
     text = f"about {format_millions(plan.bytes)} MB of text, " if plan.bytes else ""
-    duration = f"{plan.seconds:.0f} s"
+    duration = f"{plan.seconds:.2g} s"
     if plan.seconds > 90:
         duration = f"{plan.seconds / 60:.0f} min"
     if reader.is_on_hub(files[0]):

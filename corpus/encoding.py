@@ -18,7 +18,7 @@ from shards import check_ids, open_shard
 from tokenizer import load_tokenizer
 
 COPY_TOKENS = 2**22  # tokens that `copy_shards` copies at a time
-READ_AHEAD = 16  # batches of reader.BLOCK_BYTES that are read before they are needed
+READ_AHEAD = 32  # batches of reader.BLOCK_BYTES: threads encode them while the disk writes
 
 
 class EncodedBatch(NamedTuple):
@@ -27,6 +27,7 @@ class EncodedBatch(NamedTuple):
     starts: np.ndarray  # indices of the tokens that start a document
     split: str | None  # "train", "val", or None if the shard writer decides
     cursor: reader.Cursor  # where reading continues after the batch
+    size: int  # bytes in the files: of the passages, or of the shards' tokens
     counts: dict[str, int]  # bytes of text, empty documents, repaired documents
     unknown: str = ""  # characters that the tokenizer lacks
 
@@ -103,7 +104,7 @@ def encode_batch(encoder: BatchEncoder, batch: list[reader.Passage]) -> EncodedB
     tokens = np.concatenate(pieces, dtype=dtype, casting="unsafe")
     last = batch[-1]
     return EncodedBatch(tokens, np.array(starts, dtype=np.int64), last.split, last.cursor,
-                        dict(counts), "".join(unknown))
+                        sum(passage.size for passage in batch), dict(counts), "".join(unknown))
 
 
 def copy_shards(files: list[str], cursor: reader.Cursor) -> Iterator[EncodedBatch]:
@@ -119,4 +120,4 @@ def copy_shards(files: list[str], cursor: reader.Cursor) -> Iterator[EncodedBatc
             check_ids(piece, gpt2.vocab_size, path)
             starts = np.flatnonzero(piece == gpt2.eot)
             next_cursor = (index, begin // COPY_TOKENS + 1, 0)
-            yield EncodedBatch(piece, starts, split, next_cursor, {})
+            yield EncodedBatch(piece, starts, split, next_cursor, piece.nbytes, {})

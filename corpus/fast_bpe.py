@@ -6,9 +6,7 @@
 The ids are always those of `tokenizer.encode`. A text that gigatoken could split in another way is
 left to tiktoken. So is every text if gigatoken is not installed or fails a comparison at the start.
 """
-import itertools
 import json
-import threading
 
 import numpy as np
 
@@ -33,6 +31,11 @@ for first, last in DOUBTFUL:
 BLANKS = 2**18
 RENEW_CHARS = 10**9  # gigatoken never forgets a word: start afresh after so much text
 CHECKED_STRIDE = 61  # the comparison at the start takes every 61st code point
+SEPARATOR = "<|next text|>"  # gigatoken gives it the id after the vocabulary's last
+
+# the first bytes, in UTF-8, of the characters in DOUBTFUL
+DOUBTFUL_LEADS = {chr(code).encode("utf-8", "surrogatepass")[:1]
+                  for code in np.flatnonzero(IS_DOUBTFUL).tolist()}
 
 
 class BatchEncoder:
@@ -40,7 +43,7 @@ class BatchEncoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.local = threading.local()  # one gigatoken per thread: a shared one makes them wait
+        self.idle = []  # gigatokens and the characters that each has seen: threads take one each
         self.uses_gigatoken = False
         if getattr(tokenizer, "fast", None):
             problem = self.compare_with_tiktoken()
@@ -58,7 +61,8 @@ class BatchEncoder:
             return "gigatoken is not installed (pip install gigatoken)"
         except Exception as error:  # whatever a later version may raise
             return f"gigatoken failed ({type(error).__name__}: {error})"
-        if not all(map(np.array_equal, ours, map(self.tokenizer.encode_array, texts))):
+        theirs = self.tokenizer.encode_batch(texts)
+        if len(ours) != len(theirs) or not all(map(np.array_equal, ours, theirs)):
             return "This version of gigatoken gives other ids than tiktoken"
         return None
 
@@ -66,43 +70,59 @@ class BatchEncoder:
         """Return an array of ids for each text."""
         if not self.uses_gigatoken:
             return self.tokenizer.encode_batch(texts)
-        doubtful = [i for i, text in enumerate(texts) if is_doubtful(text)]
-        texts = texts.copy()
         exact = {}
-        for i in doubtful:
-            exact[i] = self.tokenizer.encode_array(texts[i])
-            texts[i] = ""
+        if is_doubtful("\n".join(texts)):
+            texts = texts.copy()
+            for i in [i for i, text in enumerate(texts) if is_doubtful(text)]:
+                exact[i] = self.tokenizer.encode_array(texts[i])
+                texts[i] = ""
         arrays = self.encode_with_gigatoken(texts)
         return [exact.get(i, array) for i, array in enumerate(arrays)]
 
     def encode_with_gigatoken(self, texts: list[str]) -> list[np.ndarray]:
         import gigatoken  # noqa: PLC0415 (optional)
-        local = self.local
-        if getattr(local, "chars", RENEW_CHARS) >= RENEW_CHARS:
-            local.chars = 0
-            local.bpe = make_gigatoken(gigatoken.Tokenizer, self.tokenizer)
-        local.chars += sum(map(len, texts))
-        lists = local.bpe.encode_batch(texts, parallel=False).layout  # of the library `awkward`
-        ids = lists.content.data
-        return [ids[begin:end] for begin, end in itertools.pairwise(lists.offsets.data.tolist())]
+        try:
+            bpe, chars = self.idle.pop()
+        except IndexError:
+            bpe, chars = make_gigatoken(gigatoken.Tokenizer, self.tokenizer), 0
+
+        # encode all texts as one: a list of texts holds Python's lock, and imports `awkward`
+        joined = "".join([SEPARATOR + text for text in texts])
+        data = gigatoken.BytesSource(joined.encode())
+        ids = bpe.encode_batch_padded(data, pad_id=0, parallel=False)[0].ravel()
+        chars += len(joined)
+        if chars < RENEW_CHARS:
+            self.idle.append((bpe, chars))
+        begins = np.flatnonzero(ids == self.tokenizer.vocab_size).tolist()
+        return [ids[begin + 1:end] for begin, end in zip(begins, [*begins[1:], len(ids)])]
 
 
 def make_gigatoken(library, tokenizer: Tokenizer):
-    """Return the tokenizer as one of gigatoken's, without special tokens."""
+    """Return the tokenizer as one of gigatoken's, with SEPARATOR as its only special token."""
     if tokenizer.kind == "gpt2":
-        return library.from_tiktoken(RANKS, "gpt2", {})
+        return library.from_tiktoken(RANKS, "gpt2", {SEPARATOR: tokenizer.vocab_size})
+    separator = {"id": tokenizer.vocab_size, "content": SEPARATOR, "special": True,
+                 "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     description = json.loads(tokenizer.description)
-    return library.from_json(json.dumps(description | {"added_tokens": []}))
+    return library.from_json(json.dumps(description | {"added_tokens": [separator]}))
 
 
 def is_doubtful(text: str) -> bool:
     """Whether gigatoken's ids of the text may not be tiktoken's."""
     if any(text[i:i + BLANKS].isspace() for i in range(0, len(text), BLANKS)):
         return True
+    if SEPARATOR in text:
+        return True
     if text.isascii():
         return False
+
+    # most texts have no byte with which a doubtful character starts
+    encoded = text.encode("utf-8", "surrogatepass")
+    if not any(lead in encoded for lead in DOUBTFUL_LEADS):
+        return False
+
     # look up the code points of what is not ASCII
-    data = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+    data = np.frombuffer(encoded, dtype=np.uint8)
     rest = data[data >= 0x80].tobytes().decode("utf-8", "surrogatepass")
     codes = np.frombuffer(rest.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     return bool(IS_DOUBTFUL[codes].any())
