@@ -41,7 +41,7 @@ from shards import MANIFEST, read_manifest, read_tokenizer
 from tokenizer import CharTokenizer, Tokenizer, code_points, load_tokenizer, train_bpe
 
 COMMIT_INTERVAL_S = 1.0  # a killed process loses at most so much work
-SAMPLE_S = 0.5  # how long the first batches are measured to estimate the time of all
+SAMPLE_S = 1.0  # how long the first batches are measured to estimate the time of all
 DISK_BYTES_PER_S = 2e8  # assumed for the estimate of copying shards
 
 
