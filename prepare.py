@@ -41,7 +41,8 @@ from shards import MANIFEST, read_manifest, read_tokenizer
 from tokenizer import CharTokenizer, Tokenizer, code_points, load_tokenizer, train_bpe
 
 COMMIT_INTERVAL_S = 1.0  # a killed process loses at most so much work
-SAMPLE_S = 1.0  # how long the first batches are measured to estimate the time of all
+SAMPLE_S = 2.0  # how long the first batches are measured to estimate the time of all
+SAMPLE_TOKENS = 2**26  # at most so many are measured, and kept until the estimate is printed
 DISK_BYTES_PER_S = 2e8  # assumed for the estimate of copying shards
 
 
@@ -265,11 +266,14 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int],
     start_up_s = time.process_time()
     times = [time.monotonic()]  # before and after each batch
     sample = []
+    sample_tokens = 0
     complete = False
     for batch in batches:
         sample.append(batch)
+        sample_tokens += len(batch.tokens)
         times.append(time.monotonic())
-        if times[-1] - times[1] > SAMPLE_S:  # the first batch waits until others have been read
+        # the first batch waits until others have been read
+        if times[-1] - times[1] > SAMPLE_S or sample_tokens > SAMPLE_TOKENS:
             break
     else:
         complete = True
@@ -281,8 +285,7 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int],
     if not complete:
         ratio = sample_bytes / sum(batch.size for batch in sample)
         total_bytes = max(done_bytes, round(reader.estimate_content_bytes(files, sizes) * ratio))
-    tokens_per_byte = sum(len(batch.tokens) for batch in sample) / max(1, sample_bytes)
-    tokens = round(total_bytes * tokens_per_byte)
+    tokens = round(total_bytes * sample_tokens / max(1, sample_bytes))
     itemsize = sample[0].tokens.itemsize if sample else 2
 
     # extrapolate the time of the second half, because the first fills the tokenizer's caches

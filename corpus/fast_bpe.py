@@ -86,7 +86,7 @@ class BatchEncoder:
         except IndexError:
             bpe, chars = make_gigatoken(gigatoken.Tokenizer, self.tokenizer), 0
 
-        # encode all texts as one: a list of texts holds Python's lock, and imports `awkward`
+        # encode all texts as one: for a list of texts, gigatoken imports `awkward`, which is slow
         joined = "".join([SEPARATOR + text for text in texts])
         data = gigatoken.BytesSource(joined.encode())
         ids = bpe.encode_batch_padded(data, pad_id=0, parallel=False)[0].ravel()
