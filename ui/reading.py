@@ -9,6 +9,9 @@ from ui.models import Models
 
 SAMPLE = "Once upon a time, there was a little fox. The fox was very sad, because he had no"
 MAX_TEXT = 4_000  # characters
+# for events of Look inside: while one request runs, remember only the last change
+LATEST = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look",
+          "trigger_mode": "always_last"}
 MAX_TOKENS = 256  # traced at a time: the attention of T tokens takes T * T numbers for each head
 
 

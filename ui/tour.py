@@ -12,6 +12,7 @@ from ui import layers
 from ui.layers import cell, table_html, text_html
 from ui.models import Models, show_user_errors
 from ui.reading import SAMPLE, Place, in_text, place_in, visible
+from ui.settings import QUIET
 
 ROWS = 8  # tokens in a table
 TEMPERATURES = [0.3, 0.7, 1.0, 1.5]
@@ -134,20 +135,22 @@ def build(models: Models, model: gr.Dropdown):
             view = gr.HTML(elem_id="tour-view")
     number = gr.State(0)
 
-    def move(by: int | None):
-        """An event handler that shows another step; None starts the tour."""
-        return lambda number, name: show(models, 0 if by is None else number + by, name)
+    def move(by: int):
+        """An event handler that shows another step."""
+        return lambda number, name: show(models, number + by, name)
+
+    def appear(visible: bool):
+        """An event handler that shows the tour or the button that starts it."""
+        return lambda: (gr.Row(visible=visible), gr.Button(visible=not visible))
 
     options = {"inputs": [number, model], "outputs": [number, paragraph, view, back, forward],
-               "api_visibility": "private", "show_progress": "hidden"}
-    shown = start.click(move(None), **options)
-    shown.then(lambda: (gr.update(visible=True), gr.update(visible=False)), None, [panel, start],
-               api_visibility="private")
+               **QUIET}
+    shown = start.click(lambda number, name: show(models, 0, name), **options)
+    shown.then(appear(True), None, [panel, start], **QUIET)
     back.click(move(-1), **options)
     forward.click(move(1), **options)
     model.change(move(0), **options)
-    close.click(lambda: (gr.update(visible=False), gr.update(visible=True)), None, [panel, start],
-                api_visibility="private")
+    close.click(appear(False), None, [panel, start], **QUIET)
 
 
 def show(models: Models, number: int, model: str):
