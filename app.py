@@ -73,14 +73,18 @@ def build(models: Models) -> gr.Blocks:
                 with gr.Tab(name, id=name):
                     built[name] = tab.build(models)
         offer(models.list_names, "models")
-        connect(page, models, tabs, *built["Write"], *built["Look inside"], *built["Training"])
+        connect(page, models, tabs, built)
     return page
 
 
-def connect(page: gr.Blocks, models: Models, tabs: gr.Tabs, text: gr.Textbox, model: gr.Dropdown,
-            look_button: gr.Button, look_text: gr.Textbox, look_model: gr.Dropdown,
-            write_button: gr.Button, trained: gr.Textbox):
+def connect(page: gr.Blocks, models: Models, tabs: gr.Tabs, built: dict[str, tuple]):
     """Connects the tabs: a text of Write is looked into, a model of Training joins all lists."""
+    text, model, look_button = built["Write"]
+    look_text, look_model = built["Look inside"]
+    write_button, trained = built["Training"]
+    lists = [box for box in page.blocks.values()
+             if isinstance(box, gr.Dropdown) and box.label.startswith("Model")]
+
     def look_inside(text: str, model: str):
         return (text[-look.MAX_TEXT:], gr.Dropdown(models.list_names(), value=model),
                 gr.Tabs(selected="Look inside"))
@@ -94,8 +98,6 @@ def connect(page: gr.Blocks, models: Models, tabs: gr.Tabs, text: gr.Textbox, mo
         return [gr.Dropdown(with_checkpoints if "compare" in box.elem_id else names)
                 for box in lists]
 
-    lists = [box for box in page.blocks.values()
-             if isinstance(box, gr.Dropdown) and box.label.startswith("Model")]
     look_button.click(look_inside, [text, model], [look_text, look_model, tabs], **QUIET)
     write_button.click(write_with, trained, [model, text, tabs], **QUIET)
     trained.change(refresh, None, lists, **QUIET)

@@ -165,7 +165,7 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
         if not models.future(model).done():
             yield {"text": beginning, "left_out": 0, "used": 0, "context": 0,
                    "figures": "Loading the model …"}
-        engine = (await models.wait_for(model)).engine
+        engine, _ = await models.wait_for(model)
 
         has_template = engine.tokenizer.chat_template is not None
         if not has_template:

@@ -134,9 +134,8 @@ async def compare(models: Models, prompt: str, model: str, other_model: str,
                    "figures": ["Loading the models …"] * 2}
         loaded = await asyncio.gather(*(models.wait_for(*one) for one in chosen))
 
-        engines = [one.engine for one in loaded]
-        names = [f"{name} · {engine.dtype}" for (name, _), engine in zip(chosen, engines)]
-        writings = [Writing(engine, engine.encode(prompt), sampling) for engine in engines]
+        names = [f"{name} · {engine.dtype}" for (name, _), (engine, _) in zip(chosen, loaded)]
+        writings = [Writing(engine, engine.encode(prompt), sampling) for engine, _ in loaded]
         async for _ in follow(*writings):
             texts = [writing.texts[0] for writing in writings]
             yield {"texts": texts, "agree": common_length(*texts), "names": names,
@@ -204,9 +203,9 @@ async def timeline(models: Models, prompt: str, run: str,
             lines.append(line)
             yield lines
             # load it without keeping it in memory
-            loaded = await asyncio.wrap_future(models.start_loading(name, models.dtype))
-            line["val_loss"] = loaded.info.get("val_loss")
-            writing = Writing(loaded.engine, loaded.engine.encode(prompt), sampling)
+            engine, info = await asyncio.wrap_future(models.start_loading(name, models.dtype))
+            line["val_loss"] = info.get("val_loss")
+            writing = Writing(engine, engine.encode(prompt), sampling)
             async for _ in follow(writing):
                 line["text"] = writing.texts[0]
                 yield lines

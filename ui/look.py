@@ -126,7 +126,7 @@ def inspect(models: Models, text: str, model: str):
         line_end = "\n" if token["text"].endswith("\n") else ""
         spans.append((in_text(engine, i) + line_end, label))
 
-    summary = f"{len(ids):,} tokens, {len(text.encode()):,} bytes"
+    summary = f"{len(ids):,} tokens, {len(text.encode(errors='replace')):,} bytes"
     if scored:
         nats, scored_bytes = (sum(column) for column in zip(*scored))
         loss = -nats / len(scored)

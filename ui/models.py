@@ -7,7 +7,7 @@ import html
 import sys
 import threading
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import gradio as gr
 
@@ -37,9 +37,7 @@ BEGINNINGS = {
 }
 
 
-class Loaded(NamedTuple):
-    engine: Engine
-    info: dict  # from checkpoint.load_model
+Loaded = tuple[Engine, dict]  # with the model's info, as load_model returns it
 
 
 class Models:
@@ -155,7 +153,7 @@ class Models:
             if not threading.main_thread().is_alive():
                 # Python exits: a text that began now would be cut off, and torch abort
                 raise UserError("The server is shutting down.")
-            future.set_result(Loaded(engine, info))
+            future.set_result((engine, info))
         except Exception as error:  # raised again in whoever waits for the future
             future.set_exception(error)
 
@@ -165,7 +163,8 @@ class Models:
 
     def engine(self, name: str, dtype: str | None = None) -> Engine:
         """The model's engine; waits until it is loaded."""
-        return self.future(name, dtype).result().engine
+        engine, _ = self.future(name, dtype).result()
+        return engine
 
     def describe(self, name: str) -> str:
         """One line about a model, for the page."""

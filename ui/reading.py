@@ -15,15 +15,12 @@ LATEST = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "
 MAX_TOKENS = 256  # traced at a time: the attention of T tokens takes T * T numbers for each head
 
 
-def read(models: Models, text: str | None, name: str) -> tuple[Engine, list[int], str]:
+def read(models: Models, text: str, name: str) -> tuple[Engine, list[int], str]:
     """The model's engine, the text's ids, and the text without characters that the model's
     vocabulary lacks."""
-    text = text or ""
     if len(text) > MAX_TEXT:
         raise UserError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed.")
     engine = models.engine(name)
-    # a lone surrogate, which UTF-8 cannot encode, becomes "?"
-    text = text.encode(errors="replace").decode()
     text, _ = engine.tokenizer.replace_unknown(text)
     return engine, engine.tokenizer.encode(text), text
 
@@ -70,7 +67,7 @@ class Place(NamedTuple):
         return logits[:self.engine.tokenizer.vocab_size].cpu().numpy()
 
 
-def place_in(models: Models, text: str | None, model: str, position: int | None) -> Place:
+def place_in(models: Models, text: str, model: str, position: int | None) -> Place:
     """The place of a position, counted from 1; one past the end of the text means its end."""
     engine, ids, _ = read(models, text, model)
     index = min(max(position or 1, 1) - 1, len(ids))

@@ -183,7 +183,7 @@ def measure_text(models: Models, request: dict) -> dict:
     text = str(request["text"])[:MAX_BYTES]
     with show_user_errors():
         engine = models.engine(str(request["model"]), request["dtype"])
-    text, _ = engine.tokenizer.replace_unknown(text.encode(errors="replace").decode())
+    text, _ = engine.tokenizer.replace_unknown(text)
     ids = engine.tokenizer.encode(text)
     used = min(len(ids), engine.block_size)
     tokens = []
@@ -237,7 +237,7 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
         if not models.future(model, dtype).done():
             yield {"text": prompt, "versions": [], "context": {}, "figures": "Loading the model …",
                    "settings": {}}
-        engine = (await models.wait_for(model, dtype)).engine
+        engine, _ = await models.wait_for(model, dtype)
         writing = Writing(engine, engine.encode(prompt), sampling, versions)
         used = {"prompt": prompt, "model": model, "dtype": engine.dtype, "temperature": temperature,
                 "top_k": top_k, "top_p": top_p, "length": length, "seed": sampling.seed,
