@@ -54,41 +54,36 @@ def build(models: Models):
                                  elem_id="say")
             stop_button = gr.Button("Stop", variant="stop", elem_id="chat-stop")
         with gr.Column(scale=3, min_width=300):
-            model, names, sliders = build_settings(models, note)
+            model = settings.model_box(models, "chat-", value=models.chat_model())
+            # the names in a transcript; hidden for a model with a chat template
+            with gr.Column(visible=False) as speakers:
+                with gr.Row():
+                    box = {"max_length": MAX_NAME, "min_width": 120}
+                    names = [gr.Textbox(YOU, label="You are", elem_id="chat-you", **box),
+                             gr.Textbox(IT, label="The model is", elem_id="chat-it", **box)]
+                gr.Examples([[YOU, IT], ["ROMEO", "JULIET"]], names, label="Try other names")
+            with gr.Accordion("Settings", open=False, elem_id="chat-more"):
+                sliders = [settings.slider(name, "chat-")
+                           for name in ("temperature", "top_k", "top_p")]
+                length = settings.slider("length", "chat-", value=LENGTH)
             gr.HTML('<nav id="chats" aria-label="Conversations"></nav>', apply_default_css=False)
     # the open conversation while it is answered, and a button that chat.js clicks to hand it over
     talk = gr.JSON(visible="hidden")
     hand_over = gr.Button(visible="hidden", elem_id="chat-hand-over")
 
+    # say what kind of model it is as soon as it is loaded
+    opened = gr.context.Context.root_block.load
+    gr.on([opened, model.change], MethodType(describe, models), [model, length],
+          [note, speakers, length], trigger_mode="always_last", **QUIET)
+    opened(js="page.chat.start")
     message.submit(None, message, None, js="page.chat.send")
     asked = hand_over.click(None, None, talk, js="page.chat.handOver")
-    reply = asked.then(MethodType(answer, models), [talk, model, *names, *sliders], talk,
+    reply = asked.then(MethodType(answer, models), [talk, model, *names, *sliders, length], talk,
                        concurrency_limit=None, **QUIET)
     reply.then(None, talk, None, js="page.chat.end")  # also after an error
     stop_button.click(None, talk, None, js="page.chat.end", cancels=reply)
     talk.change(None, talk, None, js="page.chat.draw")
-    gr.context.Context.root_block.load(js="page.chat.start")
     settings.offer(MethodType(chat, models), "chat")
-
-
-def build_settings(models: Models, note: gr.Markdown) -> tuple:
-    """The model and its settings: (model, [the speakers' names], [sliders])."""
-    model = settings.model_box(models, "chat-", value=models.chat_model())
-    # the names in a transcript; hidden for a model with a chat template
-    with gr.Column(visible=False) as speakers:
-        with gr.Row():
-            options = {"max_length": MAX_NAME, "min_width": 120}
-            names = [gr.Textbox(YOU, label="You are", elem_id="chat-you", **options),
-                     gr.Textbox(IT, label="The model is", elem_id="chat-it", **options)]
-        gr.Examples([[YOU, IT], ["ROMEO", "JULIET"]], names, label="Try other names")
-    with gr.Accordion("Settings", open=False, elem_id="chat-more"):
-        sliders = [settings.slider(name, "chat-") for name in ("temperature", "top_k", "top_p")]
-        length = settings.slider("length", "chat-", value=LENGTH)
-
-    # say what kind of model it is as soon as it is loaded
-    gr.on([gr.context.Context.root_block.load, model.change], MethodType(describe, models),
-          [model, length], [note, speakers, length], trigger_mode="always_last", **QUIET)
-    return model, names, [*sliders, length]
 
 
 def describe(models: Models, name: str, length: int):

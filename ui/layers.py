@@ -11,13 +11,11 @@ import torch
 from PIL import Image
 
 from engine.internals import Contributions
-from engine.sampling import top_ids
 from ui.models import Models, show_user_errors
 from ui.reading import LATEST, Place, in_text, place_in, visible
 from ui.settings import QUIET
 
 LENS_COLUMNS = 12  # tokens
-PREDICTIONS = 10  # offered for the contributions
 
 INTRO = """### Inside the layers
 A token passes through the layers one after another. In each layer, **heads** look back at earlier
@@ -206,11 +204,11 @@ def lens_html(place: Place) -> str:
 
 def predictions(place: Place) -> list[tuple[str, int]]:
     """(name, id) of the token at the place and of the most likely ones there."""
-    logits = place.logits()
-    ids = top_ids(logits, min(PREDICTIONS, len(logits))).tolist()
+    choices = list(place.likeliest(place.logits()).items())
     if place.token is not None:
-        ids.insert(0, place.token)
-    return [(visible(place.engine, i), i) for i in dict.fromkeys(ids)]
+        token = visible(place.engine, place.token), place.token
+        choices = [token, *(choice for choice in choices if choice != token)]
+    return choices
 
 
 def contributions_to(place: Place, token: int) -> Contributions:

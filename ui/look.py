@@ -11,7 +11,7 @@ import gradio as gr
 import numpy as np
 
 from common.errors import UserError
-from engine.sampling import top_ids, weigh
+from engine.sampling import weigh
 from generate import Engine
 from ui import layers, tour
 from ui.models import Models, show_user_errors
@@ -19,7 +19,6 @@ from ui.reading import LATEST, MAX_TEXT, SAMPLE, Place, in_text, place_in, read,
 from ui.settings import QUIET, model_box, plain_box, slider
 from ui.stream import visitor
 
-MAX_ALTERNATIVES = 10
 FORK_LENGTH = 100  # tokens
 REFRESH_TOKENS = 4  # update the fork on the page after this many tokens
 
@@ -159,13 +158,6 @@ def logprobs_at(place: Place):
     return next_logprobs(place.engine, tuple(place.ids[:place.index][-place.engine.block_size:]))
 
 
-def most_likely(engine: Engine, logprobs) -> dict[str, int]:
-    """The most likely tokens as the page shows them, with their ids. Of two that look the same, the
-    more likely one."""
-    ids = top_ids(logprobs, min(MAX_ALTERNATIVES, len(logprobs)))
-    return {visible(engine, int(i)): int(i) for i in ids[::-1]}
-
-
 def alternatives(models: Models, text: str, model: str, position: int, temperature: float,
                  top_k: int, top_p: float):
     """Returns a sentence about the token at the position, and the most likely tokens there with two
@@ -192,7 +184,7 @@ def alternatives(models: Models, text: str, model: str, position: int, temperatu
             f"{len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. With the "
             f"settings its probability is {sampled[token]:.2%}, and the number of tokens to choose "
             f"from is {candidates:,}. ␣ is a space.")
-    names = most_likely(place.engine, logprobs)
+    names = place.likeliest(logprobs)
     return (sentence, {name: float(expected[i]) for name, i in names.items()},
             {name: float(sampled[i]) for name, i in names.items()})
 
@@ -203,7 +195,7 @@ def fork(models: Models, choice: gr.SelectData, text: str, model: str, position:
     with show_user_errors():
         place = place_in(models, text, model, position)
         engine = place.engine
-        token = most_likely(engine, logprobs_at(place)).get(str(choice.value))
+        token = place.likeliest(logprobs_at(place)).get(str(choice.value))
         if token is None:
             raise UserError("Choose one of the alternatives.")
         prompt = [*place.ids[:place.index], token]

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from common.errors import UserError
 from engine.internals import Trace, trace_tokens
+from engine.sampling import top_ids
 from generate import Engine
 from ui.models import Models
 
@@ -65,6 +66,14 @@ class Place(NamedTuple):
         """Logits (V,) of the token at the position, which the tokens before it predict."""
         logits = self.trace.lens([self.row - 1])[-1, 0]
         return logits[:self.engine.tokenizer.vocab_size].cpu().numpy()
+
+    def likeliest(self, logits, count: int = 10) -> dict[str, int]:
+        """The most likely tokens by logits (V,) or log-probabilities, the first one first: their
+        names on the page, and their ids. Of tokens that look the same, only the most likely one."""
+        names = {}
+        for token in top_ids(logits, min(count, len(logits))).tolist():
+            names.setdefault(visible(self.engine, token), token)
+        return names
 
 
 def place_in(models: Models, text: str, model: str, position: int | None) -> Place:

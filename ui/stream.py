@@ -60,13 +60,6 @@ class Writing:
     def done(self) -> bool:
         return all(self.reasons)
 
-    def ranked(self) -> list[int]:
-        """The indices of the versions. Once all have ended, the most likely one comes first."""
-        indices = list(range(len(self.texts)))
-        if self.done:
-            indices.sort(key=self.mean_logprob, reverse=True)
-        return indices
-
     def mean_logprob(self, i: int) -> float:
         """The mean log-probability of a version's tokens, in nats."""
         return self.logprobs[i] / max(1, self.tokens[i])

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.sampling import sample, top_ids, weigh
+from engine.sampling import sample, weigh
 from ui import layers
 from ui.layers import cell, table_html, text_html
 from ui.models import Models, show_user_errors
@@ -51,21 +51,15 @@ def attention_view(place: Place) -> str:
 
 def mlp_view(place: Place) -> str:
     """What the attention and the MLP of each layer add to the most likely token."""
-    best = int(top_ids(place.logits(), 1)[0])
+    [(name, best)] = place.likeliest(place.logits(), 1).items()
     parts = layers.contributions_to(place, best)
     attention = (parts.heads.sum(1) + parts.attention_bias).tolist()
     mlp = parts.mlp.tolist()
     largest = max(map(abs, attention + mlp)) or 1.0
     rows = [[f"layer {layer}", *(cell(f"{value:+.2f}", value / largest) for value in values)]
             for layer, values in enumerate(zip(attention, mlp), 1)]
-    name = escape(visible(place.engine, best))
-    return (f"<p>Added to the score of “{name}”:</p>"
+    return (f"<p>Added to the score of “{escape(name)}”:</p>"
             f"{table_html('Attention and MLP', ['', 'attention', 'MLP'], rows)}")
-
-
-def most_likely(place: Place) -> list[tuple[int, str]]:
-    """(id, name) of the most likely next tokens."""
-    return [(i, visible(place.engine, i)) for i in top_ids(place.logits(), ROWS).tolist()]
 
 
 def logits_view(place: Place) -> str:
@@ -73,16 +67,17 @@ def logits_view(place: Place) -> str:
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     rows = [[name, cell(f"{logits[i]:.2f}"), cell(f"{probabilities[i]:.1%}", probabilities[i])]
-            for i, name in most_likely(place)]
+            for name, i in place.likeliest(logits, ROWS).items()]
     return table_html("Logits", ["next token", "logit", "probability"], rows)
 
 
 def temperature_view(place: Place) -> str:
-    columns = []
+    logits, columns = place.logits(), []
     for temperature in TEMPERATURES:
-        weights, _ = weigh(place.logits(), temperature)
+        weights, _ = weigh(logits, temperature)
         columns.append(weights / weights.sum())
-    rows = [[name, *(cell(f"{p[i]:.1%}", p[i]) for p in columns)] for i, name in most_likely(place)]
+    rows = [[name, *(cell(f"{p[i]:.1%}", p[i]) for p in columns)]
+            for name, i in place.likeliest(logits, ROWS).items()]
     return table_html("Temperature", ["temperature", *map(str, TEMPERATURES)], rows)
 
 
@@ -94,7 +89,7 @@ def sampling_view(place: Place) -> str:
     uniforms = np.random.default_rng(0).random(DRAWS)
     drawn = [sample(logits, uniform, top_p=TOP_P) for uniform in uniforms]
     rows = []
-    for i, name in most_likely(place):
+    for name, i in place.likeliest(logits, ROWS).items():
         p = probabilities.get(i, 0.0)
         rows.append([name, cell(f"{p:.1%}", p), cell(str(drawn.count(i)), drawn.count(i) / DRAWS)])
     head = ["next token", f"top-p {TOP_P}", f"in {DRAWS} draws"]

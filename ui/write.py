@@ -247,8 +247,10 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
                 {"text": writing.texts[i], "tokens": writing.tokens[i],
                  "reason": writing.reasons[i],
                  "mean_logprob": writing.mean_logprob(i) if versions > 1 else None}
-                for i in writing.ranked()
+                for i in range(versions)
             ]
+            if versions > 1 and writing.done:
+                results.sort(key=lambda version: version["mean_logprob"], reverse=True)
             # several versions have a winner only once all have ended
             best = results[0]["text"] if versions == 1 or writing.done else ""
             yield {"text": prompt + best, "versions": results, "context": writing.context(),
