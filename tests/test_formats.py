@@ -273,6 +273,19 @@ def test_zip_entries_that_share_their_bytes_are_a_bomb_too(gpt, tmp_path):
         checkpoint.load_model(tmp_path / "x.pt")
 
 
+def test_a_checkpoint_with_a_tensor_that_is_marked_as_a_folder_is_damaged(gpt, tmp_path):
+    """torch.load would read nothing of it, and leave random memory in the weights."""
+    torch.save({"format": 1, "model": gpt.state_dict(), "config": SIZES,
+                "tokenizer": {"kind": "gpt2"}, "step": 1, "val_loss": 1.0}, tmp_path / "x.pt")
+    checkpoint.load_model(tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    entry = content.rfind(b"PK\1\2", 0, content.rfind(b"/data/10"))
+    content[entry + 38] |= 0x10
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load_model(tmp_path / "x.pt")
+
+
 def test_a_config_with_a_billion_layers_is_not_built(gpt, tmp_path):
     save_huggingface(tmp_path / "x", gpt, load_tokenizer("gpt2"))
     config = json.loads((tmp_path / "x" / "config.json").read_text())

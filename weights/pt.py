@@ -14,6 +14,7 @@ from tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from weights.state import DAMAGE, build_model, normalize_names
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # the fields of their configs
+FOLDER = 0x10  # in the external attributes of a zip entry
 
 
 def load_pt(path: Path) -> tuple[GPT, Tokenizer, dict]:
@@ -90,6 +91,9 @@ def unpickle(path: Path) -> dict:
             # torch.load does not look at the checksums of the archive's entries
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")
+            # of an entry that is marked as a folder, it reads no bytes and leaves the tensor as is
+            if any(entry.external_attr & FOLDER for entry in archive.infolist()):
+                raise ValueError("an entry that is marked as a folder")
         # allow one class, GPTConfig, whatever module the other program has it in
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         configs = [(ForeignConfig, name) for name in classes

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.soak
 
 STEPS = 60
 RUN = ["shakespeare-char", *TINY, "--dropout", "0", "--max-steps", STEPS, "--save-every", 5,
-       "--eval-every", 3, "--sample-every", 4, "--wait-s", 30]
+       "--eval-every", 3, "--sample-every", 4, "--wait-s", 30,
+       "--batch-tokens", 192, "--micro-batch", 2]  # 12 sequences, for 1, 2 or 3 processes
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
 
 
@@ -85,6 +86,7 @@ def kill_once(soak: Soak, name: str, after_s: float):
     ranks[0].join(timeout=after_s)
     victim = soak.random.choice(ranks)
     if victim.exitcode is not None:
+        assert victim.exitcode == 0, Path("rank-0.txt").read_text()
         outcome = "had ended before the signal"
     elif number == signal.SIGSTOP:
         os.kill(victim.pid, signal.SIGSTOP)
