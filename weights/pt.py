@@ -84,16 +84,19 @@ def unpickle(path: Path) -> dict:
     Raises UserError if the file is damaged or names any other class.
     """
     try:
-        # torch does not compress: an archive that unpacks to more than its size is a zip bomb
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            entries = archive.infolist()
+            # torch does not compress: an archive that unpacks to more than its size is a zip bomb
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise ValueError("an archive that unpacks to more than its size")
-            # torch.load does not look at the checksums of the archive's entries
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("a compressed entry")
+            # from an entry that is marked as a folder, torch.load reads nothing, without an error
+            if any(entry.external_attr & FOLDER for entry in entries):
+                raise ValueError("a folder")
+            # nor does it look at the checksums of the entries
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")
-            # of an entry that is marked as a folder, it reads no bytes and leaves the tensor as is
-            if any(entry.external_attr & FOLDER for entry in archive.infolist()):
-                raise ValueError("an entry that is marked as a folder")
         # allow one class, GPTConfig, whatever module the other program has it in
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         configs = [(ForeignConfig, name) for name in classes
