@@ -227,7 +227,7 @@ def read_best(run: Path) -> tuple[int | None, float]:
     try:
         best = read_json(run / "best.json")
         return int(best["step"]), float(best["val_loss"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None, float("inf")
 
 

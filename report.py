@@ -60,7 +60,7 @@ def read_lines(path: Path) -> list[dict]:
     lines = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
                 line = parse_json(text)
                 lines.append({**line, "step": int(line["step"]), "time": float(line["time"])})
     return lines

@@ -1223,6 +1223,12 @@ def test_a_model_in_the_layout_of_gpt2_is_downloaded_from_the_hub(command, web, 
     assert_one_line_error(result, ".*Hub has no model of that name")
 
 
+@pytest.mark.parametrize("damaged", ["{", '{"step": 1e999, "val_loss": 1}', "[" * 10**5])
+def test_a_run_with_a_damaged_best_json_gives_its_newest_model(saved_run, damaged):
+    (saved_run / "best.json").write_text(damaged)
+    assert checkpoint.load_model(saved_run)[2]["step"] == 1
+
+
 def test_a_model_that_was_damaged_on_the_disk_is_not_loaded(saved_run, tmp_path):
     """Four bytes of a weight change, which leaves a model that looks intact and writes nonsense."""
     model, tokenizer, info = checkpoint.load_model(saved_run)
