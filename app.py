@@ -30,6 +30,7 @@ from engine.packed import use_allowed_cores
 from generate import Dtype
 from ui import about, chat, compare, look, training, write
 from ui.models import Models
+from ui.settings import QUIET, offer
 from ui.theme import THEME
 
 STATIC = Path(__file__).parent / "ui" / "static"
@@ -71,40 +72,35 @@ def build(models: Models) -> gr.Blocks:
             for name, tab in TABS.items():
                 with gr.Tab(name, id=name):
                     built[name] = tab.build(models)
-
-        # the button under Write hands its text and model to Look inside and opens that tab
-        source, target = built["Write"], built["Look inside"]
-        source.look_button.click(
-            lambda text, model: (text[-look.MAX_TEXT:],
-                                 gr.Dropdown(models.list_names(), value=model),
-                                 gr.Tabs(selected="Look inside")),
-            inputs=[source.text, source.model], outputs=[target.text, target.model, tabs],
-            api_visibility="private", show_progress="hidden")
-        connect_training(page, models, built["Training"], built["Write"], tabs)
-        gr.api(models.list_names, api_name="models")
+        offer(models.list_names, "models")
+        connect(page, models, tabs, built)
     return page
 
 
-def connect_training(page: gr.Blocks, models: Models, trained: training.Tab, writing: write.Tab,
-                     tabs: gr.Tabs):
-    """A model that was trained on the page joins every list of models at once, and one button
-    writes with it."""
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+def connect(page: gr.Blocks, models: Models, tabs: gr.Tabs, built: dict[str, tuple]):
+    """Connects the tabs: a text of Write is looked into, a model of Training joins all lists."""
+    text, model, look_button = built["Write"]
+    look_text, look_model = built["Look inside"]
+    write_button, trained = built["Training"]
     lists = [box for box in page.blocks.values()
-             if isinstance(box, gr.Dropdown) and str(box.label).startswith("Model")]
+             if isinstance(box, gr.Dropdown) and box.label.startswith("Model")]
+
+    def look_inside(text: str, model: str):
+        return (text[-look.MAX_TEXT:], gr.Dropdown(models.list_names(), value=model),
+                gr.Tabs(selected="Look inside"))
+
+    def write_with(name: str):
+        prompt = report.read_config(name)["sample_prompt"]
+        return gr.Dropdown(models.list_names(), value=name), prompt, gr.Tabs(selected="Write")
 
     def refresh():
         names, with_checkpoints = models.list_names(), models.list_with_checkpoints()
-        return [gr.Dropdown(choices=with_checkpoints if "compare" in box.elem_id else names)
+        return [gr.Dropdown(with_checkpoints if "compare" in box.elem_id else names)
                 for box in lists]
 
-    def write_with(model: str):
-        box = gr.Dropdown(choices=models.list_names(), value=model)
-        return box, report.read_config(model)["sample_prompt"], gr.Tabs(selected="Write")
-
-    trained.model.change(refresh, None, lists, **quiet)
-    trained.write_button.click(write_with, trained.model, [writing.model, writing.text, tabs],
-                               **quiet)
+    look_button.click(look_inside, [text, model], [look_text, look_model, tabs], **QUIET)
+    write_button.click(write_with, trained, [model, text, tabs], **QUIET)
+    trained.change(refresh, None, lists, **QUIET)
 
 
 def main(config: AppConfig, **launch_options) -> gr.Blocks:
@@ -123,12 +119,16 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     # page.js first: the others add to what it defines
     scripts = sorted(STATIC.glob("*.js"), key=lambda path: (path.stem != "page", path.stem))
     head = "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in scripts)
-    page.launch(server_name=config.host, server_port=config.port, share=config.share,
-                theme=THEME, head=head, css_paths=sorted(STATIC.glob("*.css")),
-                footer_links=["api"], ssr_mode=False, run_history=False, enable_monitoring=False,
-                max_threads=100, state_session_capacity=MAX_SESSIONS,
-                max_file_size=training.MAX_BYTES,
-                app_kwargs={"routes": api.routes, "middleware": [guard]}, **launch_options)
+    try:
+        page.launch(server_name=config.host, server_port=config.port, share=config.share,
+                    theme=THEME, head=head, css_paths=sorted(STATIC.glob("*.css")),
+                    footer_links=["api"], ssr_mode=False, run_history=False,
+                    enable_monitoring=False, max_threads=100, state_session_capacity=MAX_SESSIONS,
+                    max_file_size=training.MAX_BYTES,
+                    app_kwargs={"routes": api.routes, "middleware": [guard]}, **launch_options)
+    except KeyboardInterrupt:  # Gradio closes the server only if it is already waiting for Ctrl-C
+        page.close(verbose=False)
+        raise
     return page
 
 

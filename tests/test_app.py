@@ -1,6 +1,7 @@
 """The page in a browser, and its API: Write, Compare."""
 import asyncio
 import concurrent.futures
+import itertools
 import json
 import re
 import threading
@@ -22,8 +23,9 @@ from common.errors import UserError
 from engine.scheduler import Scheduler
 from generate import Engine
 from tokenizer import CharTokenizer
+from ui import stream
 from ui.models import BEGINNINGS, Models, show_user_errors
-from ui.stream import MAX_BYTES
+from ui.settings import MAX_BYTES
 from ui.write import write
 
 MARKUP = "<img src=x onerror=alert(1)>"
@@ -487,6 +489,9 @@ def test_every_action_has_its_name_and_the_rest_is_private(client):
     assert set(named) >= {"/generate", "/chat", "/compare", "/timeline", "/models"}
     private = r"lambda|_\d+$|load|change|update|describe|say|show|undo|rows|side"
     assert not [name for name in named if re.search(private, name)]
+    values = [value["label"] for endpoint in named.values()
+              for value in (*endpoint["parameters"], *endpoint["returns"])]
+    assert not [label for label in values if re.search(r"^\d|\d$", label)], "named for people"
 
 
 def test_the_examples_of_the_documentation_run(url):
@@ -555,7 +560,9 @@ def test_values_of_other_actions_are_checked_on_the_server_too(client, name, val
 # Many visitors at once
 
 def test_32_visitors_get_the_texts_of_one_and_the_33rd_sees_its_position(
-        client, bundled, slow_model):
+        client, bundled, slow_model, monkeypatch):
+    addresses = map(str, itertools.count())
+    monkeypatch.setattr(stream, "visitor", lambda: next(addresses))
     jobs = [client.submit("ROMEO:\n", length=200, seed=seed, api_name="/generate")
             for seed in range(33)]
     position = "Number 1 in the queue: 32 texts are being written."
@@ -567,6 +574,19 @@ def test_32_visitors_get_the_texts_of_one_and_the_33rd_sees_its_position(
         expected = bundled.generate("ROMEO:\n", max_new_tokens=200, **DEFAULTS, seed=seed)[0]
         assert texts[seed] == "ROMEO:\n" + expected
     assert len(set(texts)) == 33
+
+
+def test_a_visitor_with_many_texts_leaves_places_for_others(client, url, slow_model):
+    jobs = [client.submit("ROMEO:\n", length=200, api_name="/generate") for _ in range(33)]
+    wait_until(lambda: any("in the queue" in output["figures"]
+                           for job in jobs for output in job.outputs()))
+    other = Client(url, verbose=False, headers={"X-Forwarded-For": "203.0.113.9"})
+    figures = [output["figures"] for output in other.submit(
+        "ROMEO:\n", length=3, api_name="/generate")]
+    assert figures[-1].startswith("3 tokens") and not any("queue" in line for line in figures)
+    assert not any(job.done() for job in jobs), "the first visitor still had all its texts"
+    for job in jobs:
+        job.cancel()
 
 
 def test_a_visitor_who_leaves_leaves_nothing_behind():

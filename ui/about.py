@@ -1,13 +1,14 @@
 """The About tab: what this page is, and the card of each model: its data, results and licence."""
-import functools
 import re
 from pathlib import Path
+from types import MethodType
 
 import gradio as gr
 
 import publish
 import report
 from ui.models import Models, show_user_errors
+from ui.settings import QUIET
 
 ABOUT = Path(__file__).parent.parent / "assets" / "about.md"
 
@@ -26,10 +27,9 @@ def build(models: Models):
                 details = gr.Markdown(elem_id="about-details")
             with gr.Accordion("Settings of the training, as JSON", open=False) as recipe_fold:
                 recipe = gr.JSON(show_label=False)
-    opened = gr.context.Context.root_block.load
-    gr.on([opened, model.change], functools.partial(card, models), model,
-          [summary, details, recipe_fold, recipe],
-          api_visibility="private", show_progress="hidden", trigger_mode="always_last")
+    # without triggers: when the page opens, and when the input changes
+    gr.on(fn=MethodType(card, models), inputs=model,
+          outputs=[summary, details, recipe_fold, recipe], trigger_mode="always_last", **QUIET)
 
 
 def card(models: Models, name: str) -> tuple[str, str, gr.Accordion, dict | None]:
@@ -38,7 +38,7 @@ def card(models: Models, name: str) -> tuple[str, str, gr.Accordion, dict | None
     The card is the README of the model's folder, or else the one that publish.py would write.
     """
     with show_user_errors():
-        engine, info = models.engine(name), models.info(name)
+        engine, info = models.future(name).result()
     readme = Path(info["path"]) / "README.md"
     run = publish.source_run(info)
     if run:
@@ -70,8 +70,6 @@ def clean(markdown: str) -> str:
     not_for_the_page = r"<!--.*?-->|^!\[.*?\]\(.*?\)$|^```json\n.*?^```$|</?details>|</?summary>"
     markdown = re.sub(not_for_the_page, "", markdown, flags=re.DOTALL | re.MULTILINE)
     markdown = re.sub(r"\[([^\]]*)\]\((?!https?://)[^)]*\)", r"\1", markdown)
-    lines = []
-    for line in markdown.strip().splitlines():
-        is_code = line.startswith("    ")  # Markdown shows it as it is
-        lines.append(line if is_code else re.sub(r"<(?=[a-zA-Z/])", "&lt;", line))
-    return "\n".join(lines)
+    # Markdown shows a line with four spaces before it as it is
+    return re.sub(r"^(?!    ).+", lambda line: re.sub(r"<(?=[a-zA-Z/])", "&lt;", line[0]),
+                  markdown.strip(), flags=re.MULTILINE)

@@ -10,7 +10,6 @@ as HTML or Markdown, so it cannot show or copy a text as it was written.)
 import asyncio
 import dataclasses
 import html
-import secrets
 from types import MethodType
 
 import gradio as gr
@@ -18,23 +17,16 @@ import gradio as gr
 from api.conversation import fit_prompt, turn_ends
 from common.errors import UserError
 from generate import Engine
-from tokenizer import Tokenizer
+from ui import settings
 from ui.models import Models, show_user_errors
-from ui.stream import (
-    MAX_BYTES,
-    Writing,
-    default_of,
-    follow,
-    model_box,
-    slider,
-    validate_settings,
-)
+from ui.settings import MAX_BYTES, QUIET
+from ui.stream import Writing, follow
 
 LENGTH = 120  # tokens of a reply, by default
 REPETITION_PENALTY = 1.15  # small models repeat themselves in a conversation; 1 is off
 ATTEMPTS = 3  # to get a reply that is not empty
 MAX_NAME = 40  # characters
-SPEAKERS = [["Student", "Teacher"], ["ROMEO", "JULIET"]]
+YOU, IT = "Student", "Teacher"  # names in a transcript
 
 CHAT_NOTE = (
     "This very small model was trained to make small talk. It has no knowledge and is not an "
@@ -62,45 +54,36 @@ def build(models: Models):
                                  elem_id="say")
             stop_button = gr.Button("Stop", variant="stop", elem_id="chat-stop")
         with gr.Column(scale=3, min_width=300):
-            model, names, sliders = build_settings(models, note)
+            model = settings.model_box(models, "chat-", value=models.chat_model())
+            # the names in a transcript; hidden for a model with a chat template
+            with gr.Column(visible=False) as speakers:
+                with gr.Row():
+                    box = {"max_length": MAX_NAME, "min_width": 120}
+                    names = [gr.Textbox(YOU, label="You are", elem_id="chat-you", **box),
+                             gr.Textbox(IT, label="The model is", elem_id="chat-it", **box)]
+                gr.Examples([[YOU, IT], ["ROMEO", "JULIET"]], names, label="Try other names")
+            with gr.Accordion("Settings", open=False, elem_id="chat-more"):
+                sliders = [settings.slider(name, "chat-")
+                           for name in ("temperature", "top_k", "top_p")]
+                length = settings.slider("length", "chat-", value=LENGTH)
             gr.HTML('<nav id="chats" aria-label="Conversations"></nav>', apply_default_css=False)
     # the open conversation while it is answered, and a button that chat.js clicks to hand it over
     talk = gr.JSON(visible="hidden")
     hand_over = gr.Button(visible="hidden", elem_id="chat-hand-over")
 
+    # say what kind of model it is as soon as it is loaded
+    opened = gr.context.Context.root_block.load
+    gr.on([opened, model.change], MethodType(describe, models), [model, length],
+          [note, speakers, length], trigger_mode="always_last", **QUIET)
+    opened(js="page.chat.start")
     message.submit(None, message, None, js="page.chat.send")
     asked = hand_over.click(None, None, talk, js="page.chat.handOver")
-    reply = asked.then(MethodType(answer, models), [talk, model, *names, *sliders], talk,
-                       concurrency_limit=None, api_visibility="private", show_progress="hidden")
+    reply = asked.then(MethodType(answer, models), [talk, model, *names, *sliders, length], talk,
+                       concurrency_limit=None, **QUIET)
     reply.then(None, talk, None, js="page.chat.end")  # also after an error
     stop_button.click(None, talk, None, js="page.chat.end", cancels=reply)
     talk.change(None, talk, None, js="page.chat.draw")
-    gr.context.Context.root_block.load(None, None, None, js="page.chat.start")
-    gr.api(MethodType(chat, models), api_name="chat", concurrency_limit=None)
-
-
-def build_settings(models: Models, note: gr.Markdown) -> tuple:
-    """The model and its settings: (model, [the speakers' names], [sliders])."""
-    model = model_box(models, "chat-", value=models.chat_model())
-    # the names in a transcript; hidden for a model with a chat template
-    with gr.Column(visible=False) as speakers:
-        with gr.Row():
-            names = [
-                gr.Textbox(name, label=label, max_length=MAX_NAME, min_width=120, elem_id=elem_id)
-                for name, label, elem_id in zip(
-                    SPEAKERS[0], ("You are", "The model is"), ("chat-you", "chat-it"))
-            ]
-        gr.Examples(SPEAKERS, names, label="Try other names")
-    with gr.Accordion("Settings", open=False, elem_id="chat-more"):
-        sliders = [slider("temperature", "chat-"), slider("top_k", "chat-"),
-                   slider("top_p", "chat-"), slider("length", "chat-", value=LENGTH)]
-
-    # say what kind of model it is as soon as it is loaded
-    length = sliders[-1]
-    gr.on([gr.context.Context.root_block.load, model.change], MethodType(describe, models),
-          [model, length], [note, speakers, length], api_visibility="private",
-          show_progress="hidden", trigger_mode="always_last")
-    return model, names, sliders
+    settings.offer(MethodType(chat, models), "chat")
 
 
 def describe(models: Models, name: str, length: int):
@@ -141,10 +124,10 @@ def validate_names(*names: str):
 # Replies
 
 async def chat(models: Models, message: str, history: list[dict[str, str]] | None = None,
-               model: str | None = None, you: str = SPEAKERS[0][0], it: str = SPEAKERS[0][1],
-               temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
-               top_p: float = default_of("top_p"), length: int = LENGTH,
-               seed: int | None = None, beginning: str = "") -> dict:
+               model: str | None = None, you: str = YOU, it: str = IT,
+               temperature: float = settings.TEMPERATURE, top_k: int = settings.TOP_K,
+               top_p: float = settings.TOP_P, length: int = LENGTH, seed: int | None = None,
+               beginning: str = "") -> dict:
     """Replies to a message and streams the reply.
 
     Args:
@@ -171,47 +154,40 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
         messages = [*(history or []), {"role": "user", "content": message}]
         validate_messages(messages, beginning)
         all_text = "".join(turn["content"] for turn in messages) + beginning
-        seed = secrets.randbits(32) if seed is None else seed
-        sampling = validate_settings(all_text, temperature=temperature, top_k=top_k, top_p=top_p,
-                                     length=length, seed=seed)
+        sampling = settings.validate(all_text, temperature, top_k, top_p, length, seed)
 
         model = model or models.chat_model()
         if not models.future(model).done():
             yield {"text": beginning, "left_out": 0, "used": 0, "context": 0,
                    "figures": "Loading the model …"}
-        loaded = await models.wait_for(model)
-        engine = loaded.engine
+        engine, _ = await models.wait_for(model)
 
-        settings = settings_for(engine.tokenizer, you, it)
-        ids, notices, left_out = await asyncio.to_thread(
-            fit_ids, engine, messages, you, it, beginning, length)
-        room = engine.block_size - len(ids)
-        sampling = dataclasses.replace(sampling, max_new_tokens=min(length, room), **settings)
+        has_template = engine.tokenizer.chat_template is not None
+        if not has_template:
+            validate_names(you, it)
+        prompt, left_out = await asyncio.to_thread(
+            fit, engine, messages, you, it, beginning, length)
+        used = len(prompt[0])
+        sampling = dataclasses.replace(
+            sampling, max_new_tokens=min(length, engine.block_size - used),
+            stop=turn_ends(engine.tokenizer, you, it),
+            repetition_penalty=REPETITION_PENALTY if has_template else 1.0)
 
         # ask again with the next seed if the model says nothing
         for attempt in range(ATTEMPTS):
-            writing = Writing(loaded, ids, dataclasses.replace(
-                sampling, seed=sampling.seed + attempt))
-            writing.notices += notices
+            seeded = dataclasses.replace(sampling, seed=sampling.seed + attempt)
+            writing = Writing(engine, prompt, seeded)
             async for _ in follow(writing):
                 yield {"text": (beginning + writing.texts[0]).strip(), "left_out": left_out,
-                       "used": len(ids) + writing.tokens[0], "context": engine.block_size,
+                       "used": used + writing.tokens[0], "context": engine.block_size,
                        "figures": writing.figures()}
             if writing.texts[0].strip() or beginning:
                 break
 
 
-def settings_for(tokenizer: Tokenizer, you: str, it: str) -> dict:
-    """The settings of a reply that depend on whether the model has a chat template."""
-    if tokenizer.chat_template is None:
-        validate_names(you, it)
-    penalty = REPETITION_PENALTY if tokenizer.chat_template else 1.0
-    return {"stop": turn_ends(tokenizer, you, it), "repetition_penalty": penalty}
-
-
-def fit_ids(engine: Engine, messages: list[dict[str, str]], you: str, it: str, beginning: str,
-            length: int) -> tuple[list[int], list[str], int]:
-    """(ids of the prompt with the reply's beginning, notices, how many messages it leaves out).
+def fit(engine: Engine, messages: list[dict[str, str]], you: str, it: str, beginning: str,
+        length: int) -> tuple[tuple[list[int], list[str]], int]:
+    """(the prompt with the reply's beginning: ids and notices, how many messages it leaves out).
 
     It leaves out messages only if the context has no room for a short reply after them.
     """
@@ -219,11 +195,11 @@ def fit_ids(engine: Engine, messages: list[dict[str, str]], you: str, it: str, b
     room = len(begun) + min(length, engine.block_size // 8)
     prompt, left_out = fit_prompt(engine, messages, you, it, room)
     if isinstance(prompt, str):
-        return *engine.encode(prompt + beginning), left_out
-    return prompt + begun, [], left_out
+        return engine.encode(prompt + beginning), left_out
+    return (prompt + begun, []), left_out
 
 
-async def answer(models: Models, talk: dict, *settings):
+async def answer(models: Models, talk: dict, *values):
     """Answers the open conversation of the page, as its "ask" says, and streams it.
 
     The last turn is the user's ("ask": "reply") or a reply to continue ("ask": "continue"). An
@@ -237,7 +213,7 @@ async def answer(models: Models, talk: dict, *settings):
     turns = [*history, last]
     reply = {"text": beginning}
     try:
-        async for reply in chat(models, last["content"], history, *settings, None, beginning):
+        async for reply in chat(models, last["content"], history, *values, None, beginning):
             shown = {"role": "assistant", "content": reply["text"]}
             yield {**talk, **reply, "turns": [*turns, shown]}
     except gr.Error as error:

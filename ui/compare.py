@@ -3,24 +3,17 @@ for all checkpoints of a run."""
 import asyncio
 import dataclasses
 import itertools
-import secrets
 from html import escape
 from types import MethodType
 
 import gradio as gr
 
+import checkpoint
 from common.errors import UserError
+from ui import settings
 from ui.models import Models, show_user_errors
-from ui.stream import (
-    DTYPES,
-    MAX_BYTES,
-    Writing,
-    default_of,
-    figures_box,
-    follow,
-    slider,
-    validate_settings,
-)
+from ui.settings import MAX_BYTES, QUIET
+from ui.stream import Writing, follow
 
 LENGTH = 200  # tokens of the two texts, by default
 MAX_TIMELINE_LENGTH = 200  # tokens of a text in the timeline
@@ -28,12 +21,9 @@ MAX_TIMELINE_LENGTH = 200  # tokens of a text in the timeline
 # --------------------------------------------------------------------------------------------------
 # The page
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
-
-
 def build(models: Models):
     """Lays out the tab and connects its events."""
-    prompt = gr.Textbox(models.first_prompt(), label="Prompt", lines=3, max_lines=10,
+    prompt = gr.Textbox(models.beginnings(models.default)[0], label="Prompt", lines=3, max_lines=10,
                         max_length=MAX_BYTES, elem_id="compare-prompt")
     chosen, dtypes = [], []
     with gr.Row():
@@ -41,30 +31,33 @@ def build(models: Models):
             chosen.append(gr.Dropdown(models.list_with_checkpoints(), value=models.default,
                                       label=f"Model {letter}", scale=3,
                                       elem_id=f"compare-model-{i}"))
-            dtypes.append(gr.Dropdown(DTYPES, value=dtype, label=f"Precision {letter}",
+            dtypes.append(gr.Dropdown(settings.DTYPES, value=dtype, label=f"Precision {letter}",
                                       min_width=130, elem_id=f"compare-dtype-{i}"))
     with gr.Accordion("Settings", open=False, elem_id="compare-settings"), gr.Row():
-        narrow = {"info": None, "min_width": 220}
-        sliders = [slider(name, "compare-", **narrow) for name in ("temperature", "top_k", "top_p")]
-        sliders += [slider("length", "compare-", value=LENGTH, **narrow),
-                    slider("seed", "compare-", **narrow)]
+        options = {"tab": "compare-", "info": None, "min_width": 220}
+        sliders = [
+            *(settings.slider(name, **options) for name in ("temperature", "top_k", "top_p")),
+            settings.slider("length", value=LENGTH, **options),
+            settings.slider("seed", **options),
+        ]
     with gr.Row():
         start = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
         stop = gr.Button("Stop", variant="stop", min_width=120, visible=False,
                          elem_id="compare-stop")
-    figures = figures_box("compare-status", "Both models continue the prompt with the same random "
-                          "numbers, and the page marks where the texts part.")
+    figures = settings.plain_box(
+        "Figures", "compare-status", "Both models continue the prompt with the same random "
+        "numbers, and the page marks where the texts part.")
     with gr.Row():
         texts = [gr.HTML(min_width=300, elem_id=f"side-{i}") for i in range(2)]
 
     connect(start, stop, MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
             [*texts, figures])
     build_timeline(models, chosen, [prompt, *sliders])
-    gr.api(MethodType(compare, models), api_name="compare", concurrency_limit=None)
-    gr.api(MethodType(timeline, models), api_name="timeline", concurrency_limit=None)
+    settings.offer(MethodType(compare, models), "compare")
+    settings.offer(MethodType(timeline, models), "timeline")
 
 
-def build_timeline(models: Models, chosen: list[gr.Dropdown], settings: list):
+def build_timeline(models: Models, chosen: list[gr.Dropdown], inputs: list):
     """Lays out the texts of all checkpoints of a run, and keeps the lists of models up to date."""
     gr.Markdown("### How a run improves\n"
                 "Every saved checkpoint of a run continues the prompt above, with the same "
@@ -79,18 +72,18 @@ def build_timeline(models: Models, chosen: list[gr.Dropdown], settings: list):
     table = gr.Dataframe(headers=["step", "loss", "text"], column_widths=["20%", "20%", "60%"],
                          interactive=False, wrap=True, visible=False, buttons=["copy"],
                          elem_id="timeline-table")
-    prompt, *sliders = settings
+    prompt, *sliders = inputs
     connect(start, stop, MethodType(rows, models), [prompt, run, *sliders], table)
 
     # list the models again whenever the page opens: a run may have saved a checkpoint
     def update_choices():
-        names, runs = models.list_with_checkpoints(), list_runs(models)
-        return (gr.update(choices=names), gr.update(choices=names),
-                gr.update(choices=runs, value=runs[0] if runs else None),
-                gr.update(visible=bool(runs)), gr.update(visible=not runs))
+        names, runs = models.list_with_checkpoints(), checkpoint.list_runs()
+        return (gr.Dropdown(names), gr.Dropdown(names),
+                gr.Dropdown(runs, value=runs[0] if runs else None),
+                gr.Column(visible=bool(runs)), gr.Markdown(visible=not runs))
 
-    page = gr.context.Context.root_block
-    page.load(update_choices, None, [*chosen, run, column, no_run], **QUIET)
+    gr.context.Context.root_block.load(
+        update_choices, None, [*chosen, run, column, no_run], **QUIET)
 
 
 def connect(start: gr.Button, stop: gr.Button, write, inputs: list, outputs):
@@ -102,18 +95,13 @@ def connect(start: gr.Button, stop: gr.Button, write, inputs: list, outputs):
         ended(lambda: gr.update(visible=False), None, stop, **QUIET)
 
 
-def list_runs(models: Models) -> list[str]:
-    """The runs that have saved a checkpoint."""
-    return [name for name in models.list_names() if models.checkpoints(name)]
-
-
 # --------------------------------------------------------------------------------------------------
 # Two texts
 
 async def compare(models: Models, prompt: str, model: str, other_model: str,
                   dtype: str | None = None, other_dtype: str | None = None,
-                  temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
-                  top_p: float = default_of("top_p"), length: int = LENGTH,
+                  temperature: float = settings.TEMPERATURE, top_k: int = settings.TOP_K,
+                  top_p: float = settings.TOP_P, length: int = LENGTH,
                   seed: int | None = None) -> dict:
     """Continues a text twice with the same random numbers and streams both results.
 
@@ -137,20 +125,17 @@ async def compare(models: Models, prompt: str, model: str, other_model: str,
         "figures": Length and speed of each, as a sentence for people.
     """
     with show_user_errors():
-        seed = secrets.randbits(32) if seed is None else seed
-        sampling = validate_settings(prompt, temperature=temperature, top_k=top_k, top_p=top_p,
-                                     length=length, seed=seed)
+        sampling = settings.validate(prompt, temperature, top_k, top_p, length, seed)
 
         # load both models at the same time
-        futures = [models.future(model, dtype), models.future(other_model, other_dtype)]
-        if not all(future.done() for future in futures):
+        chosen = [(model, dtype), (other_model, other_dtype)]
+        if not all([models.future(*one).done() for one in chosen]):
             yield {"texts": ["", ""], "agree": 0, "names": [model, other_model],
                    "figures": ["Loading the models …"] * 2}
-        loaded = [await asyncio.shield(asyncio.wrap_future(future)) for future in futures]
+        loaded = await asyncio.gather(*(models.wait_for(*one) for one in chosen))
 
-        names = [f"{name} · {one.engine.dtype}"
-                 for name, one in zip((model, other_model), loaded)]
-        writings = [Writing(one, prompt, sampling) for one in loaded]
+        names = [f"{name} · {engine.dtype}" for (name, _), (engine, _) in zip(chosen, loaded)]
+        writings = [Writing(engine, engine.encode(prompt), sampling) for engine, _ in loaded]
         async for _ in follow(*writings):
             texts = [writing.texts[0] for writing in writings]
             yield {"texts": texts, "agree": common_length(*texts), "names": names,
@@ -164,7 +149,6 @@ def common_length(a: str, b: str) -> int:
 
 async def side_by_side(models: Models, prompt: str, *values):
     """Runs `compare` for the page: yields the two texts as HTML, and the figures."""
-    prompt = prompt or ""
     async for result in compare(models, prompt, *values):
         texts, agree = result["texts"], result["agree"]
         lines = [f"{letter}: {figures}" for letter, figures in zip("AB", result["figures"])]
@@ -187,8 +171,8 @@ async def side_by_side(models: Models, prompt: str, *values):
 # All checkpoints of a run
 
 async def timeline(models: Models, prompt: str, run: str,
-                   temperature: float = default_of("temperature"), top_k: int = default_of("top_k"),
-                   top_p: float = default_of("top_p"), length: int = 100,
+                   temperature: float = settings.TEMPERATURE, top_k: int = settings.TOP_K,
+                   top_p: float = settings.TOP_P, length: int = 100,
                    seed: int | None = None) -> list[dict]:
     """Continues a text with every checkpoint of a run, with the same random numbers, and streams
     the results.
@@ -206,9 +190,7 @@ async def timeline(models: Models, prompt: str, run: str,
         A stream of lists, one dict per checkpoint, the oldest first: "step", "val_loss", "text".
     """
     with show_user_errors():
-        seed = secrets.randbits(32) if seed is None else seed
-        sampling = validate_settings(prompt, temperature=temperature, top_k=top_k, top_p=top_p,
-                                     length=length, seed=seed)
+        sampling = settings.validate(prompt, temperature, top_k, top_p, length, seed)
         sampling = dataclasses.replace(sampling, max_new_tokens=min(length, MAX_TIMELINE_LENGTH))
         checkpoints = models.checkpoints(run)
         if not checkpoints:
@@ -221,9 +203,9 @@ async def timeline(models: Models, prompt: str, run: str,
             lines.append(line)
             yield lines
             # load it without keeping it in memory
-            loaded = await asyncio.wrap_future(models.start_loading(name, models.dtype))
-            line["val_loss"] = loaded.info.get("val_loss")
-            writing = Writing(loaded, prompt, sampling)
+            engine, info = await asyncio.wrap_future(models.start_loading(name, models.dtype))
+            line["val_loss"] = info.get("val_loss")
+            writing = Writing(engine, engine.encode(prompt), sampling)
             async for _ in follow(writing):
                 line["text"] = writing.texts[0]
                 yield lines
@@ -231,9 +213,9 @@ async def timeline(models: Models, prompt: str, run: str,
 
 async def rows(models: Models, prompt: str, run: str, *values):
     """Runs `timeline` for the page: yields the rows of its table."""
-    async for lines in timeline(models, prompt or "", run or "", *values):
+    async for lines in timeline(models, prompt, run, *values):
         table = []
         for line in lines:
             loss = "" if line["val_loss"] is None else f"{line['val_loss']:.3f}"
             table.append([line["step"], loss, line["text"]])
-        yield gr.update(value=table, visible=True)
+        yield gr.Dataframe(table, visible=True)

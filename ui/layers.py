@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 
 from engine.internals import Contributions
-from engine.sampling import top_ids
 from ui.models import Models, show_user_errors
-from ui.reading import Place, in_text, place_in, visible
+from ui.reading import LATEST, Place, in_text, place_in, visible
+from ui.settings import QUIET
 
 LENS_COLUMNS = 12  # tokens
-PREDICTIONS = 10  # offered for the contributions
 
 INTRO = """### Inside the layers
 A token passes through the layers one after another. In each layer, **heads** look back at earlier
@@ -33,8 +32,8 @@ final LayerNorm's scale is held fixed)."""
 # --------------------------------------------------------------------------------------------------
 # The page
 
-def build(models: Models, text: gr.Textbox, model: gr.Dropdown, position: gr.Number):
-    """Lays out the views for the chosen token of the text and connects their events."""
+def build(models: Models, chosen: list[gr.Component]):
+    """Lays out the views for the chosen token (text, model, position) and connects their events."""
     gr.Markdown(INTRO)
     with gr.Tabs():
         with gr.Tab("Attention"):
@@ -66,16 +65,15 @@ def build(models: Models, text: gr.Textbox, model: gr.Dropdown, position: gr.Num
             return view(place, *values)
         return handle
 
-    latest = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 2,
-              "concurrency_id": "look", "trigger_mode": "always_last"}
-    chosen = [text, model, position]
     opened = gr.context.Context.root_block.load
     gr.on([opened, *(box.change for box in chosen)], at_place(show), [*chosen, layer, head],
-          [heads, layer, head, attention, lens, prediction, contributions], **latest)
+          [heads, layer, head, attention, lens, prediction, contributions],
+          api_visibility="private", **LATEST)
     gr.on([layer.change, head.change], at_place(attention_html), [*chosen, layer, head], attention,
-          **latest)
-    prediction.input(at_place(contributions_html), [*chosen, prediction], contributions, **latest)
-    heads.click(chosen_head, None, [layer, head], api_visibility="private", show_progress="hidden")
+          api_visibility="private", **LATEST)
+    prediction.input(at_place(contributions_html), [*chosen, prediction], contributions,
+                     api_visibility="private", **LATEST)
+    heads.click(chosen_head, None, [layer, head], **QUIET)
 
 
 def chosen_head(event: gr.EventData) -> tuple[int, int]:
@@ -85,17 +83,17 @@ def chosen_head(event: gr.EventData) -> tuple[int, int]:
 
 def show(place: Place, layer: int, head: int):
     """All views of a place, with the sliders' values within the model's sizes."""
-    sliders = []
-    for value, size in zip((layer, head), place.trace.attention.shape[:2]):
-        # leave a valid value as it is: it may have changed since this request
-        sliders.append(gr.update(maximum=size, **({"value": size} if value > size else {})))
     n_layer, n_head = place.trace.attention.shape[:2]
     choices = predictions(place)
     token = choices[0][1]
-    return (heads_html(place), *sliders,
+
+    def limit(value: int, size: int) -> dict:
+        # leave a valid value as it is: it may have changed since this request
+        return gr.update(maximum=size) if value <= size else gr.update(maximum=size, value=size)
+
+    return (heads_html(place), limit(layer, n_layer), limit(head, n_head),
             attention_html(place, min(layer, n_layer), min(head, n_head)),
-            lens_html(place), gr.update(choices=choices, value=token),
-            contributions_html(place, token))
+            lens_html(place), gr.Dropdown(choices, value=token), contributions_html(place, token))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,11 +204,11 @@ def lens_html(place: Place) -> str:
 
 def predictions(place: Place) -> list[tuple[str, int]]:
     """(name, id) of the token at the place and of the most likely ones there."""
-    logits = place.logits()
-    ids = top_ids(logits, min(PREDICTIONS, len(logits))).tolist()
+    choices = list(place.likeliest(place.logits()).items())
     if place.token is not None:
-        ids.insert(0, place.token)
-    return [(visible(place.engine, i), i) for i in dict.fromkeys(ids)]
+        token = visible(place.engine, place.token), place.token
+        choices = [token, *(choice for choice in choices if choice != token)]
+    return choices
 
 
 def contributions_to(place: Place, token: int) -> Contributions:

@@ -5,20 +5,20 @@ would continue from one of these alternatives (a fork).
 """
 import functools
 import math
-from typing import NamedTuple
+from types import MethodType
 
 import gradio as gr
 import numpy as np
 
 from common.errors import UserError
-from engine.sampling import top_ids, weigh
+from engine.sampling import weigh
 from generate import Engine
 from ui import layers, tour
 from ui.models import Models, show_user_errors
-from ui.reading import MAX_TEXT, SAMPLE, Place, in_text, place_in, read, visible
-from ui.stream import model_box, slider
+from ui.reading import LATEST, MAX_TEXT, SAMPLE, Place, in_text, place_in, read, visible
+from ui.settings import QUIET, model_box, plain_box, slider
+from ui.stream import visitor
 
-MAX_ALTERNATIVES = 10
 FORK_LENGTH = 100  # tokens
 REFRESH_TOKENS = 4  # update the fork on the page after this many tokens
 
@@ -36,13 +36,11 @@ PROBABILITY_CLASSES = {
 # --------------------------------------------------------------------------------------------------
 # The page
 
-class Tab(NamedTuple):
-    text: gr.Textbox  # app.py connects both to the Write tab
-    model: gr.Dropdown
+def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown]:
+    """Lays out the tab and connects its events.
 
-
-def build(models: Models) -> Tab:
-    """Lays out the tab and connects its events."""
+    Returns the text and its model, which app.py connects to the Write tab.
+    """
     model = model_box(models, "look-")
     tour.build(models, model)
     with gr.Row():
@@ -62,42 +60,32 @@ def build(models: Models) -> Tab:
                            for name in ("temperature", "top_k", "top_p")]
         with gr.Column(scale=4, min_width=320):
             position, token, lists, fork_text, again = build_position()
-    layers.build(models, text, model, position)
+    layers.build(models, [text, model, position])
 
-    def fork_at(choice: gr.SelectData, *values):
-        yield from fork(models, str(choice.value), *values)
-
-    settings = [text, model, position, *sliders]
-    opened = gr.context.Context.root_block.load
-    private = {"api_visibility": "private", "show_progress": "hidden"}
-    # while one request runs, remember only the last change
-    latest = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look",
-              "trigger_mode": "always_last"}
-    inspected = gr.on([opened, text.change, model.change], functools.partial(inspect, models),
-                      inputs=[text, model], outputs=[summary, tokens], api_name="inspect",
-                      **latest)
+    # without triggers: when the page opens, and when an input changes
+    inputs = [text, model, position, *sliders]
+    inspected = gr.on(fn=MethodType(inspect, models), inputs=[text, model],
+                      outputs=[summary, tokens], api_name="inspect", **LATEST)
     # no tokens of an earlier text stay below a text that cannot be read
-    inspected.failure(lambda: ("", []), None, [summary, tokens], **private)
-    gr.on([opened, *(setting.change for setting in settings)],
-          functools.partial(alternatives, models), inputs=settings,
-          outputs=[token, *lists], api_name="alternatives", **latest)
-    tokens.select(position_of, None, position, **private)
-    gr.on([opened, position.change], None, position, chosen_mark, js="page.markToken", **private)
-    forking = gr.on([shown.select for shown in lists], fork_at, inputs=settings, outputs=fork_text,
-                    concurrency_limit=32, concurrency_id="engine", **private)
+    inspected.failure(lambda: ("", []), None, [summary, tokens], **QUIET)
+    gr.on(fn=MethodType(alternatives, models), inputs=inputs, outputs=[token, *lists],
+          api_name="alternatives", **LATEST)
+    tokens.select(position_of, None, position, **QUIET)
+    gr.on(fn=None, inputs=position, outputs=chosen_mark, js="page.markToken")
+    forking = gr.on([shown.select for shown in lists], MethodType(fork, models), inputs, fork_text,
+                    concurrency_limit=32, concurrency_id="engine", **QUIET)
     # a new text ends the fork of the old one
-    gr.on([text.change, model.change], None, None, fork_text, js="() => ''", cancels=forking,
-          **private)
+    gr.on([text.change, model.change], None, None, fork_text, js="() => ''", cancels=forking)
     # the browser copies the fork into the text box
-    again.click(None, fork_text, text, js="fork => fork", **private)
-    return Tab(text, model)
+    again.click(None, fork_text, text, js="fork => fork")
+    return text, model
 
 
 def build_position():
     """Lays out what is shown about one token: its position, a sentence, the most likely tokens
     without and with the settings, and the text that continues from one of them."""
     position = gr.Number(
-        SAMPLE_POSITION, label="Position", precision=0, minimum=1, maximum=MAX_TEXT,
+        SAMPLE_POSITION, label="Position", precision=0,
         info="The token to look at, counted from 1. The arrow keys move through the text.",
         elem_id="look-position")
     token = plain_box("Token", "look-token")
@@ -113,25 +101,12 @@ def build_position():
     return position, token, lists, fork_text, again
 
 
-def plain_box(label: str, elem_id: str) -> gr.Textbox:
-    """A sentence without a frame."""
-    return gr.Textbox(label=label, show_label=False, container=False, interactive=False,
-                      max_lines=8, elem_id=elem_id, elem_classes="plain")
-
-
 def position_of(token: gr.SelectData) -> int:
     return token.index + 1
 
 
 # --------------------------------------------------------------------------------------------------
 # The whole text
-
-def probability_class(probability: float) -> str:
-    """The label in PROBABILITY_CLASSES."""
-    for label, (lower, _) in PROBABILITY_CLASSES.items():
-        if probability >= lower:
-            return label
-
 
 def inspect(models: Models, text: str, model: str):
     """Returns a summary of the text, and its tokens with their classes of probability."""
@@ -144,12 +119,13 @@ def inspect(models: Models, text: str, model: str):
         label = None
         # the first token has no probability if the vocabulary has no <|endoftext|> to precede it
         if token["logprob"] is not None:
-            label = probability_class(math.exp(token["logprob"]))
+            label = next(label for label, (lowest, _) in PROBABILITY_CLASSES.items()
+                         if math.exp(token["logprob"]) >= lowest)
             scored.append((token["logprob"], len(engine.tokenizer.decode_bytes([i]))))
         line_end = "\n" if token["text"].endswith("\n") else ""
         spans.append((in_text(engine, i) + line_end, label))
 
-    summary = f"{len(ids):,} tokens, {len(text.encode()):,} bytes"
+    summary = f"{len(ids):,} tokens, {len(text.encode(errors='replace')):,} bytes"
     if scored:
         nats, scored_bytes = (sum(column) for column in zip(*scored))
         loss = -nats / len(scored)
@@ -168,25 +144,18 @@ def next_logprobs(engine: Engine, ids: tuple[int, ...]):
     They come with a token that the engine samples, which is ignored; the engine keeps the KV cache,
     which a fork then reuses.
     """
-    events = list(engine.submit(
-        list(ids), max_new_tokens=1, temperature=0, logprobs=engine.tokenizer.vocab_size))
+    events = list(engine.submit(list(ids), max_new_tokens=1, temperature=0,
+                                logprobs=engine.tokenizer.vocab_size, client=visitor()))
     _, token = events[0]
-    logprobs = np.empty(len(token.top), np.float32)
-    for i, logprob in token.top:
-        logprobs[i] = logprob
+    order, values = zip(*token.top)
+    logprobs = np.empty(len(order), np.float32)
+    logprobs[list(order)] = values
     return logprobs
 
 
 def logprobs_at(place: Place):
     """Log-probabilities (V,) of the token at the place."""
     return next_logprobs(place.engine, tuple(place.ids[:place.index][-place.engine.block_size:]))
-
-
-def most_likely(engine: Engine, logprobs) -> dict[str, int]:
-    """The most likely tokens as the page shows them, with their ids. Of two that look the same, the
-    more likely one."""
-    ids = top_ids(logprobs, min(MAX_ALTERNATIVES, len(logprobs)))
-    return {visible(engine, int(i)): int(i) for i in ids[::-1]}
 
 
 def alternatives(models: Models, text: str, model: str, position: int, temperature: float,
@@ -215,24 +184,24 @@ def alternatives(models: Models, text: str, model: str, position: int, temperatu
             f"{len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. With the "
             f"settings its probability is {sampled[token]:.2%}, and the number of tokens to choose "
             f"from is {candidates:,}. ␣ is a space.")
-    names = most_likely(place.engine, logprobs)
+    names = place.likeliest(logprobs)
     return (sentence, {name: float(expected[i]) for name, i in names.items()},
             {name: float(sampled[i]) for name, i in names.items()})
 
 
-def fork(models: Models, choice: str, text: str, model: str, position: int, temperature: float,
-         top_k: int, top_p: float):
+def fork(models: Models, choice: gr.SelectData, text: str, model: str, position: int,
+         temperature: float, top_k: int, top_p: float):
     """Streams the text up to the position, the chosen token, and the model's continuation."""
     with show_user_errors():
         place = place_in(models, text, model, position)
         engine = place.engine
-        token = most_likely(engine, logprobs_at(place)).get(choice)
+        token = place.likeliest(logprobs_at(place)).get(str(choice.value))
         if token is None:
             raise UserError("Choose one of the alternatives.")
         prompt = [*place.ids[:place.index], token]
         written = engine.tokenizer.decode(prompt[place.start:])
         pieces = engine.stream(prompt, max_new_tokens=FORK_LENGTH, temperature=temperature,
-                               top_k=top_k or None, top_p=top_p)
+                               top_k=top_k or None, top_p=top_p, client=visitor())
         for count, piece in enumerate(pieces):
             written += piece
             if count % REFRESH_TOKENS == 0:

@@ -7,7 +7,7 @@ import html
 import sys
 import threading
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import gradio as gr
 
@@ -37,9 +37,7 @@ BEGINNINGS = {
 }
 
 
-class Loaded(NamedTuple):
-    engine: Engine
-    info: dict  # from checkpoint.load_model
+Loaded = tuple[Engine, dict]  # with the model's info, as load_model returns it
 
 
 class Models:
@@ -95,12 +93,6 @@ class Models:
             names += [name, *self.checkpoints(name).values()]
         return names
 
-    def check_name(self, name: str):
-        """Raises UserError if the name is not in the list: a visitor must not open other paths."""
-        if name in self.names or name in self.list_names() or name in self.list_with_checkpoints():
-            return
-        raise UserError("Choose a model from the list.")
-
     # ----------------------------------------------------------------------------------------------
     # Prompts
 
@@ -112,10 +104,6 @@ class Models:
             return [report.read_config(name)["sample_prompt"]]
         return [TrainConfig.sample_prompt]
 
-    def first_prompt(self) -> str:
-        """A prompt for the default model."""
-        return self.beginnings(self.default)[0]
-
     def chat_model(self) -> str:
         """The model that Chat opens with: the bundled chat model, if there is one."""
         return CHAT_MODEL if CHAT_MODEL in self.names else self.default
@@ -126,7 +114,9 @@ class Models:
     def future(self, name: str, dtype: str | None = None) -> concurrent.futures.Future[Loaded]:
         """The model, which starts to load if it is not in memory. Raises UserError for a name or a
         precision that is not offered."""
-        self.check_name(name)
+        # a visitor must not open other paths
+        if name not in self.names and name not in self.list_with_checkpoints():
+            raise UserError("Choose a model from the list.")
         dtype = dtype or self.dtype
         if dtype not in get_args(Dtype):
             raise UserError(f"The precision must be one of {', '.join(get_args(Dtype))}.")
@@ -146,7 +136,7 @@ class Models:
         # a new thread for each load: OpenMP keeps its workers for every thread that has computed
         future = concurrent.futures.Future()
         # not a daemon: Python's exit waits for it, because torch aborts when a thread is cut off
-        threading.Thread(target=self.load, args=(name, dtype, future)).start()
+        threading.Thread(target=self.load, args=(name, dtype, future), daemon=False).start()
         return future
 
     def load(self, name: str, dtype: str, future: concurrent.futures.Future[Loaded]):
@@ -160,7 +150,10 @@ class Models:
                 # "auto" and the precision that it chose share one model
                 if self.loaded.get((name, dtype)) is future:
                     self.loaded.setdefault((name, engine.dtype), future)
-            future.set_result(Loaded(engine, info))
+            if not threading.main_thread().is_alive():
+                # Python exits: a text that began now would be cut off, and torch abort
+                raise UserError("The server is shutting down.")
+            future.set_result((engine, info))
         except Exception as error:  # raised again in whoever waits for the future
             future.set_exception(error)
 
@@ -170,10 +163,8 @@ class Models:
 
     def engine(self, name: str, dtype: str | None = None) -> Engine:
         """The model's engine; waits until it is loaded."""
-        return self.future(name, dtype).result().engine
-
-    def info(self, name: str) -> dict:
-        return self.future(name).result().info
+        engine, _ = self.future(name, dtype).result()
+        return engine
 
     def describe(self, name: str) -> str:
         """One line about a model, for the page."""

@@ -14,6 +14,7 @@ run log/<name>.
 """
 import atexit
 import contextlib
+import itertools
 import math
 import re
 import shutil
@@ -204,9 +205,9 @@ class OwnTextTraining:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(POLL_S)
         if self.process.returncode not in (0, 143, -15):  # SIGTERM: 143 once it trains
-            lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-            raise UserError(last.removeprefix("error: "))
+            said = output.read_text(encoding="utf-8", errors="replace").strip()
+            last_line = (said or "it said nothing").splitlines()[-1]
+            raise UserError(last_line.removeprefix("error: "))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,20 +232,11 @@ def read_text(path: Path) -> str:
 def free_name(title: str) -> str:
     """A name for a run that does not exist yet, after the text's title."""
     stem = re.sub(r"[^\w-]+", "-", title).strip("-_").lower()[:40] or "my-text"
-    name, number = stem, 1
-    while (checkpoint.LOG / name).exists():
-        number += 1
-        name = f"{stem}-{number}"
-    return name
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (checkpoint.LOG / name).exists())
 
 
 def first_words(text: str) -> str:
     """The beginning of the text, from which the samples continue."""
     line = next(line for line in text.splitlines() if line.strip())
     return line.strip() if len(line) <= 40 else line.strip()[:40].rpartition(" ")[0] or line[:20]
-
-
-def tiny_shakespeare() -> Path | None:
-    """The file of tiny Shakespeare, if prepare.py has downloaded it."""
-    path = Path("data/downloads/tiny_shakespeare.txt")
-    return path if path.is_file() else None

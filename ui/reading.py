@@ -4,23 +4,24 @@ from typing import NamedTuple
 
 from common.errors import UserError
 from engine.internals import Trace, trace_tokens
+from engine.sampling import top_ids
 from generate import Engine
 from ui.models import Models
 
 SAMPLE = "Once upon a time, there was a little fox. The fox was very sad, because he had no"
 MAX_TEXT = 4_000  # characters
+# for events of Look inside: while one request runs, remember only the last change
+LATEST = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look",
+          "trigger_mode": "always_last"}
 MAX_TOKENS = 256  # traced at a time: the attention of T tokens takes T * T numbers for each head
 
 
-def read(models: Models, text: str | None, name: str) -> tuple[Engine, list[int], str]:
+def read(models: Models, text: str, name: str) -> tuple[Engine, list[int], str]:
     """The model's engine, the text's ids, and the text without characters that the model's
     vocabulary lacks."""
-    text = text or ""
     if len(text) > MAX_TEXT:
         raise UserError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed.")
     engine = models.engine(name)
-    # a lone surrogate, which UTF-8 cannot encode, becomes "?"
-    text = text.encode(errors="replace").decode()
     text, _ = engine.tokenizer.replace_unknown(text)
     return engine, engine.tokenizer.encode(text), text
 
@@ -66,8 +67,16 @@ class Place(NamedTuple):
         logits = self.trace.lens([self.row - 1])[-1, 0]
         return logits[:self.engine.tokenizer.vocab_size].cpu().numpy()
 
+    def likeliest(self, logits, count: int = 10) -> dict[str, int]:
+        """The most likely tokens by logits (V,) or log-probabilities, the first one first: their
+        names on the page, and their ids. Of tokens that look the same, only the most likely one."""
+        names = {}
+        for token in top_ids(logits, min(count, len(logits))).tolist():
+            names.setdefault(visible(self.engine, token), token)
+        return names
 
-def place_in(models: Models, text: str | None, model: str, position: int | None) -> Place:
+
+def place_in(models: Models, text: str, model: str, position: int | None) -> Place:
     """The place of a position, counted from 1; one past the end of the text means its end."""
     engine, ids, _ = read(models, text, model)
     index = min(max(position or 1, 1) - 1, len(ids))

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.sampling import sample, top_ids, weigh
+from engine.sampling import sample, weigh
 from ui import layers
 from ui.layers import cell, table_html, text_html
 from ui.models import Models, show_user_errors
 from ui.reading import SAMPLE, Place, in_text, place_in, visible
+from ui.settings import QUIET
 
 ROWS = 8  # tokens in a table
 TEMPERATURES = [0.3, 0.7, 1.0, 1.5]
@@ -50,21 +51,15 @@ def attention_view(place: Place) -> str:
 
 def mlp_view(place: Place) -> str:
     """What the attention and the MLP of each layer add to the most likely token."""
-    best = int(top_ids(place.logits(), 1)[0])
+    [(name, best)] = place.likeliest(place.logits(), 1).items()
     parts = layers.contributions_to(place, best)
     attention = (parts.heads.sum(1) + parts.attention_bias).tolist()
     mlp = parts.mlp.tolist()
     largest = max(map(abs, attention + mlp)) or 1.0
     rows = [[f"layer {layer}", *(cell(f"{value:+.2f}", value / largest) for value in values)]
             for layer, values in enumerate(zip(attention, mlp), 1)]
-    name = escape(visible(place.engine, best))
-    return (f"<p>Added to the score of “{name}”:</p>"
+    return (f"<p>Added to the score of “{escape(name)}”:</p>"
             f"{table_html('Attention and MLP', ['', 'attention', 'MLP'], rows)}")
-
-
-def most_likely(place: Place) -> list[tuple[int, str]]:
-    """(id, name) of the most likely next tokens."""
-    return [(i, visible(place.engine, i)) for i in top_ids(place.logits(), ROWS).tolist()]
 
 
 def logits_view(place: Place) -> str:
@@ -72,16 +67,17 @@ def logits_view(place: Place) -> str:
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     rows = [[name, cell(f"{logits[i]:.2f}"), cell(f"{probabilities[i]:.1%}", probabilities[i])]
-            for i, name in most_likely(place)]
+            for name, i in place.likeliest(logits, ROWS).items()]
     return table_html("Logits", ["next token", "logit", "probability"], rows)
 
 
 def temperature_view(place: Place) -> str:
-    columns = []
+    logits, columns = place.logits(), []
     for temperature in TEMPERATURES:
-        weights, _ = weigh(place.logits(), temperature)
+        weights, _ = weigh(logits, temperature)
         columns.append(weights / weights.sum())
-    rows = [[name, *(cell(f"{p[i]:.1%}", p[i]) for p in columns)] for i, name in most_likely(place)]
+    rows = [[name, *(cell(f"{p[i]:.1%}", p[i]) for p in columns)]
+            for name, i in place.likeliest(logits, ROWS).items()]
     return table_html("Temperature", ["temperature", *map(str, TEMPERATURES)], rows)
 
 
@@ -93,7 +89,7 @@ def sampling_view(place: Place) -> str:
     uniforms = np.random.default_rng(0).random(DRAWS)
     drawn = [sample(logits, uniform, top_p=TOP_P) for uniform in uniforms]
     rows = []
-    for i, name in most_likely(place):
+    for name, i in place.likeliest(logits, ROWS).items():
         p = probabilities.get(i, 0.0)
         rows.append([name, cell(f"{p:.1%}", p), cell(str(drawn.count(i)), drawn.count(i) / DRAWS)])
     head = ["next token", f"top-p {TOP_P}", f"in {DRAWS} draws"]
@@ -134,20 +130,22 @@ def build(models: Models, model: gr.Dropdown):
             view = gr.HTML(elem_id="tour-view")
     number = gr.State(0)
 
-    def move(by: int | None):
-        """An event handler that shows another step; None starts the tour."""
-        return lambda number, name: show(models, 0 if by is None else number + by, name)
+    def move(by: int):
+        """An event handler that shows another step."""
+        return lambda number, name: show(models, number + by, name)
+
+    def appear(visible: bool):
+        """An event handler that shows the tour or the button that starts it."""
+        return lambda: (gr.Row(visible=visible), gr.Button(visible=not visible))
 
     options = {"inputs": [number, model], "outputs": [number, paragraph, view, back, forward],
-               "api_visibility": "private", "show_progress": "hidden"}
-    shown = start.click(move(None), **options)
-    shown.then(lambda: (gr.update(visible=True), gr.update(visible=False)), None, [panel, start],
-               api_visibility="private")
+               **QUIET}
+    shown = start.click(lambda number, name: show(models, 0, name), **options)
+    shown.then(appear(True), None, [panel, start], **QUIET)
     back.click(move(-1), **options)
     forward.click(move(1), **options)
     model.change(move(0), **options)
-    close.click(lambda: (gr.update(visible=False), gr.update(visible=True)), None, [panel, start],
-                api_visibility="private")
+    close.click(appear(False), None, [panel, start], **QUIET)
 
 
 def show(models: Models, number: int, model: str):

@@ -8,7 +8,6 @@ import os
 import time
 from pathlib import Path
 from types import MethodType
-from typing import NamedTuple
 
 import gradio as gr
 import pandas as pd
@@ -17,9 +16,11 @@ import checkpoint
 import report
 from api.guard import may_train, require_may_train
 from common.errors import UserError
+from corpus import sources
 from training.runlog import locked
 from ui.models import show_user_errors
-from ui.own_text import OwnTextTraining, read_text, tiny_shakespeare
+from ui.own_text import OwnTextTraining, read_text
+from ui.settings import QUIET
 
 POLL_S = 2  # how often the page looks for new measurements
 MAX_POINTS = 300  # drawn per curve
@@ -36,7 +37,7 @@ CURVES = {"val_loss": "Validation loss, nats per token",
 INTRODUCTION = """### Train a model on your own text
 
 Drop a text file: a book, a play, your letters. A small model starts from nothing, learns the text
-letter by letter on this machine, and then writes in its manner. The text is deleted when the
+letter by letter on this machine, and then writes in its style. The text is deleted when the
 training ends. The model stays, and everyone who can open this page can use it."""
 SWITCHED_OFF = """### Training is switched off on this public page
 
@@ -48,46 +49,47 @@ tenth of the text is kept unseen. If the loss rises there, the model is learning
 # --------------------------------------------------------------------------------------------------
 # The page
 
-class Tab(NamedTuple):
-    """What app.py connects to the other tabs."""
-    write_button: gr.Button
-    model: gr.Textbox  # name of the model that was trained here last, once it can write
+def build(_models) -> tuple[gr.Button, gr.Textbox]:
+    """Lays out the tab and connects its events.
 
-
-def build(_models) -> Tab:
-    """Lays out the tab and connects its events."""
+    Returns what app.py connects to the other tabs: the button to write with the model that was
+    trained here last, and that model's name, which is empty until it can write.
+    """
     training = OwnTextTraining()
     gr.Markdown(SWITCHED_OFF, visible=not may_train())
     with gr.Column(visible=may_train()):
-        tab, status, shown = build_own_text(training)
+        status, write_button, model, shown = build_own_text(training)
     runs, curves = build_runs()
     seen = gr.State()  # what the page shows: per run, whether it trains and when it last wrote
 
-    def update(chosen: list[str], seen: dict | None):
-        now = {"": (training.name, training.stage)}
+    def update(chosen: list[str], seen: list | None):
+        now = [(training.name, training.stage)]
         for run in folders(list_runs()):
             with contextlib.suppress(FileNotFoundError):  # a failed run has just been removed
                 times = [log.stat().st_mtime for log in run.glob("*.jsonl")]
-                now[run.name] = [is_training(run), *times]
+                now.append((run.name, is_training(run), *times))
         if now == seen:
-            return describe(training), *[gr.skip()] * (len(shown) + len(curves) + 2)
+            return {status: describe(training)}
         changes = {"choices": list_runs()}
         # a page that has just been opened shows the newest run
         if seen is None and not folders(chosen):
             chosen = changes["value"] = changes["choices"][:1]
-        return (describe(training), *show_own_text(training), now, gr.update(**changes),
-                *show(chosen))
+        return [now, gr.update(**changes), *show(chosen), describe(training),
+                *show_own_text(training)]
 
     # one at a time, so that the page ends with the result of the latest request
     in_order = {"concurrency_limit": 1, "concurrency_id": "runs", "show_progress": "hidden"}
-    runs.change(show, runs, curves, api_name="runs", **in_order)
+    runs.change(show, runs, curves, api_name="runs", api_visibility="undocumented", **in_order)
     gr.on([gr.context.Context.root_block.load, gr.Timer(POLL_S).tick], update, [runs, seen],
-          [status, *shown, seen, runs, *curves], api_visibility="private", **in_order)
-    return tab
+          [seen, runs, *curves, status, *shown], api_visibility="private", **in_order)
+    return write_button, model
 
 
-def build_own_text(training: OwnTextTraining) -> tuple[Tab, gr.Markdown, list]:
-    """The form, and below it the training: (tab, status, [what `show_own_text` updates])."""
+def build_own_text(training: OwnTextTraining) -> tuple:
+    """The form, and below it the training.
+
+    Returns (status, the button that writes, the model's name, [what `show_own_text` updates]).
+    """
     gr.Markdown(INTRODUCTION)
     with gr.Row():
         file = gr.File(label="Your text (.txt)", file_types=["text"], height=140,
@@ -97,32 +99,30 @@ def build_own_text(training: OwnTextTraining) -> tuple[Tab, gr.Markdown, list]:
                                elem_id="train-minutes")
             start_button = gr.Button("Train", variant="primary", elem_id="train-start")
             shakespeare_button = gr.Button("Or train on tiny Shakespeare", size="sm",
-                                           visible=tiny_shakespeare() is not None)
+                                           elem_id="train-shakespeare")
             stop_button = gr.Button("Stop and keep what it has learned", variant="stop",
                                     visible=False, elem_id="train-stop")
-    status = gr.Markdown(elem_id="train-status")
+    status = gr.Markdown(label="Status", elem_id="train-status")
     write_button = gr.Button("Write with it", variant="primary", visible=False,
                              elem_id="train-write")
     with gr.Row(visible=False) as results:
         loss = gr.LinePlot(title="Loss, nats per letter", x_title="letters read", height=260,
                            min_width=300, elem_id="train-loss")
-        first, now = [
-            gr.Textbox(label=label, lines=9, max_lines=9, min_width=240, interactive=False,
-                       elem_id=elem_id)
-            for label, elem_id in (("What it wrote first", "train-first"),
-                                   ("What it writes now", "train-now"))
-        ]
+        box = {"lines": 9, "max_lines": 9, "min_width": 240, "interactive": False}
+        first = gr.Textbox(label="What it wrote first", elem_id="train-first", **box)
+        last = gr.Textbox(label="What it writes now", elem_id="train-now", **box)
     note = gr.Markdown(LOSS_NOTE, visible=False)
     model = gr.Textbox(visible="hidden")
 
-    quiet = {"show_progress": "hidden", "concurrency_limit": 1, "concurrency_id": "train"}
-    start_button.click(MethodType(start, training), [file, minutes], [status, file],
-                       api_name="train", **quiet)
+    one_by_one = {"concurrency_limit": 1, "concurrency_id": "train", "show_progress": "hidden"}
+    started = start_button.click(MethodType(start, training), [file, minutes], status,
+                                 api_name="train", **one_by_one)
+    started.then(lambda: None, None, file, **QUIET)  # also after an error: the file is deleted
     shakespeare_button.click(MethodType(start_shakespeare, training), minutes, status,
-                             api_visibility="private", **quiet)
-    stop_button.click(MethodType(stop, training), api_visibility="private")
-    shown = [start_button, stop_button, write_button, results, note, loss, first, now, model]
-    return Tab(write_button, model), status, shown
+                             api_visibility="private", **one_by_one)
+    stop_button.click(MethodType(stop, training), **QUIET)
+    shown = [start_button, stop_button, write_button, results, note, loss, first, last, model]
+    return status, write_button, model, shown
 
 
 def build_runs() -> tuple[gr.Dropdown, list]:
@@ -227,8 +227,8 @@ def duration(seconds: float) -> str:
 # --------------------------------------------------------------------------------------------------
 # Training on one's own text
 
-def start(training: OwnTextTraining, file: str | None, minutes: str, request: gr.Request):
-    """Starts to train on an uploaded file, and deletes it; returns the status and an empty box."""
+def start(training: OwnTextTraining, file: str | None, minutes: str, request: gr.Request) -> str:
+    """Starts to train on a text file, and deletes the file. Returns what happens now."""
     with show_user_errors():
         require_may_train(request)
         if not file:
@@ -242,13 +242,18 @@ def start(training: OwnTextTraining, file: str | None, minutes: str, request: gr
         finally:
             path.unlink()
         training.start(path.stem, text, 60 * MINUTES[minutes])
-    return describe(training), None
+    return describe(training)
 
 
 def start_shakespeare(training: OwnTextTraining, minutes: str, request: gr.Request) -> str:
     with show_user_errors():
         require_may_train(request)
-        training.start("shakespeare", read_text(tiny_shakespeare()), 60 * MINUTES[minutes])
+        try:
+            path = sources.download("tiny_shakespeare")
+        except UserError:
+            raise UserError("Tiny Shakespeare could not be downloaded: drop a text file of your "
+                            "own instead.") from None
+        training.start("shakespeare", read_text(path), 60 * MINUTES[minutes])
     return describe(training)
 
 
@@ -271,11 +276,11 @@ def describe(training: OwnTextTraining) -> str:
     return f"**{ended} after {elapsed}.** Your model is called **{training.name}**."
 
 
-def show_own_text(training: OwnTextTraining):
+def show_own_text(training: OwnTextTraining) -> list:
     """Updates the form and the training below it."""
     under_way = bool(training.stage)
     frame = measurements(training.run) if training.name else pd.DataFrame()
-    curves, first, now = [], gr.skip(), gr.skip()
+    curves, first, last = [], gr.skip(), gr.skip()
     if len(frame):
         curves = [report.curve(frame, "train_loss", "loss", "text it learns"),
                   report.curve(frame, "val_loss", "loss", "unseen text")]
@@ -283,9 +288,9 @@ def show_own_text(training: OwnTextTraining):
         if len(samples):
             first = samples["text"].iloc[0]
             label = f"What it writes now, after {samples['step'].iloc[-1]:,} steps"
-            now = gr.Textbox(samples["text"].iloc[-1], label=label)
+            last = gr.Textbox(samples["text"].iloc[-1], label=label)
     can_write = not under_way and bool(checkpoint.model_steps(training.run))
-    return (gr.Button(interactive=not under_way), gr.Button(visible=under_way),
+    return [gr.Button(interactive=not under_way), gr.Button(visible=under_way),
             gr.Button(visible=can_write), gr.Row(visible=bool(curves)),
-            gr.Markdown(visible=bool(curves)), line_plot(curves, "loss"), first, now,
-            str(training.run) if can_write else "")
+            gr.Markdown(visible=bool(curves)), line_plot(curves, "loss"), first, last,
+            str(training.run) if can_write else ""]

@@ -3,114 +3,80 @@
 The notebook lives in the browser (ui/static/write.js): who wrote what, undo, branches, and the text
 after a reload. The server continues texts and measures them; it stores nothing.
 """
-import codecs
 import json
 import math
-import secrets
 import urllib.parse
 from types import MethodType
-from typing import NamedTuple
 
 import gradio as gr
 
+from ui import settings
 from ui.models import Models, show_user_errors
-from ui.stream import (
-    DTYPES,
-    MAX_BYTES,
-    MAX_STOP_CHARS,
-    MAX_STOPS,
-    Writing,
-    default_of,
-    figures_box,
-    follow,
-    in_range,
-    model_box,
-    slider,
-    stop_strings,
-    validate_settings,
-)
+from ui.settings import MAX_BYTES, QUIET
+from ui.stream import Writing, follow
 
-HEAD = """## Give it a beginning, and it writes on
-Choose one of these or type your own. A small language model, trained from zero with this
+HEAD = """## Give it a beginning, and it writes the rest
+Choose one of these or type your own. A small language model, trained from scratch with this
 repository, continues it word by word. What it writes is made up and can be false or offensive."""
 HELP = ("**Write** continues the text (Shift+Enter; Escape stops). **Try again** replaces what was "
         "written last. The model's words are blue.")
 SETTINGS = ["model", "dtype", "temperature", "top_k", "top_p", "length", "seed", "versions", "stop"]
-FOLDED = ["dtype", "top_k", "top_p", "versions", "stop"]  # settings that a visitor does not see
 OTHERS = 8  # tokens that a word could also have been
 
 
 # --------------------------------------------------------------------------------------------------
 # The page. An event's `js` names a function in ui/static/write.js.
 
-class Tab(NamedTuple):
-    text: gr.Textbox
-    model: gr.Dropdown
-    look_button: gr.Button  # app.py connects it to the Look inside tab
+def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown, gr.Button]:
+    """Lays out the tab and connects its events.
 
-
-class Editor(NamedTuple):
-    text: gr.Textbox
-    write: gr.Button
-    stop: gr.Button
-    again: gr.Button
-    tools: dict[str, gr.Button]  # by the names of their functions in write.js
-    look: gr.Button
-    colours: gr.Checkbox
-    figures: gr.Textbox
-
-
-def build(models: Models) -> Tab:
-    """Lays out the tab and connects its events."""
+    Returns the text, its model and the button that app.py connects to the Look inside tab.
+    """
     gr.Markdown(HEAD, elem_id="write-head")
     with gr.Row(elem_id="beginnings"):
-        beginnings = [gr.Button(size="sm", **shown)
-                      for shown in beginning_buttons(models, models.default)]
+        beginnings = beginning_buttons(models, models.default)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            editor = editor_column(models)
+            text, buttons, look_button, figures = text_column(models)
         with gr.Column(scale=3, min_width=300):
-            settings, more, new_seed = settings_column(models)
+            boxes, more, new_seed = settings_column(models)
             link = save_column()
-    model, seed = settings["model"], settings["seed"]
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    write_button, stop_button, again_button = buttons
+    model, seed = boxes["model"], boxes["seed"]
 
     # writing: the browser picks the prompt and the seed, then the server streams the text
     prompt, written, opened_link = [gr.Textbox(visible="hidden") for _ in range(3)]
-    run = {"fn": MethodType(show, models), "inputs": [prompt, *settings.values()],
-           "outputs": [written, editor.figures], "concurrency_limit": None, **quiet}
-    starts = [gr.on(triggers, None, [seed, new_seed], [prompt, seed], js=js) for triggers, js in (
-        ([editor.write.click, editor.text.submit], "page.write.start"),
-        ([editor.again.click], "page.write.again"))]
-    starts.append(opened_link.change(None, prompt, None, js="page.write.follow"))
-    running = [start.then(**run) for start in starts]
+    starts = [
+        gr.on([write_button.click, text.submit], None, [seed, new_seed], [prompt, seed],
+              js="page.write.start"),
+        again_button.click(None, [seed, new_seed], [prompt, seed], js="page.write.again"),
+        opened_link.change(None, prompt, None, js="page.write.follow"),
+    ]
+    running = [start.then(MethodType(show, models), [prompt, *boxes.values()], [written, figures],
+                          concurrency_limit=None, **QUIET) for start in starts]
     written.change(None, written, link, js="page.write.receive")
-    editor.stop.click(None, cancels=running)
-    for ended in (editor.stop.click, *(event.failure for event in running)):
+    stop_button.click(None, cancels=running)
+    for ended in stop_button.click, *(event.failure for event in running):
         ended(None, None, link, js="page.write.end")
 
     # what the browser does without the server
-    editor.text.change(None, None, None, js="page.write.typed")
-    for name, button in editor.tools.items():
-        button.click(None, None, None, js=f"page.write.{name}")
+    text.change(js="page.write.typed")
     for button in beginnings:
         button.click(None, button, None, js="page.write.begin")
-    gr.on([editor.colours.change, model.change], None, None, None, js="page.write.measure")
+    model.change(js="page.write.measure")
 
     # opening the page, and choosing a model
-    root = gr.context.Context.root_block
-    root.load(MethodType(read_link, models), opened_link,
-              [opened_link, prompt, more, *settings.values()], js="() => location.hash.slice(1)",
-              **quiet)
-    model.change(lambda name: [gr.update(**shown) for shown in beginning_buttons(models, name)],
-                 model, beginnings, **quiet)
-    gr.api(MethodType(write, models), api_name="generate", concurrency_limit=None)
-    return Tab(editor.text, model, editor.look)
+    gr.context.Context.root_block.load(
+        MethodType(read_link, models), opened_link, [opened_link, prompt, more, *boxes.values()],
+        js="() => location.hash.slice(1)", **QUIET)
+    model.change(MethodType(beginning_buttons, models), model, beginnings, **QUIET)
+    settings.offer(MethodType(write, models), "generate")
+    return text, model, look_button
 
 
-def editor_column(models: Models) -> Editor:
+def text_column(models: Models) -> tuple:
     """The text, its buttons, and what the browser shows below them."""
-    text = gr.Textbox(models.first_prompt(), label="Text", lines=12, max_lines=12,
+    text = gr.Textbox(models.beginnings(models.default)[0], label="Text", lines=12, max_lines=12,
                       max_length=MAX_BYTES, show_label=False, container=False, autoscroll=False,
                       elem_id="text", placeholder="Write the beginning of a text …")
     with gr.Row(elem_id="actions"):
@@ -119,33 +85,35 @@ def editor_column(models: Models) -> Editor:
         again_button = gr.Button("Try again", elem_id="again")
     gr.Markdown(HELP, elem_id="write-help")
     with gr.Row(elem_id="tools"):
-        tools = {label.lower(): gr.Button(label, size="sm", elem_id=label.lower())
-                 for label in ("Undo", "Redo", "Clear")}
+        for name in "undo", "redo", "clear":
+            button = gr.Button(name.capitalize(), size="sm", elem_id=name)
+            button.click(js=f"page.write.{name}")
         look_button = gr.Button("Look inside this text", size="sm", elem_id="look")
         colours = gr.Checkbox(label="Colour by probability", elem_id="colours")
-    figures = figures_box("status", "")
+        colours.change(js="page.write.measure")
+    figures = settings.plain_box("Figures", "status")
 
     def measure(request: dict) -> dict:
         return measure_text(models, request)
 
     gr.HTML(js_on_load="page.write.open(element, server)", server_functions=[measure],
             elem_id="notebook")
-    return Editor(text, write_button, stop_button, again_button, tools, look_button, colours,
-                  figures)
+    return text, (write_button, stop_button, again_button), look_button, figures
 
 
 def settings_column(models: Models) -> tuple[dict[str, gr.Component], gr.Accordion, gr.Checkbox]:
     """The settings by their names in SETTINGS, the fold that holds most of them, and the box for a
     new seed."""
-    boxes = {"model": model_box(models), "temperature": slider("temperature"),
-             "length": slider("length")}
+    boxes = {"model": settings.model_box(models), "temperature": settings.slider("temperature"),
+             "length": settings.slider("length")}
     with gr.Accordion("More settings", open=False, elem_id="more") as more:
-        boxes |= {name: slider(name) for name in ("top_k", "top_p", "versions", "seed")}
+        boxes |= {name: settings.slider(name) for name in ("top_k", "top_p", "versions", "seed")}
         new_seed = gr.Checkbox(value=True, label="New seed each time", elem_id="new-seed")
         boxes["stop"] = gr.Textbox(
-            label="Stop strings", lines=2, elem_id="stops",
+            "", label="Stop strings", lines=2, elem_id="stops",
             info="One per line, \\n for a line break. The text ends before the first one.")
-        boxes["dtype"] = gr.Dropdown(DTYPES, value=models.dtype, label="Precision", elem_id="dtype")
+        boxes["dtype"] = gr.Dropdown(settings.DTYPES, value=models.dtype, label="Precision",
+                                     elem_id="dtype")
     return {name: boxes[name] for name in SETTINGS}, more, new_seed
 
 
@@ -158,17 +126,17 @@ def save_column() -> gr.Textbox:
         with gr.Row():
             for kind in "txt", "json":
                 button = gr.Button(f"Download {kind}", size="sm")
-                button.click(None, None, None, js=f"() => page.write.download('{kind}')")
+                button.click(js=f"() => page.write.download('{kind}')")
     return link
 
 
-def beginning_buttons(models: Models, name: str) -> list[dict]:
-    """The text and the visibility of the three buttons, for a model."""
-    texts = [*models.beginnings(name), "", "", ""]
-    return [{"value": text, "visible": text != ""} for text in texts[:3]]
+def beginning_buttons(models: Models, model: str) -> list[gr.Button]:
+    """The three buttons with prompts that suit a model; those without one are hidden."""
+    texts = [*models.beginnings(model), "", ""]
+    return [gr.Button(text, visible=text != "", size="sm") for text in texts[:3]]
 
 
-def read_link(models: Models, fragment: str | None) -> list:
+def read_link(models: Models, fragment: str) -> list:
     """Values for the opened link, the prompt, the fold and the settings, from a link's fragment:
     JSON that write.js has made.
 
@@ -176,27 +144,29 @@ def read_link(models: Models, fragment: str | None) -> list:
     precisions, and numbers in their range.
     """
     try:
-        request = json.loads(urllib.parse.unquote(fragment or ""))
+        request = json.loads(urllib.parse.unquote(fragment))
         prompt = request["prompt"]
     except (ValueError, KeyError, TypeError):  # no link, or not one of ours
-        return [gr.skip()] * (3 + len(SETTINGS))
-    stop_limit = MAX_STOPS * (MAX_STOP_CHARS + 1)
-    valid = {
-        "model": lambda value: value in models.names,
-        "dtype": lambda value: value in DTYPES,
-        "stop": lambda value: isinstance(value, str) and len(value) <= stop_limit,
-    }
-    taken = {}
-    for name in SETTINGS:
-        value = request.get(name)
-        if valid.get(name, lambda value, name=name: in_range(name, value))(value):
-            taken[name] = value
+        return gr.skip()
+
+    def is_valid(name: str, value) -> bool:
+        if name == "model":
+            return value in models.names
+        if name == "dtype":
+            return value in settings.DTYPES
+        if name == "stop":
+            limit = settings.MAX_STOPS * (settings.MAX_STOP_CHARS + 1)
+            return isinstance(value, str) and len(value) <= limit
+        return settings.in_range(name, value)
+
+    taken = {name: request[name] for name in SETTINGS if is_valid(name, request.get(name))}
     if "model" in request and "model" not in taken:
         gr.Warning("This page does not have the model that the link names.")
-    # show the settings that a fold would hide
-    usual = {"dtype": models.dtype, "stop": ""} | {name: default_of(name) for name in FOLDED[1:4]}
-    hidden = any(taken.get(name, usual[name]) != usual[name] for name in FOLDED)
-    return [fragment, str(prompt)[:MAX_BYTES], gr.Accordion(open=hidden),
+    # open the fold if it has an unusual setting
+    usual = {"dtype": models.dtype, "top_k": settings.TOP_K, "top_p": settings.TOP_P,
+             "versions": 1, "stop": ""}
+    unusual = any(taken.get(name, value) != value for name, value in usual.items())
+    return [fragment, str(prompt)[:MAX_BYTES], gr.Accordion(open=unusual),
             *(taken.get(name, gr.skip()) for name in SETTINGS)]
 
 
@@ -213,19 +183,18 @@ def measure_text(models: Models, request: dict) -> dict:
     text = str(request["text"])[:MAX_BYTES]
     with show_user_errors():
         engine = models.engine(str(request["model"]), request["dtype"])
-    text, _ = engine.tokenizer.replace_unknown(text.encode(errors="replace").decode())
+    text, _ = engine.tokenizer.replace_unknown(text)
     ids = engine.tokenizer.encode(text)
     used = min(len(ids), engine.block_size)
     tokens = []
     if request["colours"] and ids:
         read = engine.inspect(text if used == len(ids) else ids[-used:], OTHERS)
         # a character can span tokens: it counts with the one that completes it
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decode = engine.tokenizer.stream_decoder()
         for token in read:
             p = None if token["logprob"] is None else math.exp(token["logprob"])
             others = [(other, math.exp(logprob)) for other, logprob in token["top"]]
-            own = decoder.decode(engine.tokenizer.decode_bytes([token["id"]]))
-            tokens.append({"text": own, "p": p, "others": others})
+            tokens.append({"text": decode([token["id"]]), "p": p, "others": others})
     return {"used": used, "size": engine.block_size, "tokens": tokens}
 
 
@@ -233,10 +202,10 @@ def measure_text(models: Models, request: dict) -> dict:
 # Writing
 
 async def write(models: Models, prompt: str = "", model: str | None = None,
-                dtype: str | None = None, temperature: float = default_of("temperature"),
-                top_k: int = default_of("top_k"), top_p: float = default_of("top_p"),
-                length: int = default_of("length"), seed: int | None = None,
-                versions: int = default_of("versions"), stop: list[str] | None = None) -> dict:
+                dtype: str | None = None, temperature: float = settings.TEMPERATURE,
+                top_k: int = settings.TOP_K, top_p: float = settings.TOP_P,
+                length: int = settings.LENGTH, seed: int | None = None, versions: int = 1,
+                stop: list[str] | None = None) -> dict:
     """Continues a text and streams the result.
 
     Args:
@@ -262,35 +231,37 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
         "settings": The arguments that give the same result again.
     """
     with show_user_errors():
-        model = model or models.default
-        seed = secrets.randbits(32) if seed is None else seed
-        stop = stop or []
-        sampling = validate_settings(prompt, stop, temperature=temperature, top_k=top_k,
-                                     top_p=top_p, length=length, seed=seed, versions=versions)
+        model, stop = model or models.default, stop or []
+        sampling = settings.validate(
+            prompt, temperature, top_k, top_p, length, seed, versions, stop)
         if not models.future(model, dtype).done():
             yield {"text": prompt, "versions": [], "context": {}, "figures": "Loading the model …",
                    "settings": {}}
-        loaded = await models.wait_for(model, dtype)
-        writing = Writing(loaded, prompt, sampling, versions)
-        settings = {"prompt": prompt, "model": model, "dtype": loaded.engine.dtype,
-                    "temperature": temperature, "top_k": top_k, "top_p": top_p, "length": length,
-                    "seed": seed, "versions": versions, "stop": stop}
+        engine, _ = await models.wait_for(model, dtype)
+        writing = Writing(engine, engine.encode(prompt), sampling, versions)
+        used = {"prompt": prompt, "model": model, "dtype": engine.dtype, "temperature": temperature,
+                "top_k": top_k, "top_p": top_p, "length": length, "seed": sampling.seed,
+                "versions": versions, "stop": stop}
         async for _ in follow(writing):
             results = [
                 {"text": writing.texts[i], "tokens": writing.tokens[i],
                  "reason": writing.reasons[i],
                  "mean_logprob": writing.mean_logprob(i) if versions > 1 else None}
-                for i in writing.ranked()
+                for i in range(versions)
             ]
+            if versions > 1 and writing.done:
+                results.sort(key=lambda version: version["mean_logprob"], reverse=True)
             # several versions have a winner only once all have ended
             best = results[0]["text"] if versions == 1 or writing.done else ""
             yield {"text": prompt + best, "versions": results, "context": writing.context(),
-                   "figures": writing.figures(), "settings": settings}
+                   "figures": writing.figures(), "settings": used}
 
 
 async def show(models: Models, prompt: str, *values):
     """Runs `write` for the page: yields JSON for `page.write.receive`, and the figures."""
     *values, stop = values
-    async for result in write(models, prompt or "", *values, stop_strings(stop)):
+    # one stop string per line, in which \n is a line break
+    stops = [line.replace("\\n", "\n") for line in stop.splitlines() if line]
+    async for result in write(models, prompt, *values, stops):
         del result["text"]  # the versions have it
         yield json.dumps(result), result["figures"]

@@ -5,6 +5,7 @@
 // "continue", or null; "asked" says when it was asked, so that late news of a stopped reply is
 // ignored. The server streams it back with the reply. Texts are text nodes, never HTML.
 (() => {
+  const {element} = page;
   const KEY = "chats";
   const MAX_CHATS = 200;
   let talk = empty();
@@ -15,16 +16,8 @@
     return {id: Date.now(), title: "", turns: [], ask: null};
   }
 
-  function make(tag, attributes = {}, ...children) {
-    const element = Object.assign(document.createElement(tag), attributes);
-    element.append(...children);
-    return element;
-  }
-
   function button(label, onclick, hint = label) {
-    const element = make("button", {type: "button", onclick, title: hint}, label);
-    element.setAttribute("aria-label", hint);
-    return element;
+    return element("button", {type: "button", onclick, title: hint, ariaLabel: hint}, label);
   }
 
   // ---------------------------------------------------------------------------------------------
@@ -72,19 +65,19 @@
       const open = button(titleOf(chat), () => show(chat));
       open.disabled = Boolean(talk.ask);
       if (chat.id == talk.id) open.setAttribute("aria-current", "true");
-      return make("li", {}, open);
+      return element("li", {}, open);
     });
-    const tools = make("p", {className: "tools"}, button("New chat", () => show(empty())));
+    const tools = element("p", {className: "tools"}, button("New chat", () => show(empty())));
     if (talk.turns.length) {
       tools.append(button("Rename", rename), button("Delete", remove),
                    button("Save as text", () => save("txt")),
                    button("Save as JSON", () => save("json")));
     }
     for (const tool of tools.children) tool.disabled = Boolean(talk.ask);
-    const note = make("p", {className: "note"}, items.length
+    const note = element("p", {className: "note"}, items.length
       ? "Kept in this browser only."
       : "Your conversations will be listed here. They are kept in this browser only.");
-    document.querySelector("#chats").replaceChildren(tools, make("ul", {}, ...items), note);
+    document.querySelector("#chats").replaceChildren(tools, element("ul", {}, ...items), note);
   }
 
   function rename() {
@@ -109,9 +102,7 @@
     const content = kind == "json"
       ? JSON.stringify({title: titleOf(talk), messages: talk.turns}, null, 2)
       : talk.turns.map(turn => `${names[turn.role]}:\n${turn.content}\n`).join("\n");
-    const address = URL.createObjectURL(new Blob([content], {type: "text/plain"}));
-    make("a", {href: address, download: `${titleOf(talk)}.${kind}`}).click();
-    setTimeout(() => URL.revokeObjectURL(address), 1000);
+    page.download(`${titleOf(talk)}.${kind}`, content);
   }
 
   // ---------------------------------------------------------------------------------------------
@@ -121,8 +112,8 @@
     if (i === editing) return drawEditor(turn, i);
     const last = i == talk.turns.length - 1;
     const name = turn.role == "user" ? "You" : "Model";
-    const text = make("div", {className: "text"}, turn.content || "…");
-    const tools = make("div", {className: "tools"});
+    const text = element("div", {className: "text"}, turn.content || "…");
+    const tools = element("div", {className: "tools"});
     if (!talk.ask) {
       tools.append(button("Copy", () => navigator.clipboard.writeText(turn.content)));
       if (turn.role == "user") {
@@ -133,16 +124,15 @@
                      button("Continue", () => ask(talk.turns, "continue"), "Continue this reply"));
       }
     }
-    const box = make("article", {className: `turn ${turn.role}`}, text, tools);
-    box.setAttribute("aria-label", name);
+    const box = element("article", {className: `turn ${turn.role}`, ariaLabel: name}, text, tools);
     if (i < talk.left_out) box.classList.add("left-out");
     return box;
   }
 
   // A box to edit what the user said. Later turns are removed when it is sent.
   function drawEditor(turn, i) {
-    const area = make("textarea", {value: turn.content, rows: 3});
-    area.setAttribute("aria-label", "Edit your message");
+    const area = element("textarea", {
+      value: turn.content, rows: 3, ariaLabel: "Edit your message"});
     const send = () => {
       if (area.value.trim()) ask([...talk.turns.slice(0, i), {...turn, content: area.value}]);
     };
@@ -152,8 +142,8 @@
       if (event.key == "Enter" && !event.shiftKey) { event.preventDefault(); send(); }
     };
     setTimeout(() => area.focus());
-    return make("article", {className: "turn user editor"}, area,
-      make("div", {className: "tools"}, button("Send", send), button("Cancel", cancel)));
+    return element("article", {className: "turn user editor"}, area,
+      element("div", {className: "tools"}, button("Send", send), button("Cancel", cancel)));
   }
 
   function draw() {
@@ -164,16 +154,16 @@
 
     // say where the model's reading begins, that it is about to reply, and what went wrong
     if (talk.left_out) {
-      turns.splice(talk.left_out, 0, make("p", {className: "note"},
+      turns.splice(talk.left_out, 0, element("p", {className: "note"},
         "The model no longer reads what is above: its context is full."));
     }
     if (talk.ask == "reply" && talk.turns.at(-1)?.role == "user") {
       turns.push(drawTurn({role: "assistant", content: ""}));
     }
-    if (talk.error) turns.push(make("p", {className: "note error"}, talk.error));
+    if (talk.error) turns.push(element("p", {className: "note error"}, talk.error));
     if (!turns.length) {
-      turns.push(make("p", {className: "note"}, "Say something below. You can edit what you said, "
-        + "and have the model retry or continue its reply."));
+      turns.push(element("p", {className: "note"}, "Say something below. You can edit what you "
+        + "said, and have the model retry or continue its reply."));
     }
     box.replaceChildren(...turns);
     box.setAttribute("aria-busy", Boolean(talk.ask));
@@ -191,8 +181,8 @@
     if (talk.ask && !figures.includes(" · ")) {  // it waits
       status.replaceChildren(figures);
     } else if (talk.context) {
-      const gauge = make("meter", {max: talk.context, value: talk.used});
-      gauge.setAttribute("aria-label", "Context used");
+      const gauge = element("meter", {
+        max: talk.context, value: talk.used, ariaLabel: "Context used"});
       status.replaceChildren(gauge, ` ${talk.used} of ${talk.context} tokens of the model's `
         + `context used. ${notices.join(" ")}`);
     } else {

@@ -8,6 +8,13 @@ window.page = {
         return element;
     },
 
+    // Saves a text as a file.
+    download(name, text) {
+        const address = URL.createObjectURL(new Blob([text], {type: 'text/plain'}));
+        page.element('a', {href: address, download: name}).click();
+        setTimeout(() => URL.revokeObjectURL(address), 1000);
+    },
+
     // "1 token", "2 tokens", "1,234 tokens"
     count(number, noun) {
         return `${number.toLocaleString('en')} ${noun}${number === 1 ? '' : 's'}`;

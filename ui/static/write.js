@@ -466,8 +466,7 @@ page.write = (() => {
         download(kind) {
             const record = {...last, text: doc.text};
             const content = kind === 'json' ? JSON.stringify(record, null, 2) : doc.text;
-            const url = URL.createObjectURL(new Blob([content], {type: 'text/plain'}));
-            element('a', {href: url, download: `text.${kind}`}).click();
+            page.download(`text.${kind}`, content);
         },
     };
 })();
