@@ -189,9 +189,10 @@ class Engine:
         """What the model predicts at each token of a text, or of token ids.
 
         Returns a dict for each token: "id", "text", "logprob" (nats), and "top", the likeliest
-        tokens at its position as (text, logprob) pairs. `<|endoftext|>` precedes a text if the
-        tokenizer has it. Nothing precedes ids, so the first one has no log-probability. A text
-        longer than the context is read in windows that overlap by half.
+        tokens at its position as (text, logprob) pairs, whose ids are in "top_ids".
+        `<|endoftext|>` precedes a text if the tokenizer has it. Nothing precedes ids, so the first
+        one has no log-probability. A text longer than the context is read in windows that overlap
+        by half.
         """
         decode = self.tokenizer.decode
         context, ids = [], text
@@ -199,7 +200,8 @@ class Engine:
             if self.tokenizer.eot is not None:
                 context = [self.tokenizer.eot]
             ids = context + self.tokenizer.encode(text)
-        tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": []} for i in ids]
+        tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": [], "top_ids": []}
+                  for i in ids]
 
         position = 1  # of the next token to score; nothing predicts the first one
         while position < len(ids):
@@ -214,10 +216,11 @@ class Engine:
                 logits = self.forward([Segment(cache, start, chunk)], rows)
                 for logprobs in logits[:, :self.tokenizer.vocab_size].log_softmax(-1):  # (V,) each
                     best = logprobs.topk(min(top, len(logprobs)))
-                    pairs = zip(best.indices.tolist(), best.values.tolist())
                     token = tokens[position]
                     token["logprob"] = logprobs[token["id"]].item()
-                    token["top"] = [(decode([i]), logprob) for i, logprob in pairs]
+                    token["top_ids"] = best.indices.tolist()
+                    token["top"] = [(decode([i]), logprob)
+                                    for i, logprob in zip(token["top_ids"], best.values.tolist())]
                     position += 1
         return tokens[len(context):]
 
@@ -238,10 +241,16 @@ class ModelConfig:
     """auto is bfloat16 on CUDA; on a CPU int8 for models with 20 million parameters or more, and
     float32 for smaller ones."""
 
-    def load(self) -> tuple[Engine, dict]:
-        """(the model's engine, its info as `load_model` returns it)."""
-        model, tokenizer, info = load_model(self.model, pick_device(self.device))
-        return Engine(model, tokenizer, self.dtype), info
+    def load(self, auto_on_cpu: Dtype = "auto") -> tuple[Engine, dict]:
+        """(the model's engine, its info as `load_model` returns it).
+
+        `auto_on_cpu` replaces a --dtype auto on a CPU, where the engine's own choice, made for
+        sampling, does not suit evaluation.
+        """
+        device = pick_device(self.device)
+        dtype = auto_on_cpu if self.dtype == "auto" and device.type == "cpu" else self.dtype
+        model, tokenizer, info = load_model(self.model, device)
+        return Engine(model, tokenizer, dtype), info
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
@@ -19,11 +19,11 @@ IDLE_S = 60  # nothing happens in an empty batch
 
 
 class TokenInfo(NamedTuple):
-    """A token for the `logprobs` of a response."""
-    text: str
+    """A token for the `logprobs` of a response. A token may be a part of a character."""
+    content: bytes
     offset: int  # where it begins in the choice's text, in characters
     logprob: float | None  # nats; None for the first token of a prompt
-    top: list[tuple[str, float]] | None
+    top: list[tuple[bytes, float]] | None
 
 
 class Part(NamedTuple):
@@ -120,8 +120,12 @@ class Completion:
         decode = self.engine.tokenizer.stream_decoder()
         inspect = functools.partial(self.engine.inspect, ids, self.body.logprobs)
         for token in await run_in_threadpool(inspect):
-            top = None if token["logprob"] is None else token["top"]
-            tokens.append(TokenInfo(token["text"], offset, token["logprob"], top))
+            top = None
+            if token["logprob"] is not None:
+                logprobs = (logprob for _, logprob in token["top"])
+                top = self.contents(zip(token["top_ids"], logprobs))
+            content = self.engine.tokenizer.decode_bytes([token["id"]])
+            tokens.append(TokenInfo(content, offset, token["logprob"], top))
             offset += len(decode([token["id"]])) if count else 0
         return text, tokens
 
@@ -167,9 +171,14 @@ class Completion:
         token = piece.token
         if token is None or token.logprob is None:
             return []
-        decode = self.engine.tokenizer.decode
-        top = [(decode([i]), logprob) for i, logprob in token.top]
-        return [TokenInfo(decode([token.id]), offset + piece.offset, token.logprob, top)]
+        content = self.engine.tokenizer.decode_bytes([token.id])
+        top = self.contents(token.top)
+        return [TokenInfo(content, offset + piece.offset, token.logprob, top)]
+
+    def contents(self, pairs: Iterable[tuple[int, float]]) -> list[tuple[bytes, float]]:
+        """(id, logprob) pairs with the ids' bytes instead."""
+        decode = self.engine.tokenizer.decode_bytes
+        return [(decode([i]), logprob) for i, logprob in pairs]
 
     def usage(self) -> dict:
         prompt_tokens = sum(map(len, self.prompts))
@@ -213,12 +222,22 @@ class Completion:
     def logprobs(self, tokens: list[TokenInfo]) -> dict | None:
         if self.body.logprobs is None:
             return None
-        tops = [None if token.top is None else dict([*token.top, (token.text, token.logprob)])
+        tops = [None if token.top is None else
+                {spell(content): logprob
+                 for content, logprob in [*token.top, (token.content, token.logprob)]}
                 for token in tokens]
-        return {"tokens": [token.text for token in tokens],
+        return {"tokens": [spell(token.content) for token in tokens],
                 "token_logprobs": [token.logprob for token in tokens],
                 "top_logprobs": tops,
                 "text_offset": [token.offset for token in tokens]}
+
+
+def spell(content: bytes) -> str:
+    """A token's text. As in OpenAI's completions, a part of a character is `bytes:\\xe2\\x80`."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + content.decode(errors="backslashreplace")
 
 
 class ChatCompletion(Completion):
@@ -262,11 +281,13 @@ class ChatCompletion(Completion):
                 "finish_reason": part.reason}
 
     def logprobs(self, tokens: list[TokenInfo]) -> dict | None:
-        def entry(text: str, logprob: float) -> dict:
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        def entry(content: bytes, logprob: float) -> dict:
+            # as in OpenAI's chats, a part of a character is \xe2\x80, without the prefix bytes:
+            return {"token": content.decode(errors="backslashreplace"), "logprob": logprob,
+                    "bytes": list(content)}
 
         if not self.body.logprobs:
             return None
-        content = [{**entry(token.text, token.logprob),
+        content = [{**entry(token.content, token.logprob),
                     "top_logprobs": [entry(*pair) for pair in token.top]} for token in tokens]
         return {"content": content, "refusal": None}

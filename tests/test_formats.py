@@ -273,6 +273,21 @@ def test_zip_entries_that_share_their_bytes_are_a_bomb_too(gpt, tmp_path):
         checkpoint.load_model(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("place, bit", [(38, 0x10), (10, 8)], ids=["folder", "compressed"])
+def test_one_wrong_bit_in_the_zip_directory_is_damage(gpt, tmp_path, place, bit):
+    """From a tensor that is marked as a folder, torch.load would read nothing, so that the weights
+    are what the memory held before; one that is marked as compressed, zlib cannot read."""
+    torch.save({"format": 1, "model": gpt.state_dict(), "config": SIZES,
+                "tokenizer": {"kind": "gpt2"}, "step": 1, "val_loss": 1.0}, tmp_path / "x.pt")
+    checkpoint.load_model(tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    entry = content.rfind(b"PK\1\2", 0, content.rfind(b"/data/10"))
+    content[entry + place] |= bit
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load_model(tmp_path / "x.pt")
+
+
 def test_a_config_with_a_billion_layers_is_not_built(gpt, tmp_path):
     save_huggingface(tmp_path / "x", gpt, load_tokenizer("gpt2"))
     config = json.loads((tmp_path / "x" / "config.json").read_text())

@@ -45,21 +45,23 @@ def engines():
         "gpt2": Engine(tiny_gpt(vocab_size=50304, block_size=64), gpt2),
         "chat": Engine(tiny_gpt(vocab_size=50304, block_size=64), chat),
         "base": Engine(tiny_gpt(vocab_size=33, block_size=200), CHARS),
-        "ends": Engine(tiny_gpt_that_ends(), gpt2),
+        "ends": Engine(tiny_gpt_that_predicts(gpt2.eot), gpt2),
+        "fox": Engine(tiny_gpt_that_predicts(*gpt2.encode("🦊")), gpt2),
         "crowded": Engine(tiny_gpt(vocab_size=32), chars, max_running=1, max_waiting=1),
         "bundled:stories": Engine(tiny_gpt(vocab_size=32), chars),
     }
 
 
-def tiny_gpt_that_ends():
-    """A model that always predicts <|endoftext|>."""
+def tiny_gpt_that_predicts(*ids):
+    """A model that always predicts these ids, the likeliest first, and hardly ever others."""
     model = tiny_gpt(vocab_size=50304, block_size=64)
     weights = model.transformer
     with torch.no_grad():
         weights.ln_f.weight.zero_()
         weights.ln_f.bias.fill_(1.0)
         weights.wte.weight[:, :] = 0.0
-        weights.wte.weight[50256] = 1.0
+        for i, token in enumerate(ids):
+            weights.wte.weight[token] = 1.0 - 0.05 * i
     return model
 
 
@@ -200,8 +202,28 @@ def test_offsets_point_into_the_text_in_a_stream_too(client, engines):
         offset += len(decode([i]))
     assert offset == len(options["prompt"]) == offsets[len(prompt)]
     for token, start in zip(whole.logprobs.tokens, offsets):
-        if "\ufffd" not in token and start + len(token) <= len(whole.text):
+        if not token.startswith("bytes:") and start + len(token) <= len(whole.text):
             assert whole.text[start:start + len(token)] == token
+
+
+def test_each_part_of_a_character_has_its_own_logprob(client):
+    options = {"model": "fox", "max_tokens": 2, "temperature": 0}
+    logprobs = client.completions.create(
+        prompt="🦊", logprobs=3, echo=True, **options).choices[0].logprobs
+    parts = [r"bytes:\xf0\x9f", r"bytes:\xa6", r"bytes:\x8a"]
+    assert logprobs.tokens == parts + [parts[0]] * 2
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs):
+        if logprob is not None:
+            assert list(top) == parts and top[token] == logprob
+            # as lm-eval tells whether a token is the likeliest
+            assert (token == max(top, key=top.get)) == (token == parts[0])
+
+    chat = client.chat.completions.create(
+        messages=HISTORY[1:2], logprobs=True, top_logprobs=3, **options).choices[0].logprobs
+    for token in chat.content:
+        assert [part.token for part in token.top_logprobs] == [
+            name.removeprefix("bytes:") for name in parts]
+        assert b"".join(bytes(part.bytes) for part in token.top_logprobs) == "🦊".encode()
 
 
 def test_the_end_of_a_text_has_a_logprob_and_no_text(client):

@@ -442,6 +442,18 @@ def test_training_needs_nothing_that_windows_lacks(data, command):
     assert read_samples(RUN)[-1]["prompt"] == "Я"
 
 
+def test_a_resumed_run_does_not_map_its_checkpoint_which_windows_could_not_delete(data):
+    train_tiny()
+    model, _, _ = checkpoint.load_model(RUN)
+    tensors, _ = checkpoint.load_state(RUN, 6, model)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    path = RUN / "state_00006" / "optimizer.safetensors"
+    with open(path, "r+b") as file:  # a mapped tensor would change with its file
+        file.write(b"\0" * path.stat().st_size)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name])
+
+
 @pytest.mark.parametrize("program", sorted(path.name for path in ROOT.glob("*.py")))
 def test_ctrl_c_during_imports_prints_no_traceback(command, tmp_path, program):
     """The first slow module is replaced with one that receives the signal."""

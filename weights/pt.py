@@ -14,6 +14,7 @@ from tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from weights.state import DAMAGE, build_model, normalize_names
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # the fields of their configs
+FOLDER = 0x10  # in the external attributes of a zip entry
 
 
 def load_pt(path: Path) -> tuple[GPT, Tokenizer, dict]:
@@ -83,11 +84,17 @@ def unpickle(path: Path) -> dict:
     Raises UserError if the file is damaged or names any other class.
     """
     try:
-        # torch does not compress: an archive that unpacks to more than its size is a zip bomb
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            entries = archive.infolist()
+            # torch does not compress: an archive that unpacks to more than its size is a zip bomb
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise ValueError("an archive that unpacks to more than its size")
-            # torch.load does not look at the checksums of the archive's entries
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("a compressed entry")
+            # from an entry that is marked as a folder, torch.load reads nothing, without an error
+            if any(entry.external_attr & FOLDER for entry in entries):
+                raise ValueError("a folder")
+            # nor does it look at the checksums of the entries
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")
         # allow one class, GPTConfig, whatever module the other program has it in

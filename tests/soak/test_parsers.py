@@ -20,14 +20,15 @@ import torch
 from conftest import PROSE, small_bpe, tiny_gpt
 from faults import Soak
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import checkpoint
 import generate
 import hellaswag
 import prepare
-import serve
 import shards
 import train
+from api import schema
 from common.errors import UserError
 from tokenizer import CharTokenizer, load_tokenizer
 from weights.huggingface import save_huggingface
@@ -63,8 +64,17 @@ def read_start(folder: str):
 
 @pytest.fixture
 def files() -> dict:
-    """name -> (the file to damage, the function that reads it)."""
+    """name -> (the file to damage, the function that reads it).
+
+    Where a checksum covers the weights, the function also checks that they are what was saved.
+    """
     gpt, bpe = tiny_gpt(vocab_size=300), small_bpe()
+    saved = {name: w.clone() for name, w in gpt.state_dict().items()}
+
+    def read_weights(path: str):
+        loaded = checkpoint.load_model(path)[0].state_dict()
+        assert all(torch.equal(loaded[name], w) for name, w in saved.items())
+
     save_huggingface("hf", gpt, bpe, torch.float32)
     save_huggingface("plain", gpt, bpe, torch.float32)  # without a checksum, as others write it
     from safetensors.torch import load_file, save_file  # noqa: PLC0415
@@ -92,11 +102,10 @@ def files() -> dict:
         "character tokenizer": ("char/tokenizer.json",
                                 lambda: load_tokenizer(Path("char")).decode([1, 2])),
         "nanoGPT's meta.pkl": ("meta/meta.pkl", lambda: load_tokenizer(Path("meta")).decode([1])),
-        ".pt checkpoint": ("lone.pt", lambda: checkpoint.load_model("lone.pt")),
+        ".pt checkpoint": ("lone.pt", lambda: read_weights("lone.pt")),
         "state of a run": ("run/state_00001/state.json", lambda: checkpoint.newest(Path("run"))),
-        "best.json of a run": ("run/best.json", lambda: checkpoint.load_model("run")),
-        "safetensors with a checksum": ("hf/model.safetensors",
-                                        lambda: checkpoint.load_model("hf")),
+        "best.json of a run": ("run/best.json", lambda: read_weights("run")),
+        "safetensors with a checksum": ("hf/model.safetensors", lambda: read_weights("hf")),
         "safetensors of others": ("plain/model.safetensors",
                                   lambda: checkpoint.load_model("plain")),
         "config.json of a model": ("config/config.json", lambda: checkpoint.load_model("config")),
@@ -189,21 +198,51 @@ def fuzz(soak: Soak, strategy, check):
         run()
 
 
-def test_bodies_of_the_api_get_an_error_of_four_hundred_or_a_request():
-    fields = list(serve.CompletionRequest.model_fields)
+def read_body(kind: type[schema.GenerationRequest], content: bytes) -> str:
+    """Reads a body as serve.py does. Returns the outcome."""
+    try:
+        request = kind.model_validate_json(content)
+        generate.Sampling(**request.sampling())
+        if kind is schema.ChatRequest:
+            [message.plain() for message in request.messages]
+        else:
+            request.prompts()
+        return "a request"
+    except (UserError, ValidationError) as error:
+        assert schema.error_answer(error).status_code == 400
+        return "refused with a sentence"
+
+
+def test_random_bodies_get_an_error_of_four_hundred_or_a_request():
+    fields = list(schema.CompletionRequest.model_fields)
     names = st.sampled_from(fields) | st.sampled_from(fields) | st.text(max_size=8)
     values = st.none() | st.integers(-2, 3) | st.floats(-1, 2) | st.text(max_size=3) | ANYTHING
-    bodies = st.dictionaries(names, values, max_size=4).map(lambda body: {"prompt": "x", **body})
+    bodies = st.dictionaries(names, values, max_size=4).map(
+        lambda body: {"model": "m", "prompt": "x", **body})
     with Soak() as soak:
         def check(body):
-            try:
-                request = serve.CompletionRequest.model_validate(body)
-                generate.Sampling(**request.sampling())
-                request.prompts()
-                soak.count("a random body of the API", "a request")
-            except (UserError, ValueError):
-                soak.count("a random body of the API", "refused with a sentence")
+            content = json.dumps(body).encode()
+            outcome = read_body(schema.CompletionRequest, content)
+            soak.count("a random body of the API", outcome)
         fuzz(soak, bodies, check)
+
+
+def test_damaged_bodies_get_an_error_of_four_hundred_or_a_request():
+    common = {"model": "m", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "n": 2,
+              "repetition_penalty": 1.1, "stop": ["a", "b"], "seed": 1, "stream": True,
+              "stream_options": {"include_usage": True}, "min_p": 0, "user": "u"}
+    message = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
+    bodies = [
+        (schema.CompletionRequest, {**common, "prompt": "hello", "logprobs": 2, "echo": True}),
+        (schema.CompletionRequest, {"model": "m", "prompt": [[1, 2], [3]]}),
+        (schema.CompletionRequest, {"model": "m", "prompt": "hello"}),
+        (schema.ChatRequest, {**common, "messages": [message], "logprobs": True}),
+        (schema.ChatRequest, {"model": "m", "messages": [message]})]
+    bodies = [(kind, json.dumps(body).encode()) for kind, body in bodies]
+    with Soak() as soak:
+        for _ in soak:
+            kind, body = soak.random.choice(bodies)
+            soak.count("a damaged body of the API", read_body(kind, mutate(body, soak.random)))
 
 
 def test_command_lines_get_a_usage_error_or_one_sentence():

@@ -17,13 +17,15 @@ import prepare
 import publish
 import report
 from common.errors import UserError
+from corpus import reader
 from training import runlog
 
 pytestmark = pytest.mark.soak
 
 STEPS = 60
 RUN = ["shakespeare-char", *TINY, "--dropout", "0", "--max-steps", STEPS, "--save-every", 5,
-       "--eval-every", 3, "--sample-every", 4, "--wait-s", 30]
+       "--eval-every", 3, "--sample-every", 4, "--wait-s", 30,
+       "--batch-tokens", 192, "--micro-batch", 2]  # 12 sequences, for 1, 2 or 3 processes
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
 
 
@@ -33,7 +35,10 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
 def test_killed_training_resumes_on_other_numbers_of_processes(prose):
     """In steps, validation, samples and saves alike: the moment of a kill is random."""
     prepare.main(prepare.PrepareConfig(str(prose)))
-    train_here(*RUN, "--name", "whole")
+    finish("warm-up", 1)
+    started_at = time.monotonic()
+    finish("whole", 1)
+    duration = time.monotonic() - started_at
     with Soak() as soak:
         number = 0
         for _ in soak:
@@ -41,7 +46,7 @@ def test_killed_training_resumes_on_other_numbers_of_processes(prose):
             number += 1
             while not is_complete(name):
                 if soak.random.random() < 0.85:
-                    kill_once(soak, name)
+                    kill_once(soak, name, soak.random.uniform(0, duration))
                 else:
                     finish(name, soak.random.randint(1, 3))
             assert_same_run(Path("log") / name, Path("log/whole"), 2e-3, STEPS)
@@ -73,14 +78,15 @@ def finish(name: str, n: int):
     assert [rank.exitcode for rank in ranks] == [0] * n, Path("rank-0.txt").read_text()
 
 
-def kill_once(soak: Soak, name: str):
-    """Starts the run and signals a rank at a random moment; torchrun would then end the others."""
+def kill_once(soak: Soak, name: str, after_s: float):
+    """Starts the run and signals a rank after some time; torchrun would then end the others."""
     n = soak.random.randint(1, 3)
     number = soak.random.choice(SIGNALS)
     ranks = start(name, n)
-    ranks[0].join(timeout=soak.random.uniform(0.3, 2.5))
+    ranks[0].join(timeout=after_s)
     victim = soak.random.choice(ranks)
     if victim.exitcode is not None:
+        assert victim.exitcode == 0, Path("rank-0.txt").read_text()
         outcome = "had ended before the signal"
     elif number == signal.SIGSTOP:
         os.kill(victim.pid, signal.SIGSTOP)
@@ -105,30 +111,50 @@ def kill_once(soak: Soak, name: str):
 # --------------------------------------------------------------------------------------------------
 # Preparation
 
-def test_killed_preparation_continues_to_the_same_shards(tmp_path):
-    Path("text.txt").write_text(PROSE * 200, encoding="utf-8")
-    prepare_text("whole")
+def test_killed_preparation_continues_to_the_same_shards():
+    documents = [PROSE[:17 * i] for i in range(1, 150)]
+    Path("text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    seconds = {}  # tokenizer -> the time of a whole preparation
+    for tokenizer in "char", "bpe:300", "gpt2":
+        for _ in range(2):  # the first one also waits for imports
+            shutil.rmtree(f"whole {tokenizer}", ignore_errors=True)
+            started_at = time.monotonic()
+            process = start_preparation(tokenizer, f"whole {tokenizer}")
+            process.join()
+            assert process.exitcode == 0
+            seconds[tokenizer] = time.monotonic() - started_at
     with Soak() as soak:
         for _ in soak:
+            tokenizer = soak.random.choice(list(seconds))
             kills = 0
             while True:
-                process = FORKS.Process(target=prepare_text, args=("killed",))
-                process.start()
-                process.join(timeout=soak.random.uniform(0.02, 1.2))
+                process = start_preparation(tokenizer, "killed")
+                # a little later each time: on a busy machine, the start may take longer
+                process.join(timeout=soak.random.uniform(0, seconds[tokenizer]) * 1.1**kills)
                 if process.exitcode is not None:
                     assert process.exitcode == 0
                     break
                 process.kill()
                 process.join()
                 kills += 1
-            assert contents("killed") == contents("whole")
+            assert contents("killed") == contents(f"whole {tokenizer}")
             soak.count("SIGKILL of prepare.py", "the same shards after a restart", kills)
             shutil.rmtree("killed")
 
 
-def prepare_text(out: str):
-    prepare.main(prepare.PrepareConfig("text.txt", tokenizer="bpe:300", out=Path(out),
-                                       shard_tokens=20_000))
+def start_preparation(tokenizer: str, out: str):
+    process = FORKS.Process(target=prepare_text, args=(tokenizer, out))
+    process.start()
+    return process
+
+
+def prepare_text(tokenizer: str, out: str):
+    # write small pieces from the start, so that most kills find something written
+    prepare.SAMPLE_S = 0
+    prepare.COMMIT_INTERVAL_S = 0
+    reader.BLOCK_BYTES = 4000
+    prepare.main(prepare.PrepareConfig("text.jsonl", tokenizer=tokenizer, out=Path(out),
+                                       shard_tokens=5_000))
 
 
 def contents(folder: str) -> dict:
