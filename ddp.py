@@ -149,18 +149,21 @@ def connect_store(rank: int, wait_s: float) -> dist.Store:
 
     torchrun serves such a store at MASTER_ADDR:MASTER_PORT. When it restarts the processes, that
     store still holds the addresses of those that exited. So rank 0 serves a new store at each
-    start, and torchrun's store only tells the other ranks its port.
+    start, and torchrun's store only tells the other ranks its port. Without a store of torchrun,
+    rank 0 serves it at MASTER_ADDR:MASTER_PORT.
     """
     host = os.environ["MASTER_ADDR"]
     port = int(os.environ["MASTER_PORT"])
     timeout = datetime.timedelta(seconds=wait_s)
-    torchrun_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not torchrun_serves:
-        return dist.TCPStore(host, port, is_master=rank == 0, timeout=timeout)
+    torchrun_store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        torchrun_store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
 
-    # rank 0 serves a new store on a free port, and announces it
-    torchrun_store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    # rank 0 serves a store; on a free port, which it announces, if torchrun has the other
     if rank == 0:
+        if torchrun_store is None:
+            return dist.TCPStore(host, port, is_master=True, wait_for_workers=False,
+                                 timeout=timeout)
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         torchrun_store.set("store_port", str(store.port))
         return store
@@ -169,8 +172,10 @@ def connect_store(rank: int, wait_s: float) -> dist.Store:
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            port = int(torchrun_store.get("store_port"))
-            # try the port first, as TCPStore would keep waiting for a server that has exited
+            if torchrun_store is not None:
+                port = int(torchrun_store.get("store_port"))
+            # try the port first, as TCPStore would wait for a server that has exited, and more than
+            # twice as long as its timeout
             socket.create_connection((host, port), timeout=1).close()
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
         except OSError:

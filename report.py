@@ -11,7 +11,6 @@ with different batch sizes compare.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import tyro
 
 from common.devices import KG_CO2E_PER_KWH, find_device
 from common.errors import UserError
-from common.files import read_json
+from common.files import parse_json, read_json
 
 # pandas and matplotlib take a second to import, and a training run that imports this file needs
 # neither at its start: the functions below import them
@@ -62,7 +61,7 @@ def read_lines(path: Path) -> list[dict]:
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                line = json.loads(text)
+                line = parse_json(text)
                 lines.append({**line, "step": int(line["step"]), "time": float(line["time"])})
     return lines
 

@@ -14,7 +14,6 @@ modded-nanogpt with its 1024-byte header, and nanoGPT's raw `train.bin` and `val
 import bisect
 import contextlib
 import hashlib
-import json
 import re
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import sha256
+from common.files import read_json, sha256
 from tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -111,7 +110,7 @@ def read_manifest(folder) -> dict:
     if not path.exists():
         return {}
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         if is_valid_manifest(manifest):
             return manifest
     raise UserError(f"{path} is not a manifest of format 1: "

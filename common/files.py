@@ -34,10 +34,18 @@ def write_json(path: Path, content: dict):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def parse_json(text: str):
+    """json.loads, which raises ValueError also if the text is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(error) from None
+
+
 def read_json(path: Path) -> dict:
     """The contents of the file, or {} if it does not exist."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
 

@@ -26,7 +26,7 @@ from tokenizer import CharTokenizer
 from ui import stream
 from ui.models import BEGINNINGS, Models, show_user_errors
 from ui.settings import MAX_BYTES
-from ui.write import write
+from ui.write import read_link, write
 
 MARKUP = "<img src=x onerror=alert(1)>"
 BEGINNING = BEGINNINGS["bundled:shakespeare"][0]
@@ -204,6 +204,10 @@ def test_a_link_gives_only_what_the_page_offers(open_page):
     assert page.input_value("#model input") == "bundled:shakespeare"
     assert page.input_value("#temperature input[type=number]") == "0.7"
     assert page.locator("img[src=x]").count() == 0 and not page.dialogs
+
+
+def test_a_link_of_a_hundred_thousand_brackets_is_not_one_of_ours():
+    assert read_link(None, "[" * 10**5) == gr.skip()
 
 
 def test_an_error_shows_what_it_quotes_as_text():

@@ -233,6 +233,7 @@ def test_bad_shards_get_one_sentence(stream, tmp_path):
     second.write_bytes(second.read_bytes().replace(b"}", b" "))
     with pytest.raises(UserError, match="cut off"):
         Shards(stream, "train")
-    (stream / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="not a manifest"):
-        Shards(stream, "train")
+    for damaged in "{}", "[" * 10**5:
+        (stream / "manifest.json").write_text(damaged)
+        with pytest.raises(UserError, match="not a manifest"):
+            Shards(stream, "train")

@@ -63,11 +63,11 @@ def test_a_loss_is_compared_with_the_published_runs_after_as_many_tokens():
 
 def test_a_damaged_log_still_gives_its_intact_lines(fake_run):
     with open(fake_run / "metrics.jsonl", "ab") as file:
-        file.write(b'\n3\n{"step": "x", "time": 1}\n{"step": 40}\n\xff\n'
+        file.write(b'\n3\n{"step": "x", "time": 1}\n{"step": 40}\n\xff\n' + b"[" * 10**5 + b"\n"
                    b'{"time": 1, "step": 40, "val_loss": Infinity}\n')
     assert report.loss(fake_run)["loss"].max() < 11
     report.plot(report.loss(fake_run))
-    for damaged in "{", "[]", "{}":
+    for damaged in "{", "[]", "{}", "[" * 10**5:
         (fake_run / "config.json").write_text(damaged)
         with pytest.raises(UserError):
             report.summary(fake_run)

@@ -10,6 +10,7 @@ from types import MethodType
 
 import gradio as gr
 
+from common.files import parse_json
 from ui import settings
 from ui.models import Models, show_user_errors
 from ui.settings import MAX_BYTES, QUIET
@@ -144,7 +145,7 @@ def read_link(models: Models, fragment: str) -> list:
     precisions, and numbers in their range.
     """
     try:
-        request = json.loads(urllib.parse.unquote(fragment))
+        request = parse_json(urllib.parse.unquote(fragment))
         prompt = request["prompt"]
     except (ValueError, KeyError, TypeError):  # no link, or not one of ours
         return gr.skip()
