@@ -266,7 +266,8 @@ def load_state(run: Path, step: int, model: GPT) -> tuple[dict[str, torch.Tensor
     # read the optimizer's tensors
     single_file = state / "optimizer.safetensors"
     if single_file.exists() and not ddp.is_sharded(model):
-        tensors = load_file(single_file)
+        # copy them out of the memory-mapped file, which Windows could not delete later
+        tensors = {name: tensor.clone() for name, tensor in load_file(single_file).items()}
     else:
         tensors = sharding.read_shards(state, allocate)
 

@@ -22,7 +22,6 @@ import tyro
 from checkpoint import describe
 from common.errors import UserError
 from common.files import write_json
-from ddp import auto_dtype, dtype_name, pick_device
 from generate import Dtype, Engine, ModelConfig
 
 
@@ -56,10 +55,7 @@ def main(config: EvaluateConfig):
 
     # load the tasks first: their errors come before a model is loaded
     manager, names = load_tasks(config)
-    device = pick_device(config.device)
-    if config.dtype == "auto":
-        config.dtype = "float32" if device.type == "cpu" else dtype_name(auto_dtype(device))
-    engine, info = config.load()
+    engine, info = config.load(auto_on_cpu="float32")
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
 
     results = evaluate(engine, names, manager, config.limit, config.num_fewshot,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from common.program import report_user_errors
 
-import huggingface_hub
 import tyro
 
 from common.errors import UserError
@@ -71,6 +70,7 @@ def download_tokens(subset: str) -> Path:
     if subset != "sample-10BT":
         raise UserError(f"Tokens are published for sample-10BT only, not for {subset}: "
                         "give a folder of shards with --source.")
+    import huggingface_hub  # noqa: PLC0415 (slow)
     try:
         return Path(huggingface_hub.snapshot_download(
             TOKENS_REPOSITORY, repo_type="dataset", allow_patterns="*.bin"))

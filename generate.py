@@ -241,10 +241,16 @@ class ModelConfig:
     """auto is bfloat16 on CUDA; on a CPU int8 for models with 20 million parameters or more, and
     float32 for smaller ones."""
 
-    def load(self) -> tuple[Engine, dict]:
-        """(the model's engine, its info as `load_model` returns it)."""
-        model, tokenizer, info = load_model(self.model, pick_device(self.device))
-        return Engine(model, tokenizer, self.dtype), info
+    def load(self, auto_on_cpu: Dtype = "auto") -> tuple[Engine, dict]:
+        """(the model's engine, its info as `load_model` returns it).
+
+        `auto_on_cpu` replaces a --dtype auto on a CPU, where the engine's own choice, made for
+        sampling, does not suit evaluation.
+        """
+        device = pick_device(self.device)
+        dtype = auto_on_cpu if self.dtype == "auto" and device.type == "cpu" else self.dtype
+        model, tokenizer, info = load_model(self.model, device)
+        return Engine(model, tokenizer, dtype), info
 
 
 @dataclasses.dataclass

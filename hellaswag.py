@@ -265,9 +265,8 @@ def main(config: HellaSwagConfig):
     else:
         examples = read_examples(config.data or download(), config.limit)
         text = "".join(example["ctx"] + "".join(example["endings"]) for example in examples)
-    if config.dtype == "auto":
-        config.dtype = ddp.dtype_name(ddp.auto_dtype(device))
-    engine, info = config.load()
+    hardware_dtype = ddp.dtype_name(ddp.auto_dtype(device))
+    engine, info = config.load(auto_on_cpu=hardware_dtype)
     tokenizer = engine.tokenizer
     print(f"{info['name']}: {describe(info)}; {engine.dtype} on {engine.device}")
     _, unknown = tokenizer.replace_unknown(text)
@@ -275,8 +274,7 @@ def main(config: HellaSwagConfig):
         print("The model's alphabet lacks these characters, which were replaced or left out: "
               f"{unknown}")
     # with bfloat16 units a CPU scores under autocast: the packed model has rounded weights only
-    has_units = device.type == "cpu" and ddp.auto_dtype(device) == torch.bfloat16
-    autocast = has_units and engine.dtype == "bfloat16"
+    autocast = device.type == "cpu" and engine.dtype == hardware_dtype == "bfloat16"
     model = engine.model if autocast else engine.packed
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         if config.text:

@@ -263,7 +263,6 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int],
     if source.kind == "tokens":
         total = sum(sizes)
         return Plan(0, total // 2, total, total / DISK_BYTES_PER_S), []
-    start_up_s = time.process_time()
     times = [time.monotonic()]  # before and after each batch
     sample = []
     sample_tokens = 0
@@ -292,7 +291,7 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int],
     middle = len(sample) // 2
     measured_bytes = sum(batch.counts["bytes"] for batch in sample[middle:])
     seconds_per_byte = (times[-1] - times[middle]) / max(1, measured_bytes)
-    seconds = start_up_s + times[-1] - times[0] + (total_bytes - done_bytes) * seconds_per_byte
+    seconds = times[-1] - times[0] + (total_bytes - done_bytes) * seconds_per_byte
     return Plan(total_bytes, tokens, tokens * itemsize, seconds), sample
 
 

@@ -11,7 +11,6 @@ than 10% below the stored one, the program reports it and exits with code 1. Run
 on the machine meanwhile.
 """
 import dataclasses
-import os
 import platform
 import re
 import subprocess
@@ -24,6 +23,7 @@ import tyro
 
 from benchmarks.pages import write_lines
 from benchmarks.ratio import parse_ratio, sentence
+from common.devices import allowed_cores
 from common.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def main(config: Config) -> int:
         results[name] = ratios
         path.parent.mkdir(exist_ok=True)
         write_json(path, {
-            "machine": machine(), "cores": len(os.sched_getaffinity(0)),
+            "machine": machine(), "cores": allowed_cores(),
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "ratios": results})
         write_table(path, results)
     print()

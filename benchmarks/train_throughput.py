@@ -15,7 +15,6 @@ import ast
 import dataclasses
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -156,7 +155,9 @@ def build_step(way: Way, config: Config, device: torch.device) -> Step:
 def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import resource  # noqa: PLC0415 (not on Windows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts kilobytes
 
 
 def our_step(config: Config, device: torch.device, compiled: bool) -> Step:

@@ -357,7 +357,8 @@ def keep_device_meshes_real():
 
 def reduce_in_python():
     """DDP neither compares nor broadcasts parameters, which takes real tensors, and reduces in
-    Python, in place."""
+    Python, in place. Its reducer in C++ is left out: it would allocate buckets, although DDP on
+    GPUs keeps the gradients themselves in them."""
     def all_reduce(gradient, _op, group):
         dist.all_reduce(gradient, group=group)
         return gradient
@@ -366,6 +367,7 @@ def reduce_in_python():
         setattr(torch.nn.parallel.distributed, name, lambda *_, **__: None)
     torch.nn.parallel.distributed.fcol = types.SimpleNamespace(all_reduce=all_reduce)
     torch._dynamo.config.optimize_ddp = "python_reducer"
+    dist.Reducer = dist.Logger = mock.MagicMock()
 
 
 def replace_parameters(module: torch.nn.Module, function: Callable, recurse: bool = True):

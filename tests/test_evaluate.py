@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import PROSE, small_bpe, tiny_gpt
 
+import checkpoint
 import evaluate
+import generate
 from common.errors import UserError
 from engine.likelihood import SharedPrefix, group_by_prefix, log_likelihoods
 from generate import Engine
@@ -82,7 +84,7 @@ def test_every_shape_of_task_has_the_figures_of_the_hugging_face_backend(tasks, 
 
     config = evaluate.EvaluateConfig(tasks=",".join(TASKS), task_folder=tasks)
     manager, names = evaluate.load_tasks(config)
-    model, tokenizer, _ = evaluate.load_model(model_folder)
+    model, tokenizer, _ = checkpoint.load_model(model_folder)
     ours = evaluate.evaluate(Engine(model, tokenizer, "float32"), names, manager)
     theirs = simple_evaluate(huggingface.HFLM(str(model_folder), device="cpu", dtype="float32"),
                              tasks=names, task_manager=manager, bootstrap_iters=0)
@@ -106,6 +108,18 @@ def test_main_prints_a_table_and_writes_json(tasks, model_folder, capsys, tmp_pa
     written = json.loads((tmp_path / "out.json").read_text())
     assert set(written["results"]) == set(written["centered"]) == {"choices", "last_word"}
     assert written["n-samples"]["choices"]["effective"] == 3
+
+
+@pytest.mark.parametrize(("asked", "used"), [("auto", "float32"), ("int8", "int8")])
+def test_a_cpu_evaluates_in_float32_unless_asked_otherwise(monkeypatch, model_folder, asked, used):
+    monkeypatch.setattr(generate, "LARGE_MODEL", 0)  # the engine's own choice would be int8
+    monkeypatch.setattr(evaluate, "load_tasks", lambda config: (None, []))
+    monkeypatch.setattr(evaluate, "print_results", lambda results: None)
+    dtypes = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda engine, *_: dtypes.append(engine.dtype))
+    evaluate.main(evaluate.EvaluateConfig(
+        model=str(model_folder), device="cpu", dtype=asked, tasks=""))
+    assert dtypes == [used]
 
 
 def test_centered_accuracy_is_0_for_guessing_and_1_for_a_perfect_model():

@@ -36,6 +36,7 @@ def machine():
 @pytest.mark.parametrize(("size", "processes", "options"), [
     ("gpt2", 1, {"micro_batch": 16, "batch_tokens": 2**15}),
     ("gpt2", 8, {"micro_batch": 64, "n_layer": 3}),
+    ("gpt2", 8, {"micro_batch": 2, "batch_tokens": 2**15, "n_layer": 3}),
     ("gpt2", 64, {"micro_batch": 4, "n_layer": 3, "optimizer": "muon"}),
     ("gpt2-xl", 1, {"micro_batch": 4, "batch_tokens": 2**13, "n_layer": 3, "recompute": "on"}),
     ("gpt3-13b", 8, {"micro_batch": 2, "batch_tokens": 2**16, "n_layer": 3, "shard": True}),

@@ -394,8 +394,8 @@ def test_the_command_prints_its_results_beside_the_published_ones(
     (tmp_path / "t.txt").write_text(PROSE)
     (tmp_path / "h.bin").write_bytes(b"\xff\xfe\x00")
 
-    program = ["hellaswag.py", "-m", "bundled:shakespeare"]
-    stdout = command(*program, "-d", "cpu", "--data", "h.jsonl", "--limit", 5, "--show", 1,
+    program = ["hellaswag.py", "-m", "bundled:shakespeare", "-d", "cpu"]
+    stdout = command(*program, "--data", "h.jsonl", "--limit", 5, "--show", 1,
                      "--json", "h.json").stdout
     for expected in ("0.2955", "0.5089", "0.337", "do not compare", "runs backwards while",
                      "predicted", "seconds", "alphabet lacks"):

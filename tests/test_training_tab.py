@@ -1,4 +1,5 @@
 """The tabs Training and About, in a browser and through the page's API."""
+import hashlib
 import json
 import re
 import time
@@ -13,6 +14,7 @@ from playwright.sync_api import expect
 import checkpoint
 from api import guard
 from common.errors import UserError
+from corpus import sources
 from ui import about, own_text, training
 from ui.own_text import SIZES, OwnTextTraining
 
@@ -197,6 +199,23 @@ def test_an_upload_is_checked_and_deleted(own, tmp_path, content, sentence):
     with pytest.raises(gr.Error, match=sentence):
         training.start(own, str(path), "1 minute", LOCAL)
     assert not path.exists() and own.name == ""
+
+
+def test_tiny_shakespeare_is_downloaded_or_a_sentence_says_what_to_do(own, web, monkeypatch):
+    started = []
+    monkeypatch.setattr(own, "start", lambda *arguments: started.append(arguments))
+    address = web({"/input.txt": PROSE.encode()})
+    checksum = hashlib.sha256(PROSE.encode()).hexdigest()
+
+    def download_from(path):
+        monkeypatch.setitem(sources.NAMED_TEXTS, "tiny_shakespeare", (address + path, checksum))
+        training.start_shakespeare(own, "5 minutes", LOCAL)
+
+    with pytest.raises(gr.Error, match="could not be downloaded: drop a text file of your own"):
+        download_from("/lost.txt")
+    assert not started
+    download_from("/input.txt")
+    assert started == [("shakespeare", PROSE, 300)]
 
 
 def test_only_this_machine_trains_unless_it_is_switched_on_for_all(client, tmp_path, monkeypatch):

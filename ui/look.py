@@ -85,7 +85,7 @@ def build_position():
     """Lays out what is shown about one token: its position, a sentence, the most likely tokens
     without and with the settings, and the text that continues from one of them."""
     position = gr.Number(
-        SAMPLE_POSITION, label="Position", precision=0, minimum=1,
+        SAMPLE_POSITION, label="Position", precision=0,
         info="The token to look at, counted from 1. The arrow keys move through the text.",
         elem_id="look-position")
     token = plain_box("Token", "look-token")

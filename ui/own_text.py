@@ -240,9 +240,3 @@ def first_words(text: str) -> str:
     """The beginning of the text, from which the samples continue."""
     line = next(line for line in text.splitlines() if line.strip())
     return line.strip() if len(line) <= 40 else line.strip()[:40].rpartition(" ")[0] or line[:20]
-
-
-def tiny_shakespeare() -> Path | None:
-    """The file of tiny Shakespeare, if prepare.py has downloaded it."""
-    path = Path("data/downloads/tiny_shakespeare.txt")
-    return path if path.is_file() else None

@@ -16,9 +16,10 @@ import checkpoint
 import report
 from api.guard import may_train, require_may_train
 from common.errors import UserError
+from corpus import sources
 from training.runlog import locked
 from ui.models import show_user_errors
-from ui.own_text import OwnTextTraining, read_text, tiny_shakespeare
+from ui.own_text import OwnTextTraining, read_text
 from ui.settings import QUIET
 
 POLL_S = 2  # how often the page looks for new measurements
@@ -36,7 +37,7 @@ CURVES = {"val_loss": "Validation loss, nats per token",
 INTRODUCTION = """### Train a model on your own text
 
 Drop a text file: a book, a play, your letters. A small model starts from nothing, learns the text
-letter by letter on this machine, and then writes in its manner. The text is deleted when the
+letter by letter on this machine, and then writes in its style. The text is deleted when the
 training ends. The model stays, and everyone who can open this page can use it."""
 SWITCHED_OFF = """### Training is switched off on this public page
 
@@ -98,7 +99,7 @@ def build_own_text(training: OwnTextTraining) -> tuple:
                                elem_id="train-minutes")
             start_button = gr.Button("Train", variant="primary", elem_id="train-start")
             shakespeare_button = gr.Button("Or train on tiny Shakespeare", size="sm",
-                                           visible=tiny_shakespeare() is not None)
+                                           elem_id="train-shakespeare")
             stop_button = gr.Button("Stop and keep what it has learned", variant="stop",
                                     visible=False, elem_id="train-stop")
     status = gr.Markdown(label="Status", elem_id="train-status")
@@ -247,7 +248,12 @@ def start(training: OwnTextTraining, file: str | None, minutes: str, request: gr
 def start_shakespeare(training: OwnTextTraining, minutes: str, request: gr.Request) -> str:
     with show_user_errors():
         require_may_train(request)
-        training.start("shakespeare", read_text(tiny_shakespeare()), 60 * MINUTES[minutes])
+        try:
+            path = sources.download("tiny_shakespeare")
+        except UserError:
+            raise UserError("Tiny Shakespeare could not be downloaded: drop a text file of your "
+                            "own instead.") from None
+        training.start("shakespeare", read_text(path), 60 * MINUTES[minutes])
     return describe(training)
 
 

@@ -16,8 +16,8 @@ from ui.models import Models, show_user_errors
 from ui.settings import MAX_BYTES, QUIET
 from ui.stream import Writing, follow
 
-HEAD = """## Give it a beginning, and it writes on
-Choose one of these or type your own. A small language model, trained from zero with this
+HEAD = """## Give it a beginning, and it writes the rest
+Choose one of these or type your own. A small language model, trained from scratch with this
 repository, continues it word by word. What it writes is made up and can be false or offensive."""
 HELP = ("**Write** continues the text (Shift+Enter; Escape stops). **Try again** replaces what was "
         "written last. The model's words are blue.")

@@ -6,5 +6,5 @@ page.chooseHead = (element, trigger) => element.addEventListener("click", event 
 
 // Look inside: the style that marks the chosen token, counted from 1.
 page.markToken = position =>
-    `<style>#look-tokens :nth-child(${+position || 1} of .token-container) > .token
+    `<style>#look-tokens :nth-child(${Math.max(1, position)} of .token-container) > .token
      { outline: 2px solid var(--ink); outline-offset: 1px }</style>`;
