@@ -40,7 +40,7 @@ from corpus.shard_writer import ShardWriter
 from shards import MANIFEST, read_manifest, read_tokenizer
 from tokenizer import CharTokenizer, Tokenizer, code_points, load_tokenizer, train_bpe
 
-COMMIT_INTERVAL_S = 1.0  # a killed process loses at most so much work
+COMMIT_INTERVAL_S = 1.0  # after the sample for the estimate, a kill loses at most this much work
 SAMPLE_S = 2.0  # how long the first batches are measured to estimate the time of all
 SAMPLE_TOKENS = 2**26  # at most so many are measured, and kept until the estimate is printed
 DISK_BYTES_PER_S = 2e8  # assumed for the estimate of copying shards
