@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,9 @@ from generate import Engine
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, byte_level_bpe, load_tokenizer
 from weights.huggingface import save_huggingface
+
+# a shell starts a job in the background with SIGINT ignored, which all programs would inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 REVISION = "a" * 40
