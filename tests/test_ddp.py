@@ -383,6 +383,7 @@ def has_saved(run: Path, step: int) -> bool:
     return max(checkpoint.saved_steps(run), default=0) >= step
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_process_was_killed(one):
     run = one.parent / "restarted"
     process = start(*LONG, "--run", "restarted", launcher=torchrun(2, "--max-restarts=2"))
@@ -414,6 +415,7 @@ def test_no_process_waits_for_a_lost_one_longer_than_wait_s(one, number):
     assert checkpoint.newest(run) >= 20
 
 
+@pytest.mark.slow
 def test_a_torchrun_that_was_killed_can_join_the_run_again(one):
     port = free_port()
     launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",

@@ -269,6 +269,7 @@ def test_options_of_the_machine_do_not_change_the_training(data):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_compiling_changes_neither_parameter_names_nor_losses(data, monkeypatch):
     compiled_models = []
     original_compile = GPT.compile
