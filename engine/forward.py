@@ -77,6 +77,7 @@ class Forward:
         device = self.empty_kv.device
         idx = torch.tensor([ids], device=device)  # (1, R)
         positions = torch.tensor([positions], device=device)  # (1, R)
+        output_rows = torch.tensor(output_rows, device=device)
         attend = functools.partial(attend_to_caches, segments)
         hidden = self.model.hidden(idx, positions, attend=attend)[0]  # (R, C)
         return self.model.logits(hidden[output_rows]).float().cpu()
