@@ -18,7 +18,6 @@ Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?" (ar
 """
 import dataclasses
 import gzip
-import json
 import math
 import re
 import time
@@ -35,7 +34,7 @@ from tqdm import tqdm
 import ddp
 from checkpoint import describe
 from common.errors import UserError
-from common.files import write_json
+from common.files import parse_json, write_json
 from corpus.sources import DATA, fetch
 from engine.likelihood import encode, fit_to_context, log_likelihoods, perplexity
 from generate import Dtype, ModelConfig
@@ -127,7 +126,7 @@ def read_examples(path: Path, limit: int | None = None) -> list[dict]:
 
 def parse_example(line: str, location: str) -> dict:
     try:
-        example = json.loads(line)
+        example = parse_json(line)
         endings = example["endings"]
         texts = [example["ctx"], example["activity_label"]]
         if "ctx_a" in example:
@@ -138,7 +137,7 @@ def parse_example(line: str, location: str) -> dict:
         valid = isinstance(endings, list) and endings and label in labels
         if valid and all(isinstance(text, str) for text in texts + endings):
             return example | {"label": labels[label]}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{location} is not a HellaSwag example: it needs ctx, activity_label, "
                     "endings, and a label that counts from 0.")

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import functools
 import io
-import json
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from common.files import parse_json
 from corpus.sources import codec_of, kind_of
 from tokenizer import without_surrogates
 
@@ -280,7 +280,7 @@ def parse_line(path: str, content: bytes, number: int) -> tuple[str, bool]:
     if not line.strip():
         return "", True
     try:
-        text = json.loads(line)["text"]
+        text = parse_json(line)["text"]
         if not isinstance(text, str | None):
             raise TypeError
         text = text or ""
@@ -288,7 +288,7 @@ def parse_line(path: str, content: bytes, number: int) -> tuple[str, bool]:
             text.encode()
     except UnicodeEncodeError:
         return without_surrogates(text), False
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}, line {number + 1:,}, is not a JSON object with a string `text` "
                         f"(expected one object per line, in UTF-8): {line[:60]!r}.") from None
     return text, intact
