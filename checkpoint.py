@@ -187,10 +187,12 @@ def is_complete(run: Path, step: int) -> bool:
     state = state_path(run, step)
     temporary = temporary_model(run, step)
     try:
-        expected = read_json(state / "state.json")["sha256"]
+        saved = read_json(state / "state.json")
+        expected = saved["sha256"]
         if temporary.exists() and sha256(temporary) == expected["model"]:
             os.replace(temporary, model_file(run, step))
-        return expected == compute_checksums(state, model_file(run, step))
+        is_intact = expected == compute_checksums(state, model_file(run, step))
+        return is_intact and isinstance(saved["config"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

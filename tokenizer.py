@@ -536,7 +536,8 @@ def parse_tokenizer_json(description: str) -> Tokenizer:
         return CharTokenizer("".join(chars))
 
     # GPT-2's own vocabulary and merges
-    if model["type"] == "BPE" and splits_like_gpt2(parts) and (
+    has_its_size = len(vocab) == GPT2Tokenizer.vocab_size
+    if model["type"] == "BPE" and has_its_size and splits_like_gpt2(parts) and (
             vocab == gpt2_tokenizer().vocabulary()):
         merges = format_merges(read_merges(parts)).encode()
         added = {token["content"] for token in parts["added_tokens"]}
