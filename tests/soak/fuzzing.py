@@ -16,6 +16,7 @@ import random
 import resource
 import signal
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,8 +132,9 @@ def watched(name: str):
         gc.freeze()
         gc.disable()
         try:
-            with (mmap.mmap(file.fileno(), 61) as current,
+            with (mmap.mmap(file.fileno(), 61) as current, warnings.catch_warnings(),
                   contextlib.redirect_stdout(null), contextlib.redirect_stderr(null)):
+                warnings.simplefilter("ignore")  # pytest would keep them all
                 resource.setrlimit(resource.RLIMIT_AS, (size, limits[1]))
                 yield enter
         finally:

@@ -35,11 +35,12 @@ import shards
 import tokenizer as tokenizer_module
 from api import schema
 from common.errors import UserError
+from common.files import write_json
 from corpus import reader
 from corpus.shard_writer import ShardWriter
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, byte_level_bpe, load_tokenizer
-from training import optim, setup
+from training import optim, setup, sharding
 from training.config import TrainConfig
 from weights.huggingface import save_huggingface
 
@@ -347,6 +348,34 @@ def run_folder(_patch):
         setup.load_checkpoint(run, step, config, checksums, *parts)
         assert_same_weights(parts[0], expected)
         return VALID
+    return attempt
+
+
+def sharded_run(_patch):
+    """A state that holds the weights too, as training with --shard writes it for a large model."""
+    gpt, run, state = tiny_gpt(), Path("run"), Path("run/state_00001")
+    expected = dict(gpt.state_dict())
+    run.mkdir()
+    sharding.write_shards(state, sharding.named_weights(expected))
+    write_json(state / "model.json", {
+        "format": 1, "config": dataclasses.asdict(gpt.config), "step": 1, "val_loss": 1.5,
+        "tokenizer": CharTokenizer(LETTERS).to_dict()})
+    checksums = checkpoint.compute_checksums(state, Path("none"))
+    write_json(state / "state.json", {"format": 1, "step": 1, "config": {}, "sha256": checksums})
+    files = snapshot(run)
+
+    def attempt(source):
+        path = source.choice([*files, state / "model.json"])
+        if path.suffix == ".json":
+            content = damaged_json(files[path], json.loads(files[path]), source)
+        else:
+            content = mutate(files[path], source)
+        path.write_bytes(content)
+        try:
+            assert_same_weights(checkpoint.load_model("run")[0], expected)
+            return VALID
+        finally:
+            restore(run, files)
     return attempt
 
 
@@ -698,6 +727,7 @@ PARSERS = {
     "a .pt of nanoGPT or build-nanogpt": foreign_pt,
     "a malicious pickle": malicious_pickle,
     "a run's checkpoint": run_folder,
+    "a sharded run's checkpoint": sharded_run,
     "a Hugging Face folder": huggingface_folder,
     "a manifest": manifest,
     "the state of a preparation": preparation,
