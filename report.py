@@ -62,6 +62,7 @@ def read_lines(path: Path) -> list[dict]:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
                 line = parse_json(text)
+                str(line).encode()  # a ValueError for a lone surrogate, which pandas refuses
                 lines.append({**line, "step": int(line["step"]), "time": float(line["time"])})
     return lines
 
@@ -164,7 +165,8 @@ def learns_fineweb_edu(config: dict) -> bool:
     """Whether a run trains on FineWeb-Edu with a vocabulary as large as GPT-2's."""
     corpus = re.sub("[-_]", "", f"{config.get('corpus')} {config.get('data')}".lower())
     vocab_size = config.get("vocab_size") or 50257
-    return ("finewebedu" in corpus or "edufineweb" in corpus) and vocab_size >= 50257
+    is_large = isinstance(vocab_size, int) and vocab_size >= 50257
+    return ("finewebedu" in corpus or "edufineweb" in corpus) and is_large
 
 
 def compare_to_published(tokens: int, val_loss: float) -> str:

@@ -15,8 +15,10 @@ import codecs
 import copy
 import functools
 import hashlib
+import io
 import json
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Iterable
@@ -477,9 +479,11 @@ def load_tokenizer(source: str | Path | dict) -> Tokenizer:
             return gpt2_tokenizer()
         elif isinstance(source, str | Path) and Path(source).is_dir():
             return read_folder(Path(source))
-    except UserError:
-        raise
-    except Exception as error:  # `tokenizers` raises bare exceptions
+    except BaseException as error:
+        # `tokenizers` raises bare exceptions, and its panics are not even an Exception
+        is_panic = type(error).__name__ == "PanicException"
+        if isinstance(error, UserError) or not (isinstance(error, Exception) or is_panic):
+            raise
         subject = "A saved tokenizer is"
         if not isinstance(source, dict):
             subject = f"The tokenizer files in {source} are"
@@ -503,8 +507,7 @@ def read_folder(folder: Path) -> Tokenizer:
 def read_vocabulary(folder: Path) -> Tokenizer:
     """Load meta.pkl, tokenizer.json, or vocab.json and merges.txt, in this order of preference."""
     if (folder / "meta.pkl").exists():
-        with open(folder / "meta.pkl", "rb") as file:
-            chars = SafeUnpickler(file).load()["itos"]
+        chars = unpickle_plain((folder / "meta.pkl").read_bytes())["itos"]
         return CharTokenizer("".join(chars[i] for i in range(len(chars))))
     if (folder / "tokenizer.json").exists():
         return parse_tokenizer_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -512,7 +515,10 @@ def read_vocabulary(folder: Path) -> Tokenizer:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         lines = [line for line in lines if line and not line.startswith("#version")]
         merges = [tuple(line.split(" ")) for line in lines]
-        bpe = byte_level_bpe(read_json(folder / "vocab.json"), merges)
+        vocab = read_json(folder / "vocab.json")
+        if max(vocab.values()) > 10 * len(vocab):  # `tokenizers` lists all ids that are missing
+            raise ValueError("vocab.json has too few tokens for its largest id")
+        bpe = byte_level_bpe(vocab, merges)
         added = read_json(folder / "added_tokens.json")  # older versions of transformers write it
         bpe.add_special_tokens(sorted(added, key=added.get))
         if any(bpe.token_to_id(token) != i for token, i in added.items()):
@@ -545,6 +551,15 @@ def parse_tokenizer_json(description: str) -> Tokenizer:
             return gpt2_tokenizer()
 
     return BPETokenizer(description)
+
+
+def unpickle_plain(content: bytes):
+    """Return the plain values in a pickle. Raises ValueError if it would take more memory."""
+    for opcode, argument, _ in pickletools.genops(content):
+        # Python's unpickler reserves memory up to the largest number of a stored value
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            raise ValueError(f"the pickle numbers a value {argument:,}")
+    return SafeUnpickler(io.BytesIO(content)).load()
 
 
 class SafeUnpickler(pickle.Unpickler):

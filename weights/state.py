@@ -8,7 +8,7 @@ from common.errors import UserError
 from model import GPT, GPTConfig
 
 # what reading a damaged file can raise
-DAMAGE = (ValueError, KeyError, AttributeError, TypeError, OSError, RuntimeError)
+DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OSError, RuntimeError)
 
 # matrices that Hugging Face's GPT-2 keeps in a Conv1D, as (in, out)
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",

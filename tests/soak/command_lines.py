@@ -23,10 +23,9 @@ from training.config import TrainConfig
 WORDS = (
     "0", "-1", "1", "3", "1e9", "1e999", "nan", "inf", "-0", "0x10", "1_000", "٣", "9" * 30,
     "", " ", "-", "--", "---", "auto", "none", "None", "nowhere", "true", "True", "[]", "1,2",
-    "a" * 999, "\n", "\0", "\udc80", "🦊", "../x", "/dev/null", ".", "@text.txt", "=", "%s",
+    "a" * 999, "\n", "\udc80", "🦊", "../x", "/dev/null", ".", "@text.txt", "=", "%s",
     "text.txt", "data", "char", "gpt2", "bpe:300", "bpe:", "bpe:-1", "0/2", "2/0", "x/y", "cpu",
-    "cuda", "float32", "bundled", "bundled:x", "tiny_shakespeare", "openwebtext", "-h", "--help",
-    "--tyro-print-completion")
+    "cuda", "float32", "bundled", "bundled:x", "tiny_shakespeare", "openwebtext", "-h", "--help")
 
 
 class Work(Exception):
@@ -48,6 +47,7 @@ def hostile_arguments(options: list[str], source: random.Random) -> list[str]:
         option = source.choice(options)
         if source.random() < 0.1:
             option = mutate(option.encode(), source).decode("utf-8", "surrogateescape")
+            option = option.replace("\0", "")  # which ends an argument
         word = source.choice(WORDS)
         kind = source.random()
         if kind < 0.6:

@@ -120,7 +120,7 @@ def watched(name: str):
             faulthandler.dump_traceback_later(WALL_S, exit=True)
         count += 1
 
-    with open(CURRENT_INPUT, "w+b") as file, open(os.devnull, "w") as null:
+    with open(CURRENT_INPUT, "w+b") as file, open(os.devnull, "w", errors="replace") as null:
         file.write(bytes(61))
         file.flush()
         previous = signal.signal(signal.SIGPROF, on_hang)

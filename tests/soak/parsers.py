@@ -104,12 +104,13 @@ def small_bpe() -> BPETokenizer:
 
 def use(tokenizer, source: random.Random) -> str:
     """Reads and writes a text with a tokenizer whose files were damaged."""
-    ids = tokenizer.encode(TEXT)
+    text, _ = tokenizer.replace_unknown(TEXT)
+    ids = tokenizer.encode(text)
     tokenizer.decode(ids)
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
-    assert [array.tolist() for array in tokenizer.encode_batch([TEXT])] == [ids]
+    assert [array.tolist() for array in tokenizer.encode_batch([text])] == [ids]
     if source.random() < 0.1:
-        assert load_tokenizer(tokenizer.to_dict()).encode(TEXT) == ids
+        assert load_tokenizer(tokenizer.to_dict()).encode(text) == ids
     return VALID
 
 
