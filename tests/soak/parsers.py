@@ -307,6 +307,7 @@ def foreign_pt(patch):
 def run_folder(_patch):
     """A run's state.json, optimizer.safetensors, model and best.json, read as a resume does."""
     run = Path("run")
+    run.mkdir()
     config = TrainConfig(name="run", n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=5)
     checksums = {"data": "d", "data_sample": "s"}
 
