@@ -11,6 +11,7 @@ with different batch sizes compare.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 from collections.abc import Callable
@@ -62,7 +63,8 @@ def read_lines(path: Path) -> list[dict]:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
                 line = parse_json(text)
-                str(line).encode()  # a ValueError for a lone surrogate, which pandas refuses
+                # pandas refuses a lone surrogate, which is a ValueError here
+                json.dumps(line, ensure_ascii=False).encode()
                 lines.append({**line, "step": int(line["step"]), "time": float(line["time"])})
     return lines
 

@@ -598,6 +598,18 @@ def test_a_checkpoint_whose_state_lacks_the_configuration_is_damaged(data, capsy
     assert "the checkpoint of step 6 in" in capsys.readouterr().err
 
 
+def test_a_damaged_state_of_the_gradient_scaler_gets_one_sentence(data, monkeypatch):
+    train_tiny()
+    state_json = RUN / "state_00006" / "state.json"
+    saved = json.loads(state_json.read_text())
+    saved["config"]["grad_scaler"] = {"scale": 1.0}
+    state_json.write_text(json.dumps(saved))
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device))
+    with pytest.raises(UserError, match=r"state.json is damaged: delete .*state_00006"):
+        train_tiny()
+
+
 @pytest.mark.parametrize("n_renames", range(4))
 def test_a_run_resumes_after_it_died_while_saving(data, monkeypatch, n_renames):
     """The process dies after `n_renames` of the renames that create its first checkpoint."""

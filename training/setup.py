@@ -377,5 +377,10 @@ def load_checkpoint(folder: Path, step: int, config: TrainConfig, data_checksums
     optimizer_state, val_loss = checkpoint.load_state(folder, step, model)
     optim.load_named_state(model, optimizers, optimizer_state)
     if saved.get("grad_scaler"):  # else the checkpoint is not of a run in float16
-        scaler.load_state_dict(saved["grad_scaler"])
+        try:
+            scaler.load_state_dict(saved["grad_scaler"])
+        except (LookupError, TypeError, ValueError):
+            state = checkpoint.state_path(folder, step)
+            raise UserError(f"{state}/state.json is damaged: delete {state} to resume from an "
+                            "older checkpoint.") from None
     return val_loss is not None
