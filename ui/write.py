@@ -194,7 +194,8 @@ def measure_text(models: Models, request: dict) -> dict:
         decode = engine.tokenizer.stream_decoder()
         for token in read:
             p = None if token["logprob"] is None else math.exp(token["logprob"])
-            others = [(other, math.exp(logprob)) for other, logprob in token["top"]]
+            others = [(engine.tokenizer.decode([other]), math.exp(logprob))
+                      for other, logprob in token["top"]]
             tokens.append({"text": decode([token["id"]]), "p": p, "others": others})
     return {"used": used, "size": engine.block_size, "tokens": tokens}
 
