@@ -171,8 +171,8 @@ class BPETokenizer(Tokenizer):
         parts = json.loads(description)
         model = parts["model"]
         byte_level = model["type"] == "BPE" and parts["decoder"]["type"] == "ByteLevel"
-        if not byte_level or model.get("continuing_subword_prefix") or (
-                model.get("end_of_word_suffix")):
+        affixes = "continuing_subword_prefix", "end_of_word_suffix"
+        if not byte_level or any(map(model.get, affixes)):
             raise ValueError("tokenizer.json is neither a byte-level BPE nor a character table")
         self.description = description
 
@@ -204,10 +204,7 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         if self.fast:
             return self.encode_array(text).tolist()
-        try:
-            return self.bpe.encode(text, add_special_tokens=False).ids
-        except TypeError:  # `tokenizers` refuses lone surrogates
-            return self.encode(without_surrogates(text))
+        return self.bpe.encode(without_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self.fast:
@@ -347,8 +344,9 @@ def format_merges(merges: list[tuple[str, str]]) -> str:
 
 
 def splits_like_gpt2(parts: dict) -> bool:
-    """Whether a parsed tokenizer.json splits text into words as GPT-2 does, and uses its merges."""
-    if parts["normalizer"] or not parts["model"]["merges"] or parts["model"].get("ignore_merges"):
+    """Whether a parsed BPE splits text into words as GPT-2 does, and uses its merges."""
+    model = parts["model"]
+    if parts["normalizer"] or not model.get("merges") or model.get("ignore_merges"):
         return False
     words = parts["pre_tokenizer"] or {}
     return (words.get("type") == "ByteLevel" and not words["add_prefix_space"]
@@ -360,13 +358,11 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# GPT-2's files write a byte as one visible character: printable Latin-1 characters stand for
+# GPT-2's files write a byte as one visible character: visible Latin-1 characters stand for
 # themselves, the other bytes are numbered from U+0100.
-_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-            *range(ord("®"), ord("ÿ") + 1)]
-_INVISIBLE = [byte for byte in range(256) if byte not in _VISIBLE]
-BYTE_TO_UNICODE = {byte: chr(byte) for byte in _VISIBLE}
-BYTE_TO_UNICODE |= {byte: chr(256 + n) for n, byte in enumerate(_INVISIBLE)}
+BYTE_TO_UNICODE = {byte: chr(byte) for byte in range(256)}
+invisible = [byte for byte, char in BYTE_TO_UNICODE.items() if not char.isprintable() or byte == 32]
+BYTE_TO_UNICODE |= {byte: chr(256 + n) for n, byte in enumerate(invisible)}
 UNICODE_TO_BYTE = {char: byte for byte, char in BYTE_TO_UNICODE.items()}
 
 
@@ -466,24 +462,21 @@ def load_tokenizer(source: str | Path | dict) -> Tokenizer:
     dict returned by `to_dict`. Raises UserError if it is none of these or its files are damaged.
     """
     try:
-        if isinstance(source, dict):
-            if source.get("kind") == "gpt2":
+        match source:
+            case "gpt2" | {"kind": "gpt2"}:
                 return gpt2_tokenizer()
-            if source.get("kind") == "char" and isinstance(source.get("chars"), str):
-                return CharTokenizer(source["chars"])
-            if source.get("kind") == "bpe" and isinstance(source.get("description"), str):
-                return BPETokenizer(source["description"], source.get("eot"))
-        elif source == "gpt2":
-            return gpt2_tokenizer()
-        elif isinstance(source, str | Path) and Path(source).is_dir():
-            return read_folder(Path(source))
+            case {"kind": "char", "chars": str(chars)}:
+                return CharTokenizer(chars)
+            case {"kind": "bpe", "description": str(description)}:
+                return BPETokenizer(description, source.get("eot"))
+            case str() | Path() if Path(source).is_dir():
+                return read_folder(Path(source))
     except UserError:
         raise
     except Exception as error:  # `tokenizers` raises bare exceptions
-        subject = "A saved tokenizer is"
-        if not isinstance(source, dict):
-            subject = f"The tokenizer files in {source} are"
-        raise UserError(f"{subject} damaged ({type(error).__name__}: {error}).") from None
+        place = "a checkpoint or manifest" if isinstance(source, dict) else source
+        raise UserError(f"The tokenizer in {place} is damaged ({type(error).__name__}: {error})."
+                        ) from None
     raise UserError(f"No tokenizer found for {source!r:.200}: "
                     "give 'gpt2', a folder, or the dict of a saved tokenizer.")
 
@@ -509,10 +502,8 @@ def read_vocabulary(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").exists():
         return parse_tokenizer_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if (folder / "vocab.json").exists():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        lines = [line for line in lines if line and not line.startswith("#version")]
-        merges = [tuple(line.split(" ")) for line in lines]
-        bpe = byte_level_bpe(read_json(folder / "vocab.json"), merges)
+        paths = str(folder / "vocab.json"), str(folder / "merges.txt")
+        bpe = byte_level_bpe(*tokenizers.models.BPE.read_file(*paths))
         added = read_json(folder / "added_tokens.json")  # older versions of transformers write it
         bpe.add_special_tokens(sorted(added, key=added.get))
         if any(bpe.token_to_id(token) != i for token, i in added.items()):
@@ -536,8 +527,7 @@ def parse_tokenizer_json(description: str) -> Tokenizer:
         return CharTokenizer("".join(chars))
 
     # GPT-2's own vocabulary and merges
-    if model["type"] == "BPE" and splits_like_gpt2(parts) and (
-            vocab == gpt2_tokenizer().vocabulary()):
+    if splits_like_gpt2(parts) and vocab == gpt2_tokenizer().vocabulary():
         merges = format_merges(read_merges(parts)).encode()
         added = {token["content"] for token in parts["added_tokens"]}
         if hashlib.sha256(merges).hexdigest() == GPT2_MERGES and added <= {END_OF_TEXT}:
