@@ -52,30 +52,27 @@ def read(files: list[str], cursor: Cursor = (0, 0, 0),
     With `val_share` there is one file, a single text whose last part is for validation. Temporary
     failures are retried after RETRY_WAITS_S. Raises UserError if they persist or a file is damaged.
     """
+    waits = iter(RETRY_WAITS_S)
     while cursor[0] < len(files):
         path = files[cursor[0]]
-        waits = iter(RETRY_WAITS_S)
-        while True:
-            try:
-                for passage in read_file(path, cursor, val_share):
-                    yield passage
-                    cursor = passage.cursor
-                    waits = iter(RETRY_WAITS_S)
-                break
-            except UserError:
-                raise
-            except Exception as error:  # fsspec, the Hub's client and pyarrow raise their own types
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                if not is_on_hub(path) and getattr(error, "errno", None) not in TEMPORARY_ERRORS:
-                    raise UserError(f"{path} is damaged or cannot be read: {reason}.") from None
-                wait = next(waits, None)
-                if wait is None:
-                    raise UserError(f"{path} stopped after document {cursor[1]:,} and does not "
-                                    f"answer ({reason}): run the same command again to resume."
-                                    ) from None
-                print(f"{path}: {reason}; retrying in {wait} s", file=sys.stderr)
-                time.sleep(wait)
-        cursor = (cursor[0] + 1, 0, 0)
+        try:
+            for passage in read_file(path, cursor, val_share):
+                yield passage
+                cursor = passage.cursor
+                waits = iter(RETRY_WAITS_S)
+            cursor = (cursor[0] + 1, 0, 0)
+        except UserError:
+            raise
+        except Exception as error:  # fsspec, the Hub's client and pyarrow raise their own types
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if not is_on_hub(path) and getattr(error, "errno", None) not in TEMPORARY_ERRORS:
+                raise UserError(f"{path} is damaged or cannot be read: {reason}.") from None
+            wait = next(waits, None)
+            if wait is None:
+                raise UserError(f"{path} stopped after document {cursor[1]:,} and does not answer "
+                                f"({reason}): run the same command again to resume.") from None
+            print(f"{path}: {reason}; retrying in {wait} s", file=sys.stderr)
+            time.sleep(wait)
 
 
 def is_on_hub(path: str) -> bool:
@@ -147,17 +144,9 @@ def file_sizes(files: list[str]) -> list[int]:
 
 
 def estimate_content_bytes(files: list[str], sizes: list[int]) -> int:
-    """Estimate how many bytes `read` yields, from the first file of each kind."""
-    ratios = {}  # (kind, codec) -> bytes of content per byte of the file
-    total = 0
-    for path, size in zip(files, sizes):
-        if not size:
-            continue
-        kind = kind_of(path), codec_of(path)
-        if kind not in ratios:
-            ratios[kind] = content_ratio(path, size)
-        total += size * ratios[kind]
-    return round(total)
+    """Estimate how many bytes `read` yields, from the largest file."""
+    size, path = max(zip(sizes, files))
+    return round(sum(sizes) * content_ratio(path, size))
 
 
 def content_ratio(path: str, size: int) -> float:
