@@ -80,38 +80,6 @@ class Tokenizer:
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids, final=False: utf8.decode(self.decode_bytes(ids), final)
 
-    def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt=True) -> list[int]:
-        """Return the ids of a conversation, formatted with the chat template.
-
-        The template can write special tokens; messages cannot: special tokens are removed from
-        them. Otherwise the ids are those of `apply_chat_template` in transformers.
-        """
-        if self.chat_template is None:
-            raise UserError("This model's tokenizer has no chat template: "
-                            "set chat_template in its tokenizer_config.json.")
-        end_of_text = "" if self.eot is None else self.decode([self.eot])
-        special = {self.decode([i]): i for i in self.special_ids}
-        if end_of_text:
-            special[end_of_text] = self.eot
-
-        # render the template
-        try:
-            text = compile_template(self.chat_template).render(
-                messages=remove_words(special, messages),
-                add_generation_prompt=add_generation_prompt,
-                bos_token=end_of_text, eos_token=end_of_text)
-        except Exception as error:  # a template can raise any exception
-            raise UserError(f"The chat template failed ({type(error).__name__}: {error}): "
-                            "correct chat_template in tokenizer_config.json.") from None
-
-        # encode the text between special tokens; the longest match wins, as in transformers
-        longest_first = sorted(special, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) never matches
-        ids = []
-        for piece in re.split(f"({pattern})", text):
-            ids += [special[piece]] if piece in special else self.encode(piece)
-        return ids
-
     def to_dict(self) -> dict:
         """Return plain values from which `load_tokenizer` rebuilds the tokenizer.
 
@@ -128,30 +96,6 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def remove_words(words: Iterable[str], value):
-    """Remove the words from a string, or from all strings in nested lists and dicts.
-
-    Words that a removal puts together are removed, too.
-    """
-    if isinstance(value, dict):
-        return {key: remove_words(words, item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [remove_words(words, item) for item in value]
-    if isinstance(value, str):
-        while any(word in value for word in words):
-            for word in words:
-                value = value.replace(word, "")
-    return value
-
-
-@functools.lru_cache
-def compile_template(source: str):
-    """Return the jinja2.Template."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415 (only chats need it)
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source)
 
 
 # --------------------------------------------------------------------------------------------------
