@@ -339,7 +339,7 @@ def find_part(option: str | None) -> tuple[int, int]:
         part = task // max(1, variable("SLURM_ARRAY_TASK_STEP", 1))
         parts = variable("SLURM_ARRAY_TASK_COUNT", 1)
     if not 0 <= part < parts:
-        raise UserError(f"There is no part {option or f'{part}/{parts}'}: "
+        raise UserError(f"The files have no part {option or f'{part}/{parts}'}: "
                         "--part 3/8 is the fourth of eight.")
     return part, parts
 

@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 
-from tokenizer import RANKS, Tokenizer
+from tokenizer import RANKS, Tokenizer, code_points
 
 # Characters, as first and last code points, that gigatoken 0.10 and tiktoken 0.14 classify
 # differently: the letters and digits that are new in Unicode 17, found by trying every code point
@@ -70,13 +70,12 @@ class BatchEncoder:
         """Return an array of ids for each text."""
         if not self.uses_gigatoken:
             return self.tokenizer.encode_batch(texts)
-        exact = {}
+        exact = {}  # index -> ids, for the doubtful texts
         if is_doubtful("\n".join(texts)):
-            texts = texts.copy()
-            for i in [i for i, text in enumerate(texts) if is_doubtful(text)]:
-                exact[i] = self.tokenizer.encode_array(texts[i])
-                texts[i] = ""
-        arrays = self.encode_with_gigatoken(texts)
+            exact = {i: self.tokenizer.encode_array(text)
+                     for i, text in enumerate(texts) if is_doubtful(text)}
+        arrays = self.encode_with_gigatoken(
+            ["" if i in exact else text for i, text in enumerate(texts)])
         return [exact.get(i, array) for i, array in enumerate(arrays)]
 
     def encode_with_gigatoken(self, texts: list[str]) -> list[np.ndarray]:
@@ -109,9 +108,8 @@ def make_gigatoken(library, tokenizer: Tokenizer):
 
 def is_doubtful(text: str) -> bool:
     """Whether gigatoken's ids of the text may not be tiktoken's."""
-    if any(text[i:i + BLANKS].isspace() for i in range(0, len(text), BLANKS)):
-        return True
-    if SEPARATOR in text:
+    blank = any(text[i:i + BLANKS].isspace() for i in range(0, len(text), BLANKS))
+    if blank or SEPARATOR in text:
         return True
     if text.isascii():
         return False
@@ -124,5 +122,4 @@ def is_doubtful(text: str) -> bool:
     # look up the code points of what is not ASCII
     data = np.frombuffer(encoded, dtype=np.uint8)
     rest = data[data >= 0x80].tobytes().decode("utf-8", "surrogatepass")
-    codes = np.frombuffer(rest.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    return bool(IS_DOUBTFUL[codes].any())
+    return bool(IS_DOUBTFUL[code_points(rest)].any())

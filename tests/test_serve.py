@@ -424,8 +424,8 @@ def test_forty_streams_at_once_are_the_texts_that_each_would_be_alone(client, ur
     texts = asyncio.run(all_at_once())
     assert len(set(texts)) > 30
     for seed in 0, 17, 39:
-        alone = client.chat.completions.create(**options, seed=seed)
-        assert texts[seed] == alone.choices[0].message.content
+        single = client.chat.completions.create(**options, seed=seed)
+        assert texts[seed] == single.choices[0].message.content
 
 
 # --------------------------------------------------------------------------------------------------
