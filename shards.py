@@ -56,6 +56,8 @@ class Shards:
         pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
         found = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
         self.files = list(listed) if manifest else found
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder}.")
         if not self.files:
             raise UserError(f"{folder} holds no {split} shards: create them with prepare.py.")
 

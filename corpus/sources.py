@@ -51,8 +51,8 @@ def find_source(name: str, text: Path | None, pretokenized: bool, out: Path) -> 
     if name in NAMED_TEXTS and path.is_file() and sha256(path) != NAMED_TEXTS[name][1]:
         print(f"{path} is not the usual {name}: losses will not be comparable with published ones.")
     if not name or not path.exists():
-        raise UserError(f"There is no file or folder {path}; known names are "
-                        f"{', '.join((*NAMED_TEXTS, *NAMED_CORPORA))}.")
+        names = "" if text else f"; known names are {', '.join((*NAMED_TEXTS, *NAMED_CORPORA))}"
+        raise UserError(f"There is no file or folder {path}{names}.")
     if pretokenized:
         return shards_source(path_name(path), path)
     return local_source(path_name(path), path, out)
@@ -88,6 +88,9 @@ def local_source(name: str, path: Path, out: Path | None = None) -> Source:
 
     Hidden files and the output folder `out` are left out.
     """
+    if not path.exists():
+        raise UserError(f"There is no file or folder {path}.")
+
     def is_document(file: Path) -> bool:
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         is_output = out is not None and out.absolute() in file.absolute().parents
