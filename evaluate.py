@@ -20,7 +20,7 @@ from common.program import report_user_errors
 import tyro
 
 from checkpoint import describe
-from common.errors import UserError
+from common.errors import UserError, check_range
 from common.files import write_json
 from generate import Dtype, Engine, ModelConfig
 
@@ -46,12 +46,8 @@ class EvaluateConfig(ModelConfig):
 
 
 def main(config: EvaluateConfig):
-    for name in ("limit", "batch_tokens"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
-    if config.num_fewshot is not None and config.num_fewshot < 0:
-        raise UserError(f"--num-fewshot must be at least 0, not {config.num_fewshot}.")
+    check_range(config, "at least 1", lambda n: n >= 1, "limit", "batch_tokens")
+    check_range(config, "at least 0", lambda n: n >= 0, "num_fewshot")
 
     # load the tasks first: their errors come before a model is loaded
     manager, names = load_tasks(config)

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import ddp
 from checkpoint import describe
-from common.errors import UserError
-from common.files import parse_json, write_json
+from common.errors import UserError, check_range
+from common.files import parse_json, read_text, write_json
 from corpus.sources import DATA, fetch
 from engine.likelihood import encode, fit_to_context, log_likelihoods, perplexity
 from generate import Dtype, ModelConfig
@@ -288,12 +288,8 @@ def main(config: HellaSwagConfig):
 
 def validate(config: HellaSwagConfig):
     """Raise UserError if an option is invalid or does not go with another."""
-    for name in ("limit", "batch_tokens", "stride"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
-    if config.show < 0:
-        raise UserError(f"--show must be at least 0, not {config.show}.")
+    check_range(config, "at least 1", lambda n: n >= 1, "limit", "batch_tokens", "stride")
+    check_range(config, "at least 0", lambda n: n >= 0, "show")
     if config.stride and not config.text:
         raise UserError("--stride applies to --text only: leave it out.")
     if config.text and (config.data or config.limit or config.show):
@@ -301,14 +297,6 @@ def validate(config: HellaSwagConfig):
                         "leave out --data, --limit and --show.")
     if config.json and (config.json.is_dir() or not config.json.parent.is_dir()):
         raise UserError(f"--json must name a file in an existing folder, not {config.json}.")
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,}): "
-                        "convert it first.") from None
 
 
 def score_text(model: GPT, tokenizer: Tokenizer, text: str, config: HellaSwagConfig) -> dict:

@@ -23,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 import report
 from checkpoint import load_model, model_steps
 from common.errors import UserError
+from common.files import read_text
 from model import GPT
 from tokenizer import Tokenizer
 from weights.huggingface import save_huggingface
@@ -69,7 +70,7 @@ def export(model: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path],
         raise UserError(f"{folder} is the model itself: choose another folder.")
     if chat_template:
         tokenizer = copy.copy(tokenizer)  # other models can share it
-        tokenizer.chat_template = read_chat_template(chat_template)
+        tokenizer.chat_template = read_text(chat_template)
 
     if to == "gguf":
         from weights.gguf import save_gguf  # noqa: PLC0415 (only this needs gguf)
@@ -160,13 +161,6 @@ def write_folder(folder: Path, gpt: GPT, tokenizer: Tokenizer, info: dict, dtype
     path.write_text(card, encoding="utf-8")
     if run:
         report.save_plots(run, folder)
-
-
-def read_chat_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: give a Jinja template.") from None
 
 
 def count_parameters(gpt: GPT, tokenizer: Tokenizer) -> int:
