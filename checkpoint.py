@@ -345,8 +345,7 @@ def find_model(name: str | Path | None) -> Path:
 def list_bundled() -> list[str]:
     """Names of the bundled models, the default first."""
     names = sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
-    first = [name for name in BUNDLED_ORDER if name in names]
-    return first + [name for name in names if name not in first]
+    return sorted(names, key=lambda name: (*BUNDLED_ORDER, name).index(name))  # others come last
 
 
 def list_runs() -> list[str]:
@@ -380,7 +379,7 @@ def load_sharded(state: Path) -> tuple[GPT, Tokenizer, dict]:
         if loaded.keys() != weights.keys():
             raise ValueError("some weights are missing")
         return model, load_tokenizer(saved["tokenizer"]), saved
-    except (*DAMAGE, SafetensorError) as error:
+    except DAMAGE as error:
         raise UserError(f"The checkpoint {state} is damaged ({type(error).__name__}: {error})."
                         ) from None
 

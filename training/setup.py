@@ -138,14 +138,13 @@ def read_data_manifest(config: TrainConfig) -> dict:
     if data == TrainConfig.data:
         command = "fineweb.py"
     elif name in NAMED_TEXTS:
-        is_downloadable = NAMED_TEXTS[name][0]
-        text_option = "" if is_downloadable else " --text FILE"
-        command = f"prepare.py {name} --tokenizer {kind}{text_option}"
+        text = "" if NAMED_TEXTS[name][0] else " --text FILE"  # it has no address
+        command = f"prepare.py {name} --tokenizer {kind}{text}"
     else:
         bpe = kind.replace("-", ":") if kind.startswith("bpe-") else None
         tokenizer = config.init_from or bpe
-        tokenizer_option = f" --tokenizer {tokenizer}" if tokenizer else ""
-        command = f"prepare.py FILE_OR_FOLDER{tokenizer_option} --out {data}"
+        option = f" --tokenizer {tokenizer}" if tokenizer else ""
+        command = f"prepare.py FILE_OR_FOLDER{option} --out {data}"
     raise UserError(f"No data found in {data}. Create it with: python {command}")
 
 
@@ -164,8 +163,7 @@ def read_hellaswag(config: TrainConfig, world: ddp.World) -> list[dict] | None:
         examples = None
         if world.is_main:
             print(f"training without HellaSwag: {error}", file=sys.stderr)
-    ranks_with_examples = ddp.sum_over_ranks(world, examples is not None)[0]
-    return examples if ranks_with_examples == world.size else None
+    return None if ddp.any_rank(world, not examples) else examples
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,8 +311,7 @@ def choose_micro_batch(config: TrainConfig, saved_run: Path | None, model: GPT,
     saved = 0
     if saved_run and world.is_main:
         saved = report.read_config(saved_run).get("micro_batch", 0)
-    saved = int(ddp.sum_over_ranks(world, saved)[0])
-    if saved:
+    if saved := int(ddp.sum_over_ranks(world, saved)[0]):
         return saved
 
     # halve this rank's share of the batch until it fits

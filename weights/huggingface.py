@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from common.errors import UserError
@@ -109,7 +109,7 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
         c_attn = state["transformer.h.0.attn.c_attn.weight"]
         if c_attn.shape == (config.n_embd, 3 * config.n_embd):
             state = transpose_conv1d(state)
-    except (*DAMAGE, SafetensorError) as error:
+    except DAMAGE as error:
         raise UserError(f"The files in {folder} are damaged, or they are not a GPT-2 "
                         f"({type(error).__name__}: {error}).") from None
     tokenizer = read_tokenizer(folder, c)
