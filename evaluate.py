@@ -29,20 +29,16 @@ from generate import Dtype, Engine, ModelConfig
 class EvaluateConfig(ModelConfig):
     """Evaluates a model on tasks of lm-evaluation-harness."""
 
-    tasks: str
-    """Names of tasks, separated by commas; * stands for any characters."""
-    task_folder: Path | None = None
-    """A folder with YAML files of more tasks."""
-    limit: int | None = None
-    """Use only the first LIMIT examples of each task."""
+    tasks: str  # Names of tasks, separated by commas; * stands for any characters.
+    task_folder: Path | None = None  # A folder with YAML files of more tasks.
+    limit: int | None = None  # Use only the first LIMIT examples of each task.
     num_fewshot: int | None = None
     """Number of solved examples before each question. Default: the task's own."""
     dtype: Dtype = "auto"
     """auto is float32 on a CPU, bfloat16 on hardware that computes it, float16 on older GPUs."""
     batch_tokens: int | None = None
     """Tokens per forward pass. Default: 1,024 on a CPU, 65,536 elsewhere."""
-    json: Path | None = None
-    """Write the results to this file."""
+    json: Path | None = None  # Write the results to this file.
 
 
 def main(config: EvaluateConfig):

@@ -147,7 +147,7 @@ def parse_example(line: str, location: str) -> dict:
 # Scoring
 
 def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: str = "both",
-             batch_tokens: int | None = None, world: ddp.World | None = None,
+             batch_tokens: int | None = None, world: ddp.World = ddp.SINGLE_PROCESS,
              show_progress: bool = False) -> dict[str, dict]:
     """Score the examples and return {"nanogpt": {"acc", "acc_norm", …}, "harness": {…}}.
 
@@ -160,14 +160,9 @@ def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: s
     """
     if protocol not in (*PROTOCOLS, "both"):
         raise UserError(f"The protocol must be nanogpt, harness or both, not {protocol!r}.")
-    model = getattr(model, "module", model)  # unwrap DistributedDataParallel
-    if world is None:
-        world = ddp.World(0, 1, next(model.parameters()).device)
-    results = {}
-    for name in PROTOCOLS if protocol == "both" else [protocol]:
-        results[name] = evaluate_protocol(
-            model, tokenizer, examples, name, batch_tokens, world, show_progress)
-    return results
+    return {name: evaluate_protocol(model, tokenizer, examples, name, batch_tokens, world,
+                                    show_progress)
+            for name in (PROTOCOLS if protocol == "both" else [protocol])}
 
 
 def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: str,
@@ -238,19 +233,15 @@ class HellaSwagConfig(ModelConfig):
 
     data: Path | None = None
     """HellaSwag's examples, as .jsonl or .jsonl.gz. Default: download the validation set."""
-    limit: int | None = None
-    """Score only the first LIMIT examples."""
+    limit: int | None = None  # Score only the first LIMIT examples.
     protocol: Literal["nanogpt", "harness", "both"] = "both"
     batch_tokens: int | None = None
     """Tokens per forward pass. Default: 1,024 on a CPU, 65,536 elsewhere."""
     dtype: Dtype = "auto"
     """auto is bfloat16 on hardware that computes it, float16 on older GPUs, else float32."""
-    json: Path | None = None
-    """Write results, predictions and log-likelihoods to this file."""
-    show: int = 0
-    """Print SHOW examples with the losses of their endings."""
-    text: Path | None = None
-    """Score this text instead of HellaSwag."""
+    json: Path | None = None  # Write results, predictions and log-likelihoods to this file.
+    show: int = 0  # Print SHOW examples with the losses of their endings.
+    text: Path | None = None  # Score this text instead of HellaSwag.
     stride: int | None = None
     """For --text: tokens that each window scores. Default: half the model's context."""
 

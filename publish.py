@@ -200,11 +200,9 @@ def model_card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, add
     if run:
         step = info["step"]
         figures = {"these weights": f"step {step:,}", **report.summary(run)}
-        plots = [f"{table.__name__}.png" for table in report.available_plots(run)]
-        texts = report.samples(run)
-        samples = texts[texts["step"] <= step].tail(1).to_dict("records")
-        scores = report.hellaswag(run)
-        scores = scores[(scores["curve"] == "HellaSwag") & (scores["step"] == step)]
+        plots = [f"{name}.png" for name in report.tables(run)]
+        samples = report.samples(run).query("step <= @step").tail(1).to_dict("records")
+        scores = report.hellaswag(run).query("curve == 'HellaSwag' and step == @step")
         for accuracy in scores["hellaswag"].tail(1):
             results.append(("acc_norm", "HellaSwag", float(accuracy)))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,6 +136,12 @@ def hellaswag(run: str | Path) -> pd.DataFrame:
 def throughput(run: str | Path) -> pd.DataFrame:
     """Training throughput in tokens per second."""
     return curve(metrics(run), "tokens_per_s", "throughput", "training")
+
+
+def tables(run: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables of a run by name, loss, hellaswag and throughput, without those that are empty."""
+    frames = {"loss": loss(run), "hellaswag": hellaswag(run), "throughput": throughput(run)}
+    return {name: frame for name, frame in frames.items() if len(frame)}
 
 
 def add_published_curves(run: str | Path, *curves: pd.DataFrame) -> pd.DataFrame:
@@ -332,19 +337,13 @@ def format_count(number: float, _position: int) -> str:
     return f"{number:g}"
 
 
-def available_plots(run: str | Path) -> list[Callable]:
-    """Those of the functions `loss`, `hellaswag` and `throughput` for which the run has data."""
-    return [table for table in (loss, hellaswag, throughput) if len(table(run))]
-
-
-def save_plots(run: str | Path, folder: str | Path) -> list[str]:
-    """Writes the available ones of loss.png, hellaswag.png and throughput.png; their names."""
-    names = []
-    for table in available_plots(run):
-        name = f"{table.__name__}.png"
-        plot(table(run)).savefig(Path(folder) / name)
-        names.append(name)
-    return names
+def save_plots(run: str | Path, folder: Path) -> list[Path]:
+    """Writes loss.png, hellaswag.png and throughput.png, and returns those that are not empty."""
+    paths = []
+    for name, frame in tables(run).items():
+        paths.append(folder / f"{name}.png")
+        plot(frame).savefig(paths[-1])
+    return paths
 
 
 # --------------------------------------------------------------------------------------------------
@@ -361,8 +360,8 @@ def main(run: tyro.conf.Positional[Path], out: Path | None = None):
         print(f"{name:>22}  {value}")
     out = out or run
     out.mkdir(parents=True, exist_ok=True)
-    for name in save_plots(run, out):
-        print(f"{'plot':>22}  {out / name}")
+    for path in save_plots(run, out):
+        print(f"{'plot':>22}  {path}")
 
 
 if __name__ == "__main__":
