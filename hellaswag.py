@@ -302,7 +302,7 @@ def score_text(model: GPT, tokenizer: Tokenizer, text: str, config: HellaSwagCon
 def score_examples(model: GPT, tokenizer: Tokenizer, examples: list[dict], model_name: str,
                    config: HellaSwagConfig) -> dict:
     results = {}
-    table = [table_row("protocol", "acc", "acc_norm", "examples", "seconds", "model")]
+    table = [("protocol", "acc", "acc_norm", "examples", "seconds", "model")]
     for protocol in PROTOCOLS if config.protocol == "both" else [config.protocol]:
         began = time.perf_counter()
         results |= evaluate(model, tokenizer, examples, protocol, config.batch_tokens,
@@ -312,7 +312,8 @@ def score_examples(model: GPT, tokenizer: Tokenizer, examples: list[dict], model
         for i, example in enumerate(examples[:config.show]):
             tokenized = PROTOCOLS[protocol](example, tokenizer)
             print(format_example(example, tokenized, results[protocol], i))
-    print("\n".join(table))
+    for row in table:
+        print("{:<10} {:<16} {:<16} {:>8} {:>8}  {}".format(*row))
     if len(examples) != VALIDATION_EXAMPLES or "ctx_a" not in examples[0]:
         print("This is not the complete published validation set: "
               "do not compare the results with published ones.")
@@ -330,22 +331,18 @@ def format_example(example: dict, tokenized: TokenizedExample, result: dict, i: 
     return without_surrogates("\n".join(lines))
 
 
-def result_rows(protocol: str, result: dict, model_name: str, seconds: float) -> list[str]:
+def result_rows(protocol: str, result: dict, model_name: str, seconds: float) -> list[tuple]:
     """The model's row of the table, followed by the published ones."""
     acc = acc_norm = "no labels"
     if result["n"]:
         acc = f"{result['acc']:.4f} ±{result['acc_stderr'] or 0:.4f}"
         acc_norm = f"{result['acc_norm']:.4f} ±{result['stderr'] or 0:.4f}"
-    rows = [table_row(protocol, acc, acc_norm, f"{result['n']:,}", f"{seconds:,.1f}", model_name)]
+    rows = [(protocol, acc, acc_norm, f"{result['n']:,}", f"{seconds:,.1f}", model_name)]
     for name, (acc, acc_norm) in PUBLISHED[protocol].items():
-        rows.append(table_row(protocol, f"{acc:.4f}", f"{acc_norm:.4f}", f"{VALIDATION_EXAMPLES:,}",
-                              "", f"{name}, published"))
-    rows.append(table_row("", "", GPT3_ACC_NORM, "", "", "GPT-3 124M, from its paper"))
+        rows.append((protocol, f"{acc:.4f}", f"{acc_norm:.4f}", f"{VALIDATION_EXAMPLES:,}", "",
+                     f"{name}, published"))
+    rows.append(("", "", GPT3_ACC_NORM, "", "", "GPT-3 124M, from its paper"))
     return rows
-
-
-def table_row(protocol: str, acc: str, acc_norm: str, n: str, seconds: str, model: str) -> str:
-    return f"{protocol:<10} {acc:<16} {acc_norm:<16} {n:>8} {seconds:>8}  {model}"
 
 
 if __name__ == "__main__":

@@ -18,10 +18,6 @@ from model import GPT, GPTConfig
 from tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from weights.state import DAMAGE, build_model, cast_weight, normalize_names, transpose_conv1d
 
-# what a config.json may say about the training: our key, and its key there (allenporter's too)
-INFO_KEYS = (("train_config", "train_config"), ("step", "step"), ("val_loss", "val_loss_accum"),
-             ("val_loss", "val_loss"))
-
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 # Hugging Face's names of the two GELUs, and ours
@@ -89,7 +85,7 @@ def huggingface_config(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> 
 # Loading
 
 def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
-    """(GPT in float32, tokenizer, what config.json says about its training) from a model folder.
+    """(GPT in float32, tokenizer, the training's info among other fields) from a model folder.
 
     Raises UserError if a file is missing or damaged, if it is not a GPT-2, or if a setting changes
     what the model computes.
@@ -113,8 +109,8 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
         raise UserError(f"The files in {folder} are damaged, or they are not a GPT-2 "
                         f"({type(error).__name__}: {error}).") from None
     tokenizer = read_tokenizer(folder, c)
-    source = training or c  # other programs, and older versions of this one, use config.json
-    info = {ours: source[theirs] for ours, theirs in INFO_KEYS if theirs in source}
+    # other programs, and older versions of this one, describe the training in config.json
+    info = training or {"val_loss": c.get("val_loss_accum"), **c}  # allenporter's name, and ours
     return build_model(config, state, folder), tokenizer, info
 
 
