@@ -17,7 +17,7 @@ import huggingface_hub as hub
 import torch
 import tyro
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 import report
@@ -100,7 +100,7 @@ def upload(model: tyro.conf.Positional[str], repository: tyro.conf.Positional[st
     try:
         validate_repo_id(repository)
         _user, name = repository.split("/")
-    except (HFValidationError, ValueError):
+    except ValueError:
         raise UserError(f"A repository of the Hub is named user/name, not {repository!r}."
                         ) from None
     gpt, tokenizer, info = load_model(model)
@@ -109,12 +109,10 @@ def upload(model: tyro.conf.Positional[str], repository: tyro.conf.Positional[st
         write_folder(folder, gpt, tokenizer, info, dtype, address=repository)
 
         # list the files
-        total = 0
-        for path in sorted(folder.iterdir()):
-            size = path.stat().st_size
-            total += size
-            print(f"{size:>15,} bytes  {path.name}")
-        print(f"{total:>15,} bytes  in total, for {constants.ENDPOINT}/{repository}")
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        for file, size in sizes.items():
+            print(f"{size:>15,} bytes  {file}")
+        print(f"{sum(sizes.values()):>15,} bytes  in total, for {constants.ENDPOINT}/{repository}")
         if not push:
             print("Nothing was sent: add --push to send it.")
             return

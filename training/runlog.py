@@ -91,11 +91,11 @@ class Log:
             is_finite = not isinstance(value, float) or math.isfinite(value)
             line[name] = value if is_finite else None  # JSON has no NaN
         text = json.dumps(line, ensure_ascii=False) + "\n"
+        path = self.folder / file_name
         try:
-            with open(self.folder / file_name, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            path = self.folder / file_name
             warn(f"a line of {path} could not be written ({os.strerror(error.errno)})")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 
 from common.errors import UserError
 from common.files import read_json, write_atomically, write_json
-from model import GPT, GPTConfig
+from model import GPT
 from tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from weights.state import DAMAGE, build_model, cast_weight, normalize_names, transpose_conv1d
 
@@ -97,21 +97,20 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
         state, training = read_safetensors(folder)
         state = normalize_names(state)
         check_config(c, folder)
-        config = GPTConfig(
-            block_size=c.get("n_positions") or c.get("n_ctx") or c["block_size"],
-            vocab_size=c["vocab_size"], n_layer=c["n_layer"], n_head=c["n_head"],
-            n_embd=c["n_embd"], activation=ACTIVATIONS[c.get("activation_function", "gelu_new")])
+        config = {key: c[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        config["block_size"] = c.get("n_positions") or c.get("n_ctx") or c["block_size"]
+        config["activation"] = ACTIVATIONS[c.get("activation_function", "gelu_new")]
         # transpose Conv1D's (in, out) matrices; samkeet's are (out, in) already
-        c_attn = state["transformer.h.0.attn.c_attn.weight"]
-        if c_attn.shape == (config.n_embd, 3 * config.n_embd):
+        rows, columns = state["transformer.h.0.attn.c_attn.weight"].shape
+        if rows < columns:
             state = transpose_conv1d(state)
     except DAMAGE as error:
         raise UserError(f"The files in {folder} are damaged, or they are not a GPT-2 "
                         f"({type(error).__name__}: {error}).") from None
-    tokenizer = read_tokenizer(folder, c)
+    model = build_model(config, state, folder)
     # other programs, and older versions of this one, describe the training in config.json
     info = training or {"val_loss": c.get("val_loss_accum"), **c}  # allenporter's name, and ours
-    return build_model(config, state, folder), tokenizer, info
+    return model, read_tokenizer(folder, c), info
 
 
 def read_tokenizer(folder: Path, c: dict) -> Tokenizer:

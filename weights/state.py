@@ -50,14 +50,13 @@ def normalize_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return ours
 
 
-def build_model(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
-    """The model with this configuration and these weights, in float32.
+def build_model(config: dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
+    """The model with these fields of a GPTConfig and these weights, in float32.
 
     Raises UserError if they do not fit each other, or if a weight is not finite.
     """
     try:
-        if not isinstance(config, GPTConfig):
-            config = GPTConfig(**config)
+        config = GPTConfig(**config)
         # count the layers first: a damaged n_layer could ask for a billion of them
         layers = {name.split(".")[2] for name in state if ".h." in name}
         is_dense = all(w.is_floating_point() and w.layout == torch.strided and w.is_cpu
