@@ -397,20 +397,20 @@ def download(name: str) -> Path:
             "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
             "tokenizer_config.json", "chat_template.jinja"]))
     except errors.HFValidationError:
-        reason = "and it is not a valid id of a model on the Hugging Face Hub"
+        reason = "it is not a valid id of a model on the Hugging Face Hub"
     except errors.RepositoryNotFoundError:
-        reason = "and the Hugging Face Hub has no model of that name that you can access"
+        reason = "the Hugging Face Hub has no model of that name that you can access"
     except errors.LocalEntryNotFoundError:
-        reason = ("it is not in the Hugging Face Hub's cache, and the Hub cannot be reached: check "
-                  "the name and the network connection")
+        reason = ("the Hub cannot be reached to download it: check the name and the network "
+                  "connection")
     except Exception as error:  # each version of huggingface_hub raises other HTTP errors
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise UserError(f"The disk of {hub.constants.HF_HUB_CACHE} became full while "
                             f"downloading {name}: free some space, then run the same command again "
                             "to download the rest.") from None
-        reason = (f"and its download from the Hugging Face Hub failed ({type(error).__name__}): "
+        reason = (f"its download from the Hugging Face Hub failed ({type(error).__name__}): "
                   "run the same command again to download the rest")
-    raise UserError(f"There is no file, folder or run {name!r}, {reason}.")
+    raise UserError(f"Found no file, folder or run {name!r}, and {reason}.")
 
 
 def sanitize_info(info: dict) -> dict:

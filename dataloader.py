@@ -154,6 +154,7 @@ def find_documents(shards: Shards, eot: int) -> np.ndarray:
 
     A document starts with `<|endoftext|>`. This reads all shards, a second per billion tokens or
     more, and keeps 8 bytes per document: 80 MB for the ten million of 10B tokens of FineWeb-Edu.
+    A `ShuffledDocuments` keeps 16 more.
     """
     starts = []
     for array, end in zip(shards.arrays, shards.ends):

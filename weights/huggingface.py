@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from common.errors import UserError
-from common.files import read_json, write_atomically, write_json
+from common.files import parse_json, read_json, write_atomically, write_json
 from model import GPT
 from tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from weights.state import DAMAGE, build_model, cast_weight, normalize_names, transpose_conv1d
@@ -93,7 +93,7 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
     try:
-        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        c = read_json(folder / "config.json")
         state, training = read_safetensors(folder)
         state = normalize_names(state)
         check_config(c, folder)
@@ -158,7 +158,7 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
                 checksum = hashlib.file_digest(file, "sha256").hexdigest()
             if checksum != metadata["sha256"]:
                 raise ValueError(f"{name} does not match its checksum")
-        training |= json.loads(metadata.get("training", "{}"))
+        training |= parse_json(metadata.get("training", "{}"))
         state |= load_file(folder / name)
     return state, training
 
