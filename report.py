@@ -8,28 +8,20 @@
 A frame holds one or more curves. Each point has the number of tokens seen so far, so that runs
 with different batch sizes compare.
 """
-from __future__ import annotations
-
 import contextlib
 import math
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.program import report_user_errors
 
 import numpy as np
+import pandas as pd
 import tyro
 
 from common.devices import KG_CO2E_PER_KWH, find_device
 from common.errors import UserError
-from common.files import parse_json, read_json
-
-# pandas and matplotlib take a second to import, and a training run that imports this file needs
-# neither at its start: the functions below import them
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+from common.files import parse_json
+from training.runlog import learns_fineweb_edu, read_config
 
 REFERENCE = Path(__file__).parent / "assets" / "reference"
 
@@ -45,14 +37,6 @@ PUBLISHED_VALUES = {"loss": {"OpenAI's GPT-2 124M": 3.2924},
 
 # --------------------------------------------------------------------------------------------------
 # Reading a run's files
-
-def read_config(run: str | Path) -> dict:
-    try:
-        return dict(read_json(Path(run) / "config.json"))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{run}/config.json is damaged ({type(error).__name__}): restore it, or "
-                        "choose another run.") from None
-
 
 def read_lines(path: Path) -> list[dict]:
     """The objects of a metrics.jsonl or samples.jsonl, without damaged or incomplete lines."""
@@ -92,8 +76,6 @@ def metrics(run: str | Path) -> pd.DataFrame:
 
     What a line does not measure is NaN. Raises UserError if the folder is not a run.
     """
-    import pandas as pd  # noqa: PLC0415
-
     lines = drop_lost_steps(read_lines(Path(run) / "metrics.jsonl"))
     batch_tokens = read_config(run).get("batch_tokens")
     if not lines or not isinstance(batch_tokens, int):
@@ -106,8 +88,6 @@ def metrics(run: str | Path) -> pd.DataFrame:
 
 def samples(run: str | Path) -> pd.DataFrame:
     """Texts that the model generated during training: step, prompt, text."""
-    import pandas as pd  # noqa: PLC0415
-
     lines = drop_lost_steps(read_lines(Path(run) / "samples.jsonl"))
     lines = [line for line in lines
              if isinstance(line.get("prompt"), str) and isinstance(line.get("text"), str)]
@@ -146,8 +126,6 @@ def tables(run: str | Path) -> dict[str, pd.DataFrame]:
 
 def add_published_curves(run: str | Path, *curves: pd.DataFrame) -> pd.DataFrame:
     """The run's curves, and the published ones if it trains on FineWeb-Edu with GPT-2's tokens."""
-    import pandas as pd  # noqa: PLC0415
-
     if any(map(len, curves)) and learns_fineweb_edu(read_config(run)):
         curves = [*curves, *published_curves(curves[0].columns[2])]
     return pd.concat(curves, ignore_index=True)
@@ -155,21 +133,12 @@ def add_published_curves(run: str | Path, *curves: pd.DataFrame) -> pd.DataFrame
 
 def published_curves(value: str) -> list[pd.DataFrame]:
     """The published runs' curves of "loss" or "hellaswag"; not every run has both."""
-    import pandas as pd  # noqa: PLC0415
-
     curves = []
     for name, (file, batch_tokens) in PUBLISHED_RUNS.items():
         frame = pd.read_csv(REFERENCE / file).rename(columns={"val_loss": "loss"})
         frame = frame.assign(tokens=frame["step"] * batch_tokens)
         curves.append(curve(frame, value, value, name))
     return [frame for frame in curves if len(frame)]
-
-
-def learns_fineweb_edu(config: dict) -> bool:
-    """Whether a run trains on FineWeb-Edu with a vocabulary as large as GPT-2's."""
-    corpus = re.sub("[-_]", "", f"{config.get('corpus')} {config.get('data')}".lower())
-    vocab_size = config.get("vocab_size") or 50257
-    return ("finewebedu" in corpus or "edufineweb" in corpus) and vocab_size >= 50257
 
 
 def compare_to_published(tokens: int, val_loss: float) -> str:
@@ -275,13 +244,13 @@ STYLES = {"training": {"color": "C0", "alpha": 0.5, "linewidth": 1},
           "samkeet/GPT_124M": {"color": GREY, "linestyle": ":"}}
 
 
-def plot(frame: pd.DataFrame) -> Figure:
-    """A matplotlib figure of the curves in a frame over the tokens seen.
+def plot(frame: pd.DataFrame):
+    """A matplotlib Figure of the curves in a frame over the tokens seen.
 
     Published runs are grey. Published models are horizontal lines, for HellaSwag and if the frame
     has published runs.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415 (app.py starts faster without it)
 
     value = frame.columns[2]
     own = frame[~frame["curve"].isin(PUBLISHED_RUNS)]

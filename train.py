@@ -25,7 +25,6 @@ from tqdm import tqdm
 import checkpoint
 import ddp
 import hellaswag
-import report
 from common.errors import UserError
 from common.seed import derive_seed
 from dataloader import DataLoader
@@ -219,7 +218,8 @@ def evaluate_and_log(run: TrainingRun, step: int) -> float:
         accuracy["hellaswag"] = scores["nanogpt"]["acc_norm"]
     if run.log:
         run.log.metrics(step=step, val_loss=val_loss, **accuracy)
-        if report.learns_fineweb_edu(run.log.config):
+        if runlog.learns_fineweb_edu(run.log.config):
+            import report  # noqa: PLC0415 (it takes a second, and few runs need it)
             tqdm.write(report.compare_to_published(step * config.batch_tokens, val_loss))
     return val_loss
 

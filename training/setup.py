@@ -12,7 +12,6 @@ from torch.utils._triton import has_triton
 import checkpoint
 import ddp
 import hellaswag
-import report
 from common.errors import UserError
 from common.seed import derive_seed
 from corpus.sources import NAMED_TEXTS
@@ -310,7 +309,7 @@ def choose_micro_batch(config: TrainConfig, saved_run: Path | None, model: GPT,
     # look for a resumed run's number, which the main process sends to the other ranks
     saved = 0
     if saved_run and world.is_main:
-        saved = report.read_config(saved_run).get("micro_batch", 0)
+        saved = runlog.read_config(saved_run).get("micro_batch", 0)
     if saved := int(ddp.sum_over_ranks(world, saved)[0]):
         return saved
 
