@@ -171,12 +171,10 @@ def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], pr
     share = range(world.rank, len(examples), world.size)
     tokenized = [PROTOCOLS[protocol](examples[i], tokenizer) for i in share]
     # score equal endings once, so that they are equally likely to the last bit
-    distinct_endings, items = [], []
-    for context, endings, _ in tokenized:
-        distinct = list(dict.fromkeys(map(tuple, endings)))
-        distinct_endings.append(distinct)
-        continuations = [list(ids) for ids in distinct]
-        items.append(fit_to_context(context, continuations, tokenizer, model.config.block_size))
+    distinct = [list(dict.fromkeys(map(tuple, endings))) for _, endings, _ in tokenized]
+    block_size = model.config.block_size
+    items = [fit_to_context(example.context, list(map(list, endings)), tokenizer, block_size)
+             for example, endings in zip(tokenized, distinct)]
     predictions = [None] * len(examples)
     logprobs = [None] * len(examples)
     n = correct = correct_norm = 0
@@ -184,8 +182,7 @@ def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], pr
         scores = log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens, world)
         for item, likelihoods in scores:
             i = share[item]
-            sums = [likelihood.logprob for likelihood in likelihoods]
-            logprob_of = dict(zip(distinct_endings[item], sums))
+            logprob_of = {ids: score.logprob for ids, score in zip(distinct[item], likelihoods)}
             # an ending without tokens may have no sum
             logprobs[i] = [logprob_of.get(tuple(ids), 0.0) for ids in tokenized[item].endings]
             predictions[i] = most_likely(logprobs[i], tokenized[item], normalize=True)

@@ -74,8 +74,7 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
 
     # initialize the weights on the device, then find the micro-batch that fits beside them
     place_model(model, initial_weights, config, world)
-    saved_run = folder if first_step else None
-    micro_batch = choose_micro_batch(config, saved_run, model, world)
+    micro_batch = choose_micro_batch(config, folder if first_step else None, model, world)
     config = dataclasses.replace(config, micro_batch=micro_batch)
 
     # create the optimizers, then load the checkpoint into the model and into them
