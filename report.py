@@ -196,25 +196,20 @@ def cost(run: str | Path) -> dict[str, str]:
     The energy is the devices' maximum power over the time in the log. It includes what was lost to
     interruptions, but not the rest of the machine or its cooling.
     """
-    lines = read_lines(Path(run) / "metrics.jsonl")
-    seconds = 0.0
-    kwh = 0.0
-    machines = []
-    session = {}
-    previous = lines[0]["time"]  # s
-    for line in lines:
-        # a session starts or resumes: the time since the last line was not spent on training
-        if "event" in line:
-            session = line
-            previous = line["time"]
-        elapsed = max(0, line["time"] - previous)  # the clock may have been set back
-        previous = line["time"]
-        processes = session.get("processes", 1)
-        name = str(session.get("device", "an unknown device"))
-        device = find_device(name)
-        seconds += elapsed
-        kwh += processes * device.watts / 1000 * elapsed / 3600 if device else math.nan
-        machines.append(f"{processes} x {name}")
+    log = pd.DataFrame(read_lines(Path(run) / "metrics.jsonl"))
+    log = log.reindex(columns=["time", "event", "device", "processes"])
+
+    # s since the line before: never negative, as the clock may have been set back, and 0 if a
+    # session starts or resumes, as that time was not spent on training
+    elapsed = log["time"].diff().clip(lower=0).where(log["event"].isna(), 0).fillna(0)
+    seconds = elapsed.sum()
+
+    # the machine of each line is that of its session
+    devices = log["device"].ffill().fillna("an unknown device").astype(str)
+    processes = log["processes"].ffill().fillna(1).astype(int)
+    machines = processes.astype(str) + " x " + devices
+    watts = [device.watts if device else math.nan for device in map(find_device, devices)]
+    kwh = (processes * watts * elapsed).sum(skipna=False) / 3.6e6
 
     if seconds >= 3600:
         time = f"{seconds / 3600:,.2f} hours"
