@@ -205,9 +205,10 @@ def cost(run: str | Path) -> dict[str, str]:
     seconds = elapsed.sum()
 
     # the machine of each line is that of its session
-    devices = log["device"].ffill().fillna("an unknown device").astype(str)
+    names = log["device"].ffill()
+    devices = [name if isinstance(name, str) else "an unknown device" for name in names]
     processes = log["processes"].ffill().fillna(1).astype(int)
-    machines = processes.astype(str) + " x " + devices
+    machines = [f"{n} x {device}" for n, device in zip(processes, devices)]
     watts = [device.watts if device else math.nan for device in map(find_device, devices)]
     kwh = (processes * watts * elapsed).sum(skipna=False) / 3.6e6
 
