@@ -136,7 +136,7 @@ def read_data_manifest(config: TrainConfig) -> dict:
     if data == TrainConfig.data:
         command = "fineweb.py"
     elif name in NAMED_TEXTS:
-        text = "" if NAMED_TEXTS[name][0] else " --text FILE"  # it has no address
+        text = "" if NAMED_TEXTS[name][0] else " --text FILE"  # without an address
         command = f"prepare.py {name} --tokenizer {kind}{text}"
     else:
         bpe = kind.replace("-", ":") if kind.startswith("bpe-") else None
