@@ -38,8 +38,8 @@ def shard(model, world: World, dtype: torch.dtype):
     backward pass averages the gradients over the ranks in float32, and each rank keeps its part of
     the average (FSDP; Zhao et al. 2023, arXiv 2304.11277).
     """
-    from torch.distributed import fsdp  # noqa: PLC0415
-    mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
+    from torch.distributed import device_mesh, fsdp  # noqa: PLC0415
+    mesh = device_mesh.init_device_mesh(world.device.type, (world.size,))
     policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.transformer.h:
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
