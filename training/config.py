@@ -37,9 +37,9 @@ class TrainConfig:
     seed: int = 1337
 
     # the model
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
+    n_layer: int = 12  # Number of blocks.
+    n_head: int = 12  # Attention heads of a block.
+    n_embd: int = 768  # Width of the residual stream.
     block_size: int = 1024  # Context length in tokens, also that of a training sequence.
     vocab_size: int | None = None  # Defaults to the size of the tokenizer's vocabulary.
     dropout: float = 0.0
@@ -68,7 +68,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # Maximum norm of the gradient; 0 turns clipping off.
 
     # evaluation, samples, checkpoints and the log, all in steps
-    eval_every: int = 250
+    eval_every: int = 250  # Steps from one validation to the next.
     eval_tokens: int = 20 * 2**19
     """Number of validation tokens to score each time, from the start of the split."""
     hellaswag: str = "none"
