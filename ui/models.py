@@ -3,17 +3,15 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import html
 import sys
 import threading
 from pathlib import Path
 from typing import get_args
 
-import gradio as gr
-
 import checkpoint
 import report
 from common.errors import UserError
+from common.files import read_json
 from ddp import pick_device
 from generate import Dtype, Engine
 from training.config import TrainConfig
@@ -24,18 +22,8 @@ MAX_TIME_S = 300  # for one text, including its wait in the queue
 PREFIX_BYTES = 2**26  # per model, for the KV caches that later prompts reuse
 CHAT_MODEL = "bundled:chat"
 
-# Prompts that resemble what each bundled model was trained on.
-BEGINNINGS = {
-    "bundled:stories": ["Once upon a time, there was a little fox who", "One day, Lily found a",
-                        "Tom and his dog"],
-    "bundled:edu": ["The history of", "Photosynthesis is the process by which",
-                    "It was a cold evening, and the old man"],
-    "bundled:pushkin": ["Я вас любил", "Мороз и солнце; "],
-    "bundled:shakespeare": ["ROMEO:\n",
-                            "First Citizen:\nBefore we proceed any further, hear me speak.\n",
-                            "KING RICHARD III:\nNow is the"],
-}
-
+# model -> prompts that resemble what it was trained on
+BEGINNINGS = read_json(Path(__file__).parents[1] / "assets" / "beginnings.json")
 
 Loaded = tuple[Engine, dict]  # with the model's info, as load_model returns it
 
@@ -68,11 +56,8 @@ class Models:
         The list is read again each time, because a run may have started in the meantime.
         """
         bundled = [f"bundled:{name}" for name in checkpoint.list_bundled()]
-        if self.requested == "bundled":
-            first = bundled[:1]
-        else:
-            first = [self.requested] if self.requested else []
-        names = [*first, *checkpoint.list_runs(), *bundled]
+        first = bundled[0] if self.requested == "bundled" else self.requested
+        names = [name for name in (first, *checkpoint.list_runs(), *bundled) if name]
         if not names:
             raise UserError("No model found: train one, or name one with --model.")
         self.names[:] = dict.fromkeys(names)  # in place, because serve.py holds the same list
@@ -82,16 +67,13 @@ class Models:
         """The checkpoints that a run has saved: step -> model name. Empty if it is not a run."""
         if run not in checkpoint.list_runs():
             return {}
-        folder = Path(run)
-        steps = checkpoint.model_steps(folder)
-        return {step: str(checkpoint.model_path(folder, step)) for step in steps}
+        steps = checkpoint.model_steps(Path(run))
+        return {step: str(checkpoint.model_path(Path(run), step)) for step in steps}
 
     def list_with_checkpoints(self) -> list[str]:
         """All models, each run followed by its checkpoints."""
-        names = []
-        for name in self.list_names():
-            names += [name, *self.checkpoints(name).values()]
-        return names
+        return [name for run in self.list_names()
+                for name in (run, *self.checkpoints(run).values())]
 
     # ----------------------------------------------------------------------------------------------
     # Prompts
@@ -163,8 +145,7 @@ class Models:
 
     def engine(self, name: str, dtype: str | None = None) -> Engine:
         """The model's engine; waits until it is loaded."""
-        engine, _ = self.future(name, dtype).result()
-        return engine
+        return self.future(name, dtype).result()[0]
 
     def describe(self, name: str) -> str:
         """One line about a model, for the page."""
@@ -179,14 +160,3 @@ class Models:
                 print(f"{self.default} could not be loaded: {future.exception()}", file=sys.stderr)
 
         self.future(self.default).add_done_callback(report_failure)
-
-
-@contextlib.contextmanager
-def show_user_errors():
-    """Shows a UserError to the visitor as Gradio's error message. Gradio reads it as HTML, so what
-    it quotes from the visitor is escaped."""
-    try:
-        yield
-    except UserError as error:
-        message = html.escape(str(error), quote=False)
-        raise gr.Error(message, print_exception=False) from None
