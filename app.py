@@ -33,7 +33,7 @@ from api.guard import Access, Guard
 from common.errors import UserError
 from engine.packed import use_allowed_cores
 from generate import Dtype
-from ui import about, chat, compare, look, training, write
+from ui import about, chat, compare, look, reading, training, write
 from ui.models import Models
 from ui.settings import QUIET
 from ui.theme import THEME
@@ -118,7 +118,7 @@ def connect(page: gr.Blocks, models: Models, tabs: gr.Tabs, built: dict[str, tup
              if isinstance(box, gr.Dropdown) and box.label.startswith("Model")]
 
     def look_inside(text: str, model: str):
-        return (text[-look.MAX_TEXT:], gr.Dropdown(models.list_names(), value=model),
+        return (text[-reading.MAX_TEXT:], gr.Dropdown(models.list_names(), value=model),
                 gr.Tabs(selected="Look inside"))
 
     def write_with(name: str):

@@ -40,10 +40,8 @@ def card(models: Models, name: str) -> tuple[str, str, gr.Accordion, dict | None
     run = publish.source_run(info)
     if run:
         info = {**info, "train_config": report.read_config(run)}
-    if readme.is_file():
-        text = readme.read_text(encoding="utf-8")
-    else:
-        text = publish.model_card(engine.model, engine.tokenizer, info, run, name)
+    text = (readme.read_text(encoding="utf-8") if readme.is_file()
+            else publish.model_card(engine.model, engine.tokenizer, info, run, name))
 
     # take the metadata, which is YAML between two lines of ---, off the text
     metadata = ""

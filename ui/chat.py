@@ -35,8 +35,7 @@ def build(models: Models):
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             note = gr.Markdown("Loading the model …", elem_id="chat-note")
-            gr.HTML('<div id="turns" role="log" aria-label="Conversation" tabindex="0"></div>'
-                    '<p id="chat-status" role="status"></p>', apply_default_css=False)
+            gr.HTML(settings.HTML.conversation(), apply_default_css=False)
             message = gr.Textbox(label="Your message", placeholder="Hello! How was your day?",
                                  lines=1, max_lines=6, max_length=settings.MAX_BYTES,
                                  submit_btn="Send", elem_id="say")
@@ -53,7 +52,7 @@ def build(models: Models):
             with gr.Accordion("Settings", open=False, elem_id="chat-more"):
                 sliders = [settings.slider(name, "chat-") for name in settings.SAMPLING]
                 length = settings.slider("length", "chat-", value=LENGTH)
-            gr.HTML('<nav id="chats" aria-label="Conversations"></nav>', apply_default_css=False)
+            gr.HTML(settings.HTML.conversations(), apply_default_css=False)
     # the open conversation while it is answered, and a button that chat.js clicks to hand it over
     talk = gr.JSON(visible="hidden")
     hand_over = gr.Button(visible="hidden", elem_id="chat-hand-over")
@@ -89,11 +88,8 @@ def describe(models: Models, name: str, length: int):
 def validate_messages(messages: list[dict[str, str]], beginning: str):
     """Raises UserError for anything but texts of the user and the assistant."""
     valid = isinstance(beginning, str) and all(
-        isinstance(message, dict)
-        and message.get("role") in ("user", "assistant")
-        and isinstance(message.get("content"), str)
-        for message in messages
-    )
+        isinstance(message, dict) and message.get("role") in ("user", "assistant")
+        and isinstance(message.get("content"), str) for message in messages)
     if not valid or not messages[-1]["content"].strip():
         raise UserError("Each message must have a role (user or assistant) and a text as content, "
                         "and the last one must not be empty.")

@@ -10,7 +10,7 @@ import gradio as gr
 import checkpoint
 from common.errors import UserError
 from ui import settings
-from ui.models import Models
+from ui.models import DTYPES, Models
 from ui.stream import Writing, follow
 
 LENGTH = 200  # tokens of the two texts, by default
@@ -30,7 +30,7 @@ def build(models: Models):
             chosen.append(gr.Dropdown(models.list_with_checkpoints(), value=models.default,
                                       label=f"Model {letter}", scale=3,
                                       elem_id=f"compare-model-{i}"))
-            dtypes.append(gr.Dropdown(settings.DTYPES, value=dtype, label=f"Precision {letter}",
+            dtypes.append(gr.Dropdown(DTYPES, value=dtype, label=f"Precision {letter}",
                                       min_width=130, elem_id=f"compare-dtype-{i}"))
     with gr.Accordion("Settings", open=False, elem_id="compare-settings"), gr.Row():
         box = {"tab": "compare-", "info": None, "min_width": 220}
@@ -40,9 +40,7 @@ def build(models: Models):
         start = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
         stop = gr.Button("Stop", variant="stop", min_width=120, visible=False,
                          elem_id="compare-stop")
-    figures = settings.plain_box(
-        "Figures", "compare-status", "Both models continue the prompt with the same random "
-        "numbers, and the page marks where the texts part.")
+    figures = settings.plain_box("Figures", "compare-status", settings.TEXTS["compare"])
     with gr.Row():
         texts = [gr.HTML(min_width=300, elem_id=f"side-{i}") for i in range(2)]
 
@@ -139,10 +137,9 @@ async def side_by_side(models: Models, prompt: str, *values):
             lines.insert(0, f"Identical for the first {agree:,} characters, then they part.")
         elif any(texts):
             lines.insert(0, f"Identical so far: {agree:,} characters.")
-        sides = []
-        for letter, name, text in zip("AB", result["names"], texts):
-            same, other = (text[:agree], text[agree:]) if parted else (text, "")
-            sides.append(settings.HTML.side(letter, name, prompt, same, other))
+        end = agree if parted else max(map(len, texts))  # of what they share
+        sides = [settings.HTML.side(letter, name, prompt, text[:end], text[end:])
+                 for letter, name, text in zip("AB", result["names"], texts)]
         yield *sides, "\n".join(lines)
 
 
@@ -192,8 +189,6 @@ async def timeline(models: Models, prompt: str, run: str,
 async def rows(models: Models, prompt: str, run: str, *values):
     """Runs `timeline` for the page: yields the rows of its table."""
     async for lines in timeline(models, prompt, run, *values):
-        table = []
-        for line in lines:
-            loss = "" if line["val_loss"] is None else f"{line['val_loss']:.3f}"
-            table.append([line["step"], loss, line["text"]])
+        losses = ["" if line["val_loss"] is None else f"{line['val_loss']:.3f}" for line in lines]
+        table = [[line["step"], loss, line["text"]] for line, loss in zip(lines, losses)]
         yield gr.Dataframe(table, visible=True)

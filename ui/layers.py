@@ -138,8 +138,7 @@ def attention_html(place: Place, layer: int, head: int) -> str:
 def lens_html(place: Place) -> str:
     """A table of layers and tokens: the most likely next token after each layer."""
     rows = range(max(0, place.row - LENS_COLUMNS), place.row)
-    vocab_size = place.engine.tokenizer.vocab_size
-    best = place.trace.lens(list(rows))[..., :vocab_size].softmax(-1).max(-1)  # (L + 1, R)
+    best = place.lens(list(rows)).softmax(-1).max(-1)  # (L + 1, R)
     names = names_of(place)
     lines = []
     for layer, (probabilities, ids) in enumerate(zip(best.values.tolist(), best.indices.tolist())):

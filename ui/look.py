@@ -13,7 +13,6 @@ import numpy as np
 from common.errors import UserError
 from ui import layers, reading, tour
 from ui.models import Models
-from ui.reading import LATEST, MAX_TEXT, SAMPLE, Place, in_text, place_in, visible
 from ui.settings import QUIET, SAMPLING, TEXTS, model_box, plain_box, slider
 from ui.stream import visitor
 
@@ -40,10 +39,8 @@ def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown]:
     with gr.Row():
         # the whole text
         with gr.Column(scale=5, min_width=320):
-            text = gr.Textbox(
-                SAMPLE, label="Text",
-                info="Any text, written by a model or by you. The page updates as you type.",
-                lines=4, max_lines=10, max_length=MAX_TEXT, elem_id="look-text")
+            text = gr.Textbox(reading.SAMPLE, label="Text", info=TEXTS["text"], lines=4,
+                              max_lines=10, max_length=reading.MAX_TEXT, elem_id="look-text")
             summary = plain_box("Summary", "look-summary")
             tokens = gr.HighlightedText(
                 label="Tokens, coloured by their probability. Click one to look at it.",
@@ -62,20 +59,20 @@ def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown]:
                 box = {"show_heading": False, "min_width": 150}
                 lists = [gr.Label(label="Without the settings", elem_id="look-expected", **box),
                          gr.Label(label="With the settings", elem_id="look-sampled", **box)]
-            fork_text = gr.Textbox(
-                label="What if", lines=4, max_lines=10, interactive=False, buttons=["copy"],
-                placeholder=TEXTS["fork"], elem_id="look-fork")
+            fork_text = gr.Textbox(label="What if", placeholder=TEXTS["fork"], lines=4,
+                                   max_lines=10, interactive=False, buttons=["copy"],
+                                   elem_id="look-fork")
             again = gr.Button("Look inside the new text", size="sm", elem_id="look-again")
     layers.build(models, [text, model, position])
 
     # without triggers: when the page opens, and when an input changes
     inputs = [text, model, position, *sliders]
     inspected = gr.on(fn=MethodType(inspect, models), inputs=[text, model],
-                      outputs=[summary, tokens], api_name="inspect", **LATEST)
+                      outputs=[summary, tokens], api_name="inspect", **reading.LATEST)
     # no tokens of an earlier text stay below a text that cannot be read
     inspected.failure(lambda: ("", []), None, [summary, tokens], **QUIET)
     gr.on(fn=MethodType(alternatives, models), inputs=inputs, outputs=[token, *lists],
-          api_name="alternatives", **LATEST)
+          api_name="alternatives", **reading.LATEST)
     tokens.select(position_of, None, position, **QUIET)
     gr.on(fn=None, inputs=position, outputs=chosen_mark, js="page.markToken")
     forking = gr.on([shown.select for shown in lists], MethodType(fork, models), inputs, fork_text,
@@ -107,7 +104,7 @@ def inspect(models: Models, text: str, model: str):
             label = next(label for label, lowest, _ in CLASSES if p >= lowest)
             scored.append((token["logprob"], len(engine.tokenizer.decode_bytes([i]))))
         line_end = "\n" if token["text"].endswith("\n") else ""
-        spans.append((in_text(engine, i) + line_end, label))
+        spans.append((reading.in_text(engine, i) + line_end, label))
 
     summary = f"{len(ids):,} tokens, {len(text.encode(errors='replace')):,} bytes"
     if scored:
@@ -122,7 +119,7 @@ def inspect(models: Models, text: str, model: str):
 # One position
 
 @functools.lru_cache(maxsize=4)
-def logprobs_at(place: Place):
+def logprobs_at(place: reading.Place):
     """Log-probabilities (V,) of the token at the place, in the engine's precision.
 
     They come with a token that the engine samples, which is ignored; the engine keeps the KV cache,
@@ -133,17 +130,14 @@ def logprobs_at(place: Place):
     request = place.engine.submit(ids, max_new_tokens=1, temperature=0, logprobs=vocab_size,
                                   client=visitor())
     (_, token), *_ = request  # to its end
-    logprobs = np.empty(vocab_size, np.float32)
-    for i, logprob in token.top:
-        logprobs[i] = logprob
-    return logprobs
+    return np.array([logprob for _, logprob in sorted(token.top)], np.float32)
 
 
 def alternatives(models: Models, text: str, model: str, position: int, temperature: float,
                  top_k: int, top_p: float):
     """Returns a sentence about the token at the position, and the most likely tokens there with two
     probabilities: the model's, and the one with which the settings sample them."""
-    place = place_in(models, text, model, position)
+    place = reading.place_in(models, text, model, position)
     logprobs = logprobs_at(place)  # (V,)
     expected = np.exp(logprobs)  # (V,)
     sampled = reading.probabilities(logprobs, temperature, top_k or None, top_p)  # (V,)
@@ -154,7 +148,7 @@ def alternatives(models: Models, text: str, model: str, position: int, temperatu
     else:
         rank = 1 + (logprobs > logprobs[token]).sum()
         sentence = (
-            f"“{visible(place.engine, token)}” has probability {expected[token]:.2%}, rank "
+            f"“{reading.visible(place.engine, token)}” has probability {expected[token]:.2%}, rank "
             f"{rank:,} of {len(logprobs):,} tokens, {-logprobs[token] / math.log(2):.2f} bits. "
             f"With the settings its probability is {sampled[token]:.2%}, and the number of tokens "
             f"to choose from is {(sampled > 0).sum():,}. ␣ is a space.")
@@ -166,15 +160,14 @@ def alternatives(models: Models, text: str, model: str, position: int, temperatu
 def fork(models: Models, choice: gr.SelectData, text: str, model: str, position: int,
          temperature: float, top_k: int, top_p: float):
     """Streams the text up to the position, the chosen token, and the model's continuation."""
-    place = place_in(models, text, model, position)
-    engine = place.engine
+    place = reading.place_in(models, text, model, position)
     token = place.likeliest(logprobs_at(place)).get(str(choice.value))
     if token is None:
         raise UserError("Choose one of the alternatives.")
     prompt = [*place.ids[:place.index], token]
-    written = engine.tokenizer.decode(prompt[place.start:])
-    pieces = engine.stream(prompt, max_new_tokens=FORK_LENGTH, temperature=temperature,
-                           top_k=top_k or None, top_p=top_p, client=visitor())
+    written = place.engine.tokenizer.decode(prompt[place.start:])
+    pieces = place.engine.stream(prompt, max_new_tokens=FORK_LENGTH, temperature=temperature,
+                                 top_k=top_k or None, top_p=top_p, client=visitor())
     for count, piece in enumerate(pieces):
         written += piece
         if count % REFRESH_TOKENS == 0:

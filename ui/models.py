@@ -20,7 +20,7 @@ from ui import zero
 MAX_LOADED = 2  # models in memory; the least recently used one goes first
 MAX_TIME_S = 300  # for one text, including its wait in the queue
 PREFIX_BYTES = 2**26  # per model, for the KV caches that later prompts reuse
-CHAT_MODEL = "bundled:chat"
+DTYPES = list(get_args(Dtype))
 
 # model -> prompts that resemble what it was trained on
 BEGINNINGS = read_json(Path(__file__).parents[1] / "assets" / "beginnings.json")
@@ -65,9 +65,7 @@ class Models:
 
     def checkpoints(self, run: str) -> dict[int, str]:
         """The checkpoints that a run has saved: step -> model name. Empty if it is not a run."""
-        if run not in checkpoint.list_runs():
-            return {}
-        steps = checkpoint.model_steps(Path(run))
+        steps = checkpoint.model_steps(Path(run)) if run in checkpoint.list_runs() else []
         return {step: str(checkpoint.model_path(Path(run), step)) for step in steps}
 
     def list_with_checkpoints(self) -> list[str]:
@@ -88,7 +86,7 @@ class Models:
 
     def chat_model(self) -> str:
         """The model that Chat opens with: the bundled chat model, if there is one."""
-        return CHAT_MODEL if CHAT_MODEL in self.names else self.default
+        return "bundled:chat" if "bundled:chat" in self.names else self.default
 
     # ----------------------------------------------------------------------------------------------
     # Loading
@@ -100,8 +98,8 @@ class Models:
         if name not in self.names and name not in self.list_with_checkpoints():
             raise UserError("Choose a model from the list.")
         dtype = dtype or self.dtype
-        if dtype not in get_args(Dtype):
-            raise UserError(f"The precision must be one of {', '.join(get_args(Dtype))}.")
+        if dtype not in DTYPES:
+            raise UserError(f"The precision must be one of {', '.join(DTYPES)}.")
         key = name, dtype
         with self.lock:
             future = self.loaded.get(key)

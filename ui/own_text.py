@@ -13,8 +13,6 @@ The text and its tokens lie in a temporary folder until the training ends. The m
 run log/<name>.
 """
 import atexit
-import codecs
-import contextlib
 import itertools
 import math
 import re
@@ -40,7 +38,6 @@ MEASURE_S = 3  # of training, to know the speed
 MAX_STEPS_PER_S = 200  # ends a training whose server was killed
 DECAY = 0.25  # steps of the decay for each step before it: "wsd" decays in the last fifth
 POLL_S = 0.2
-
 
 # Options of train.py, and the time of a token, as a multiple of the first size's on two cores.
 Size = namedtuple("Size", "n_layer n_head n_embd block_size micro_batch learning_rate cost")
@@ -141,14 +138,14 @@ class OwnTextTraining:
 
         def until() -> bool:
             self.size = self.size or self.choose_size()
-            return self.size not in (None, size) or self.decay_must_start(launched_at)
+            ends_early = self.size not in (None, size) or self.decay_must_start(launched_at)
+            return steps is None and ends_early
 
         values = {**size._asdict(), "batch_tokens": size.micro_batch * size.block_size,
                   "max_steps": steps or round(MAX_STEPS_PER_S * self.seconds)}
         del values["cost"]
         options = [*options, *(f"--{name}={value}" for name, value in values.items())]
-        self.call("train.py", "shakespeare-char-cpu", *options,
-                  until=until if steps is None else lambda: False)
+        self.call("train.py", "shakespeare-char-cpu", *options, until=until)
 
     def decay_must_start(self, launched_at: float) -> bool:
         """Whether a restart of train.py and the decay take all of the time that is left."""
@@ -190,8 +187,7 @@ class OwnTextTraining:
                 if until():
                     self.process.terminate()
                     self.process.wait()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(POLL_S)
+                time.sleep(POLL_S)
             output.seek(0)
             said = output.read().decode("utf-8", errors="replace").strip() or "it said nothing"
         if self.process.returncode not in (0, 143, -15):  # SIGTERM: 143 once it trains
@@ -208,9 +204,8 @@ def read_text(path: Path) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        # a byte order mark of UTF-16 is never valid in UTF-8
-        has_mark = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if has_mark else "cp1252", errors="replace")
+        has_utf16_mark = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if has_utf16_mark else "cp1252", errors="replace")
     if "\0" in text:
         raise UserError("This file is not plain text: save it as .txt first.")
     return text.replace("\r\n", "\n")

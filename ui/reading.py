@@ -3,6 +3,7 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from common.errors import UserError
 from engine.internals import Trace, trace_tokens
@@ -64,10 +65,13 @@ class Place(NamedTuple):
         """The position's row in the trace; T at the end of the text."""
         return self.index - self.first
 
-    def logits(self):
+    def lens(self, rows: list[int]) -> torch.Tensor:
+        """Logits (L + 1, R, V) of the tokens after these rows, see `Trace.lens`."""
+        return self.trace.lens(rows)[..., :self.engine.tokenizer.vocab_size]
+
+    def logits(self) -> np.ndarray:
         """Logits (V,) of the token at the position, which the tokens before it predict."""
-        logits = self.trace.lens([self.row - 1])[-1, 0]
-        return logits[:self.engine.tokenizer.vocab_size].cpu().numpy()
+        return self.lens([self.row - 1])[-1, 0].cpu().numpy()
 
     def likeliest(self, logits, count: int = 10) -> dict[str, int]:
         """The most likely tokens by logits (V,) or log-probabilities, the first one first: their

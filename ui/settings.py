@@ -1,19 +1,16 @@
 """What the tabs share: texts, HTML, and the settings of a text as components and as values."""
 import secrets
 from pathlib import Path
-from typing import get_args
 
 import gradio as gr
 import jinja2
 
 from common.errors import UserError
 from engine.sampling import MAX_STOP_CHARS, Sampling
-from generate import Dtype
 from ui.models import Models
 
 MAX_BYTES = 40_000  # in a prompt
 MAX_STOPS = 4
-DTYPES = list(get_args(Dtype))
 TEMPERATURE, TOP_K, TOP_P, LENGTH = 0.7, 0, 0.9, 300  # defaults, on the page and in its API
 # for an event that is not part of the API and needs no progress bar
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
@@ -41,7 +38,7 @@ TEXTS = read_sections("page.md")
 # functions that write HTML and escape their arguments
 HTML = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "static"), autoescape=True,
-    trim_blocks=True, lstrip_blocks=True).get_template("views.html").module
+).get_template("views.html").module
 
 
 def label_of(name: str) -> str:
@@ -115,6 +112,5 @@ def validate(prompt: str, temperature: float, top_k: int, top_p: float, length: 
 
     # several versions are ranked by their log-probabilities
     return Sampling(
-        max_new_tokens=int(length), temperature=float(temperature), top_k=int(top_k) or None,
-        top_p=float(top_p), stop=tuple(stop), seed=int(seed),
-        logprobs=0 if versions > 1 else None)
+        max_new_tokens=int(length), temperature=temperature, top_k=int(top_k) or None, top_p=top_p,
+        stop=tuple(stop), seed=int(seed), logprobs=0 if versions > 1 else None)

@@ -22,7 +22,6 @@ SANS, MONO = (gr.themes.LocalFont(f"IBM Plex {kind}", weights=(400, 700))
               for kind in ("Sans", "Mono"))
 
 THEME = gr.themes.Base(
-    primary_hue=INK, secondary_hue=INK, neutral_hue=PAPER,
-    radius_size=gr.themes.sizes.radius_lg,
+    primary_hue=INK, secondary_hue=INK, neutral_hue=PAPER, radius_size=gr.themes.sizes.radius_lg,
     font=[SANS, "system-ui", "sans-serif"], font_mono=[MONO, "ui-monospace", "monospace"],
 ).set(**read_json(Path(__file__).parent / "static" / "theme.json"))

@@ -41,9 +41,8 @@ def attention_view(place: Place) -> str:
     """The head that looks most at one token, leaving out the first one and the last two."""
     attention = place.trace.attention[:, :, -1].clone()  # (L, nh, T)
     attention[:, :, [0, -2, -1]] = 0
-    layer, head, _ = (int(i) for i in torch.unravel_index(attention.argmax(), attention.shape))
-    return (f"<p>Layer {layer + 1}, head {head + 1}.</p>"
-            f"{layers.attention_html(place, layer + 1, head + 1)}")
+    layer, head, _ = (int(i) + 1 for i in torch.unravel_index(attention.argmax(), attention.shape))
+    return f"<p>Layer {layer}, head {head}.</p>{layers.attention_html(place, layer, head)}"
 
 
 def mlp_view(place: Place) -> str:
@@ -85,8 +84,8 @@ def sampling_view(place: Place) -> str:
 
 
 def loss_view(place: Place) -> str:
-    ids, V = place.trace.ids, place.engine.tokenizer.vocab_size
-    logits = place.trace.lens(list(range(len(ids) - 1)))[-1, :, :V]  # (T - 1, V)
+    ids = place.trace.ids
+    logits = place.lens(list(range(len(ids) - 1)))[-1]  # (T - 1, V)
     losses = F.cross_entropy(logits.cpu(), torch.tensor(ids[1:]), reduction="none")  # (T - 1,)
     weights = (-losses / losses.max()).tolist()
     notes = [f"{loss:.1f}" for loss in losses.tolist()]

@@ -77,8 +77,7 @@ def build(_models) -> tuple[gr.Button, gr.Textbox]:
     gr.on([opened, gr.Timer(POLL_S).tick], update, [runs, seen],
           [seen, runs, progress, *plots, status, *own_text], api_visibility="private", **in_order)
     opened(lambda: list_runs()[:1], None, runs, **QUIET)  # choose the newest one
-    write_button, *_, model = own_text
-    return write_button, model
+    return own_text[0], own_text[-1]
 
 
 def build_own_text(training: OwnTextTraining) -> tuple:
@@ -162,10 +161,9 @@ def line_plot(curves: list[pd.DataFrame], value: str) -> gr.LinePlot:
 
 def measurements(run: Path) -> pd.DataFrame:
     """A run's metrics; an empty table if it has just started."""
-    try:
+    with contextlib.suppress(UserError):
         return report.metrics(run)
-    except UserError:
-        return pd.DataFrame(columns=["step", "tokens", "time"])
+    return pd.DataFrame(columns=["step", "tokens", "time"])
 
 
 def progress_of(run: Path, frame: pd.DataFrame) -> list[str]:

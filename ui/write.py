@@ -10,7 +10,7 @@ import gradio as gr
 
 from common.files import parse_json
 from ui import settings
-from ui.models import Models
+from ui.models import DTYPES, Models
 from ui.stream import Writing, follow
 
 # the arguments of `write` that follow the prompt
@@ -106,15 +106,13 @@ def settings_column(models: Models) -> tuple:
     with gr.Accordion("More settings", open=False, elem_id="more") as more:
         boxes |= {name: settings.slider(name) for name in ("top_k", "top_p", "versions", "seed")}
         new_seed = gr.Checkbox(value=True, label="New seed each time", elem_id="new-seed")
-        boxes["stop"] = gr.Textbox(
-            "", label="Stop strings", lines=2, elem_id="stops",
-            info="One per line, \\n for a line break. The text ends before the first one.")
-        boxes["dtype"] = gr.Dropdown(settings.DTYPES, value=models.dtype, label="Precision",
+        boxes["stop"] = gr.Textbox("", label="Stop strings", lines=2, elem_id="stops",
+                                   info=settings.TEXTS["stop"])
+        boxes["dtype"] = gr.Dropdown(DTYPES, value=models.dtype, label="Precision",
                                      elem_id="dtype")
     with gr.Accordion("Save or share", open=False, elem_id="save"):
-        link = gr.Textbox(
-            label="Link", buttons=["copy"], interactive=False, max_lines=2, elem_id="link",
-            info="Contains prompt, settings and seed, and writes the same text again.")
+        link = gr.Textbox(label="Link", info=settings.TEXTS["link"], buttons=["copy"],
+                          interactive=False, max_lines=2, elem_id="link")
         with gr.Row():
             for kind in "txt", "json":
                 button = gr.Button(f"Download {kind}", size="sm")
@@ -145,7 +143,7 @@ def read_link(models: Models, fragment: str) -> list:
         if name == "model":
             return value in models.names
         if name == "dtype":
-            return value in settings.DTYPES
+            return value in DTYPES
         if name == "stop":
             return isinstance(value, str)
         return settings.in_range(name, value)

@@ -23,8 +23,7 @@ from tokenizer import Tokenizer
 
 @functools.lru_cache(maxsize=1)  # the process serves several calls, one after another
 def gpu_engine(path: str) -> Engine:
-    model, tokenizer, _ = checkpoint.load_model(path, pick_device("auto"))
-    return Engine(model, tokenizer)
+    return Engine(*checkpoint.load_model(path, pick_device("auto"))[:2])
 
 
 def events(path: str, ids: list[int], n: int, sampling: dict):
