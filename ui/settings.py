@@ -36,9 +36,8 @@ def read_sections(file: str) -> dict[str, str]:
 
 TEXTS = read_sections("page.md")
 # functions that write HTML and escape their arguments
-HTML = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "static"), autoescape=True,
-).get_template("views.html").module
+FILES = jinja2.FileSystemLoader(Path(__file__).parent / "static")
+HTML = jinja2.Environment(loader=FILES, autoescape=True).get_template("views.html").module
 
 
 def label_of(name: str) -> str:

@@ -44,8 +44,7 @@ def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown, gr.Button]:
         gr.on([write_button.click, text.submit], None, [seed, new_seed], [prompt, seed],
               js="page.write.start"),
         again_button.click(None, [seed, new_seed], [prompt, seed], js="page.write.again"),
-        opened_link.change(None, prompt, None, js="page.write.follow"),
-    ]
+        opened_link.change(None, prompt, None, js="page.write.follow")]
     running = [start.then(MethodType(show, models), [prompt, *boxes.values()], [written, figures],
                           concurrency_limit=None, **settings.QUIET) for start in starts]
     written.change(None, written, link, js="page.write.receive")
@@ -80,8 +79,7 @@ def text_column(models: Models) -> tuple:
     gr.Markdown(settings.TEXTS["write help"], elem_id="write-help")
     with gr.Row(elem_id="tools"):
         for name in "undo", "redo", "clear":
-            button = gr.Button(name.capitalize(), size="sm", elem_id=name)
-            button.click(js=f"page.write.{name}")
+            gr.Button(name.capitalize(), size="sm", elem_id=name).click(js=f"page.write.{name}")
         look_button = gr.Button("Look inside this text", size="sm", elem_id="look")
         colours = gr.Checkbox(label="Colour by probability", elem_id="colours")
         colours.change(js="page.write.measure")
@@ -231,8 +229,7 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
             {"text": text, "tokens": tokens, "reason": reason,
              "mean_logprob": logprob / max(1, tokens) if versions > 1 else None}
             for text, tokens, reason, logprob in zip(
-                writing.texts, writing.tokens, writing.reasons, writing.logprobs)
-        ]
+                writing.texts, writing.tokens, writing.reasons, writing.logprobs)]
         if versions > 1 and writing.done:
             results.sort(key=lambda version: version["mean_logprob"], reverse=True)
         # several versions have a winner only once all have ended
