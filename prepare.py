@@ -43,7 +43,7 @@ from tokenizer import CharTokenizer, Tokenizer, code_points, load_tokenizer, tra
 COMMIT_INTERVAL_S = 1.0  # after the sample for the estimate, a kill loses at most this much work
 SAMPLE_S = 2.0  # how long the first batches are measured to estimate the time of all
 SAMPLE_TOKENS = 2**26  # at most so many are measured, and kept until the estimate is printed
-DISK_BYTES_PER_S = 2e8  # assumed for the estimate of copying shards
+DISK_BYTES_PER_S = 2e8  # assumed in the estimate for writing and hashing shards
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -292,7 +292,9 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int],
     measured_bytes = sum(batch.counts["bytes"] for batch in sample[middle:])
     seconds_per_byte = (times[-1] - times[middle]) / max(1, measured_bytes)
     seconds = times[-1] - times[0] + (total_bytes - done_bytes) * seconds_per_byte
-    return Plan(total_bytes, tokens, tokens * itemsize, seconds), sample
+    disk_bytes = tokens * itemsize
+    seconds += disk_bytes / DISK_BYTES_PER_S
+    return Plan(total_bytes, tokens, disk_bytes, seconds), sample
 
 
 def print_plan(plan: Plan, source: sources.Source, files: list[str], out: Path, counts: Counter):

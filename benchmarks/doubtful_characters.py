@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from corpus.fast_bpe import BatchEncoder
+from corpus.fast_bpe import BatchEncoder, split
 from tokenizer import load_tokenizer
 
 NEIGHBORS = "", "a", "1", ".", " ", "\n", "'s", "'ll"
@@ -24,7 +24,8 @@ def main():
     for begin in range(0, 0x110000, 0x1000):
         codes = [code for code in range(begin, begin + 0x1000) if not 0xD800 <= code < 0xE000]
         texts = [template.replace("\0", chr(code)) for code in codes]
-        for code, text, ids in zip(codes, texts, encoder.encode_with_gigatoken(texts)):
+        arrays = split(*encoder.encode_with_gigatoken([text.encode() for text in texts]))
+        for code, text, ids in zip(codes, texts, arrays):
             if not np.array_equal(ids, tokenizer.encode_array(text)):
                 found.append(code)
 

@@ -83,27 +83,23 @@ def encode_batch(encoder: BatchEncoder, batch: list[reader.Passage]) -> EncodedB
             continue
         text, replaced = tokenizer.replace_unknown(text)
         unknown |= dict.fromkeys(replaced)
-        texts.append(text)
+        texts.append(text.encode())
         is_start.append(passage.is_start)
-        counts["bytes"] += len(text) if text.isascii() else len(text.encode())
+        counts["bytes"] += len(texts[-1])
         counts["repaired"] += passage.is_start and not passage.intact
 
-    # join the tokens, marking where documents start
-    mark = [] if tokenizer.eot is None else [tokenizer.eot]
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    pieces = [np.empty(0, dtype)]
-    starts = []
-    length = 0
-    for ids, is_first in zip(encoder.encode_batch(texts), is_start):
-        if is_first:
-            starts.append(length)
-            pieces.append(mark)
-            length += len(mark)
-        pieces.append(ids)
-        length += len(ids)
-    tokens = np.concatenate(pieces, dtype=dtype, casting="unsafe")
+    # mark where documents start, and close the other places
+    ids, places = encoder.encode_batch(texts)
+    is_start = np.array(is_start, dtype=bool)
+    has_mark = tokenizer.eot is not None
+    if has_mark:
+        ids[places] = tokenizer.eot
+    is_closed = ~(is_start & has_mark)
+    tokens = np.delete(ids, places[is_closed])
+    starts = (places - np.cumsum(is_closed) + is_closed)[is_start]
     last = batch[-1]
-    return EncodedBatch(tokens, np.array(starts, dtype=np.int64), last.split, last.cursor,
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    return EncodedBatch(tokens.astype(dtype), starts, last.split, last.cursor,
                         sum(passage.size for passage in batch), dict(counts), "".join(unknown))
 
 

@@ -1,7 +1,7 @@
 """Encode batches of texts with gigatoken, which is fifteen times as fast as tiktoken.
 
     encoder = BatchEncoder(load_tokenizer("gpt2"))
-    encoder.encode_batch(["a text", "another"])  # one array of ids for each
+    ids, places = encoder.encode_batch([b"a text", b"another"])
 
 The ids are always those of `tokenizer.encode`. A text that gigatoken could split in another way is
 left to tiktoken. So is every text if gigatoken is not installed or fails a comparison at the start.
@@ -29,13 +29,15 @@ for first, last in DOUBTFUL:
 
 # tiktoken cannot encode a million blanks in a row, and its ids then depend on where it is cut
 BLANKS = 2**18
-RENEW_CHARS = 10**9  # gigatoken never forgets a word: start afresh after so much text
+RENEW_BYTES = 10**9  # gigatoken never forgets a word: start afresh after so much text
 CHECKED_STRIDE = 61  # the comparison at the start takes every 61st code point
-SEPARATOR = "<|next text|>"  # gigatoken gives it the id after the vocabulary's last
+SEPARATOR = b"<|next text|>"  # gigatoken gives it the id after the vocabulary's last
+FREE = 0  # the id at a free place
 
-# the first bytes, in UTF-8, of the characters in DOUBTFUL
-DOUBTFUL_LEADS = {chr(code).encode("utf-8", "surrogatepass")[:1]
-                  for code in np.flatnonzero(IS_DOUBTFUL).tolist()}
+# for the first two bytes of a character in UTF-8: whether a character in DOUBTFUL starts with them
+IS_DOUBTFUL_START = np.zeros((256, 256), dtype=bool)
+for code in np.flatnonzero(IS_DOUBTFUL).tolist():
+    IS_DOUBTFUL_START[*chr(code).encode("utf-8", "surrogatepass")[:2]] = True
 
 
 class BatchEncoder:
@@ -43,7 +45,7 @@ class BatchEncoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.idle = []  # gigatokens and the characters that each has seen: threads take one each
+        self.idle = []  # gigatokens and the bytes that each has seen: threads take one each
         self.uses_gigatoken = False
         if getattr(tokenizer, "fast", None):
             problem = self.compare_with_tiktoken()
@@ -56,73 +58,99 @@ class BatchEncoder:
         chars = map(chr, np.flatnonzero(~IS_DOUBTFUL)[:0x32400:CHECKED_STRIDE].tolist())
         texts = [f"It's {char} we'll{char}'re 12{char}\n\n {char}  <|endoftext|>" for char in chars]
         try:
-            ours = self.encode_with_gigatoken(texts)
+            ours, _ = self.encode_with_gigatoken([text.encode() for text in texts])
         except ImportError:
             return "gigatoken is not installed (pip install gigatoken)"
         except Exception as error:  # whatever a later version may raise
             return f"gigatoken failed ({type(error).__name__}: {error})"
-        theirs = self.tokenizer.encode_batch(texts)
-        if len(ours) != len(theirs) or not all(map(np.array_equal, ours, theirs)):
+        theirs, _ = join(self.tokenizer.encode_batch(texts))
+        if not np.array_equal(ours, theirs):
             return "This version of gigatoken gives other ids than tiktoken"
         return None
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return an array of ids for each text."""
-        if not self.uses_gigatoken:
-            return self.tokenizer.encode_batch(texts)
-        exact = {}
-        if is_doubtful("\n".join(texts)):
-            texts = texts.copy()
-            for i in [i for i, text in enumerate(texts) if is_doubtful(text)]:
-                exact[i] = self.tokenizer.encode_array(texts[i])
-                texts[i] = ""
-        arrays = self.encode_with_gigatoken(texts)
-        return [exact.get(i, array) for i, array in enumerate(arrays)]
+    def encode_batch(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts given in UTF-8.
 
-    def encode_with_gigatoken(self, texts: list[str]) -> list[np.ndarray]:
+        Returns the ids of all texts in one array, and the indices of a free place before each.
+        """
+        if not self.uses_gigatoken:
+            return join(self.tokenizer.encode_batch(list(map(decode, texts))))
+        is_long = any(len(text) >= BLANKS for text in texts)
+        if not is_long and not is_doubtful(b"\n".join(texts)):
+            return self.encode_with_gigatoken(texts)
+
+        # encode the doubtful texts with tiktoken and the others with gigatoken
+        exact = {i: self.tokenizer.encode_array(decode(text)) for i, text in enumerate(texts)
+                 if is_doubtful(text) or has_many_blanks(decode(text))}
+        ids, places = self.encode_with_gigatoken(
+            [b"" if i in exact else text for i, text in enumerate(texts)])
+        return join([exact.get(i, array) for i, array in enumerate(split(ids, places))])
+
+    def encode_with_gigatoken(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         import gigatoken  # noqa: PLC0415 (optional)
         try:
-            bpe, chars = self.idle.pop()
+            bpe, seen_bytes = self.idle.pop()
         except IndexError:
-            bpe, chars = make_gigatoken(gigatoken.Tokenizer, self.tokenizer), 0
+            bpe, seen_bytes = make_gigatoken(gigatoken.Tokenizer, self.tokenizer), 0
 
         # encode all texts as one: for a list of texts, gigatoken imports `awkward`, which is slow
-        joined = "".join([SEPARATOR + text for text in texts])
-        data = gigatoken.BytesSource(joined.encode())
+        joined = SEPARATOR.join([b"", *texts])
+        data = gigatoken.BytesSource(joined)
         ids = bpe.encode_batch_padded(data, pad_id=0, parallel=False)[0].ravel()
-        chars += len(joined)
-        if chars < RENEW_CHARS:
-            self.idle.append((bpe, chars))
-        begins = np.flatnonzero(ids == self.tokenizer.vocab_size).tolist()
-        return [ids[begin + 1:end] for begin, end in zip(begins, [*begins[1:], len(ids)])]
+        seen_bytes += len(joined)
+        if seen_bytes < RENEW_BYTES:
+            self.idle.append((bpe, seen_bytes))
+        places = np.flatnonzero(ids == self.tokenizer.vocab_size)
+        ids[places] = FREE
+        return ids, places
+
+
+def join(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the arrays of ids as one, and the indices of a free place before each."""
+    free = np.full(1, FREE, dtype=np.uint32)
+    ends = np.cumsum([1 + len(array) for array in arrays], dtype=np.int64)
+    ids = [part for array in arrays for part in (free, array)]
+    return np.concatenate([free[:0], *ids]), np.concatenate([[0], ends])[:len(arrays)]
+
+
+def split(ids: np.ndarray, places: np.ndarray) -> list[np.ndarray]:
+    """Return one array for each text, as `join` takes them."""
+    return [part[1:] for part in np.split(ids, places)[1:]]
 
 
 def make_gigatoken(library, tokenizer: Tokenizer):
     """Return the tokenizer as one of gigatoken's, with SEPARATOR as its only special token."""
+    content = SEPARATOR.decode()
     if tokenizer.kind == "gpt2":
-        return library.from_tiktoken(RANKS, "gpt2", {SEPARATOR: tokenizer.vocab_size})
-    separator = {"id": tokenizer.vocab_size, "content": SEPARATOR, "special": True,
+        return library.from_tiktoken(RANKS, "gpt2", {content: tokenizer.vocab_size})
+    separator = {"id": tokenizer.vocab_size, "content": content, "special": True,
                  "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     description = json.loads(tokenizer.description)
     return library.from_json(json.dumps(description | {"added_tokens": [separator]}))
 
 
-def is_doubtful(text: str) -> bool:
-    """Whether gigatoken's ids of the text may not be tiktoken's."""
-    if any(text[i:i + BLANKS].isspace() for i in range(0, len(text), BLANKS)):
-        return True
+def decode(text: bytes) -> str:
+    return text.decode("utf-8", "surrogatepass")
+
+
+def has_many_blanks(text: str) -> bool:
+    return any(text[i:i + BLANKS].isspace() for i in range(0, len(text), BLANKS))
+
+
+def is_doubtful(text: bytes) -> bool:
+    """Whether the text holds characters with which gigatoken's ids may not be tiktoken's."""
     if SEPARATOR in text:
         return True
     if text.isascii():
         return False
 
-    # most texts have no byte with which a doubtful character starts
-    encoded = text.encode("utf-8", "surrogatepass")
-    if not any(lead in encoded for lead in DOUBTFUL_LEADS):
+    # most texts have no two bytes with which a doubtful character starts
+    data = np.frombuffer(text, dtype=np.uint8)
+    leads = np.flatnonzero(data >= 0xE0)  # of characters of three or four bytes
+    if not IS_DOUBTFUL_START[data[leads], data[leads + 1]].any():
         return False
 
     # look up the code points of what is not ASCII
-    data = np.frombuffer(encoded, dtype=np.uint8)
-    rest = data[data >= 0x80].tobytes().decode("utf-8", "surrogatepass")
+    rest = decode(data[data >= 0x80].tobytes())
     codes = np.frombuffer(rest.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     return bool(IS_DOUBTFUL[codes].any())
