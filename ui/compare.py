@@ -137,8 +137,8 @@ async def side_by_side(models: Models, prompt: str, *values):
             lines.insert(0, f"Identical for the first {agree:,} characters, then they part.")
         elif any(texts):
             lines.insert(0, f"Identical so far: {agree:,} characters.")
-        end = agree if parted else max(map(len, texts))  # of what they share
-        sides = [settings.HTML.side(letter, name, prompt, text[:end], text[end:])
+        shared = agree if parted else max(map(len, texts))
+        sides = [settings.HTML.side(letter, name, prompt, text[:shared], text[shared:])
                  for letter, name, text in zip("AB", result["names"], texts)]
         yield *sides, "\n".join(lines)
 
