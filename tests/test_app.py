@@ -321,7 +321,7 @@ def test_a_click_on_a_word_shows_what_else_it_could_have_been(open_page, bundled
     at = text.index("J")
     page.locator("#text textarea").evaluate(f"box => box.setSelectionRange({at}, {at})")
     page.locator("#text textarea").press("Alt+ArrowDown")
-    expected = [other for other, _ in bundled.inspect(text)[at]["top"]][:8]
+    expected = [bundled.tokenizer.decode([i]) for i, _ in bundled.inspect(text)[at]["top"]][:8]
     choices = page.locator(".others button span").all_inner_texts()
     assert [choice for choice in choices if choice.isalpha()] == [
         other for other in expected if other.isalpha()]

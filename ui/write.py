@@ -106,8 +106,7 @@ def settings_column(models: Models) -> tuple:
         new_seed = gr.Checkbox(value=True, label="New seed each time", elem_id="new-seed")
         boxes["stop"] = gr.Textbox("", label="Stop strings", lines=2, elem_id="stops",
                                    info=settings.TEXTS["stop"])
-        boxes["dtype"] = gr.Dropdown(DTYPES, value=models.dtype, label="Precision",
-                                     elem_id="dtype")
+        boxes["dtype"] = gr.Dropdown(DTYPES, value=models.dtype, label="Precision", elem_id="dtype")
     with gr.Accordion("Save or share", open=False, elem_id="save"):
         link = gr.Textbox(label="Link", info=settings.TEXTS["link"], buttons=["copy"],
                           interactive=False, max_lines=2, elem_id="link")
@@ -179,6 +178,7 @@ def measure_text(models: Models, request: dict) -> dict:
         decode = engine.tokenizer.stream_decoder()
         for token in tokens:
             token["text"] = decode([token["id"]])
+            token["top"] = [(engine.tokenizer.decode([i]), logprob) for i, logprob in token["top"]]
     return {"used": used, "size": engine.block_size, "tokens": tokens}
 
 
