@@ -24,7 +24,7 @@ from engine.scheduler import Scheduler
 from generate import Engine
 from tokenizer import CharTokenizer
 from ui import stream
-from ui.models import BEGINNINGS, Models, show_user_errors
+from ui.models import BEGINNINGS, Models
 from ui.settings import MAX_BYTES
 from ui.write import read_link, write
 
@@ -211,8 +211,15 @@ def test_a_link_of_a_hundred_thousand_brackets_is_not_one_of_ours():
 
 
 def test_an_error_shows_what_it_quotes_as_text():
-    with pytest.raises(gr.Error) as caught, show_user_errors():
+    def fail():
         raise UserError(f"The name {MARKUP} is not valid.")
+
+    with app.Page() as page:
+        page.load(fail)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # playwright's loop runs in this one
+        answer = thread.submit(asyncio.run, page.process_api(0, []))
+        with pytest.raises(gr.Error) as caught:
+            answer.result()
     assert caught.value.message == "The name &lt;img src=x onerror=alert(1)&gt; is not valid."
 
 

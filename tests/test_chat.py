@@ -4,13 +4,13 @@ import concurrent.futures
 import json
 import re
 
-import gradio as gr
 import pytest
 from conftest import go_to, running_page
 from playwright.sync_api import expect
 
 import checkpoint
 from api.conversation import chat_ids
+from common.errors import UserError
 from generate import Engine
 from ui import chat
 from ui.models import Models
@@ -260,5 +260,5 @@ def test_an_error_of_the_page_is_a_sentence_of_the_conversation():
     settings = ["/etc/passwd", "A", "B", 0.7, 0, 0.9, 20]
     [shown] = collect(chat.answer(Models("bundled:shakespeare"), talk, *settings))
     assert shown["error"] == "Choose a model from the list." and shown["turns"] == talk["turns"]
-    with pytest.raises(gr.Error, match="from the list"):
+    with pytest.raises(UserError, match="from the list"):
         collect(chat.chat(Models("bundled:shakespeare"), "Hello", model="/etc/passwd"))
