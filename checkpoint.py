@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import ddp
 from common.errors import UserError
 from common.files import DISK_FULL, read_json, sha256, write_json
-from model import GPT
+from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer
 from training import sharding
 from weights.huggingface import load_folder
@@ -187,10 +187,12 @@ def is_complete(run: Path, step: int) -> bool:
     state = state_path(run, step)
     temporary = temporary_model(run, step)
     try:
-        expected = read_json(state / "state.json")["sha256"]
+        saved = read_json(state / "state.json")
+        expected = saved["sha256"]
         if temporary.exists() and sha256(temporary) == expected["model"]:
             os.replace(temporary, model_file(run, step))
-        return expected == compute_checksums(state, model_file(run, step))
+        is_intact = expected == compute_checksums(state, model_file(run, step))
+        return is_intact and isinstance(saved["config"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -371,8 +373,13 @@ def load_sharded(state: Path) -> tuple[GPT, Tokenizer, dict]:
         saved = read_json(state / "model.json")
         if not is_complete(state.parent, saved["step"]):
             raise ValueError("it does not match its checksums")
+        config = GPTConfig(**saved["config"])
+        # count the weights first: a damaged n_layer could ask for a billion layers
+        stored_bytes = sum(path.stat().st_size for path in state.glob("*.safetensors"))
+        if 4 * 12 * config.n_layer * config.n_embd**2 > stored_bytes:  # matrices in float32
+            raise ValueError("its configuration names more weights than it holds")
         with torch.device("meta"):
-            model = GPT(saved["config"])
+            model = GPT(config)
         weights = sharding.named_weights(model.to_empty(device="cpu").state_dict())
         # fill the weights in place, and leave the optimizer's tensors out
         loaded = sharding.read_shards(state, lambda name, _: weights.get(name))

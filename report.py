@@ -45,6 +45,7 @@ def read_lines(path: Path) -> list[dict]:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
                 line = parse_json(text)
+                str(line).encode()  # a ValueError for a lone surrogate, which pandas refuses
                 lines.append({**line, "step": int(line["step"]), "time": float(line["time"])})
     return lines
 

@@ -115,16 +115,18 @@ def read_manifest(folder) -> dict:
 
 def is_valid_manifest(manifest: dict) -> bool:
     """Whether the manifest has the format that this version writes."""
-    for shard in manifest["shards"]:
-        is_file_name = Path(shard["file"]).name == shard["file"]  # not a path out of the folder
-        if shard["split"] not in SPLITS or not is_file_name or not shard["sha256"].isalnum():
-            return False
-        if not (shard["tokens"] > 0 and shard["documents"] >= 0):
-            return False
     files = {shard["file"] for shard in manifest["shards"]}
     return (manifest["format"] == 1 and isinstance(manifest["tokenizer"], dict)
             and isinstance(manifest["source"], dict) and manifest["documents"] >= 0
-            and 0 < len(files) == len(manifest["shards"]))
+            and manifest["tokens"] > 0 and 0 < len(files) == len(manifest["shards"])
+            and all(map(is_valid_shard, manifest["shards"])))
+
+
+def is_valid_shard(shard: dict) -> bool:
+    """Whether a shard's entry in a manifest has the format that this version writes."""
+    is_file_name = Path(shard["file"]).name == shard["file"]  # not a path out of the folder
+    return (is_file_name and shard["split"] in SPLITS and shard["sha256"].isalnum()
+            and shard["tokens"] > 0 and shard["documents"] >= 0)
 
 
 def read_tokenizer(folder, manifest: dict | None = None) -> Tokenizer:

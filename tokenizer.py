@@ -15,8 +15,10 @@ import codecs
 import copy
 import functools
 import hashlib
+import io
 import json
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Iterable
@@ -415,9 +417,11 @@ def load_tokenizer(source: str | Path | dict) -> Tokenizer:
                 return BPETokenizer(description, source.get("eot"))
             case str() | Path() if Path(source).is_dir():
                 return read_folder(Path(source))
-    except UserError:
-        raise
-    except Exception as error:  # `tokenizers` raises bare exceptions
+    except BaseException as error:
+        # `tokenizers` raises bare exceptions, and its panics are not even an Exception
+        is_panic = type(error).__name__ == "PanicException"
+        if isinstance(error, UserError) or not (isinstance(error, Exception) or is_panic):
+            raise
         place = "a checkpoint or manifest" if isinstance(source, dict) else source
         raise UserError(f"The tokenizer in {place} is damaged ({type(error).__name__}: {error})."
                         ) from None
@@ -440,14 +444,16 @@ def read_folder(folder: Path) -> Tokenizer:
 def read_vocabulary(folder: Path) -> Tokenizer:
     """Load meta.pkl, tokenizer.json, or vocab.json and merges.txt, in this order of preference."""
     if (folder / "meta.pkl").exists():
-        with open(folder / "meta.pkl", "rb") as file:
-            chars = SafeUnpickler(file).load()["itos"]
+        chars = unpickle_plain((folder / "meta.pkl").read_bytes())["itos"]
         return CharTokenizer("".join(chars[i] for i in range(len(chars))))
     if (folder / "tokenizer.json").exists():
         return parse_tokenizer_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if (folder / "vocab.json").exists():
         paths = str(folder / "vocab.json"), str(folder / "merges.txt")
-        bpe = byte_level_bpe(*tokenizers.models.BPE.read_file(*paths))
+        vocab, merges = tokenizers.models.BPE.read_file(*paths)
+        if max(vocab.values()) > 10 * len(vocab):  # `tokenizers` lists all ids that are missing
+            raise ValueError("vocab.json has too few tokens for its largest id")
+        bpe = byte_level_bpe(vocab, merges)
         added = read_json(folder / "added_tokens.json")  # older versions of transformers write it
         bpe.add_special_tokens(sorted(added, key=added.get))
         if any(bpe.token_to_id(token) != i for token, i in added.items()):
@@ -471,13 +477,23 @@ def parse_tokenizer_json(description: str) -> Tokenizer:
         return CharTokenizer("".join(chars))
 
     # GPT-2's own vocabulary and merges
-    if splits_like_gpt2(parts) and vocab == gpt2_tokenizer().vocabulary():
+    has_its_size = len(vocab) == GPT2Tokenizer.vocab_size
+    if has_its_size and splits_like_gpt2(parts) and vocab == gpt2_tokenizer().vocabulary():
         merges = format_merges(read_merges(parts)).encode()
         added = {token["content"] for token in parts["added_tokens"]}
         if hashlib.sha256(merges).hexdigest() == GPT2_MERGES and added <= {END_OF_TEXT}:
             return gpt2_tokenizer()
 
     return BPETokenizer(description)
+
+
+def unpickle_plain(content: bytes):
+    """Return the plain values in a pickle. Raises ValueError if it would take more memory."""
+    for opcode, argument, _ in pickletools.genops(content):
+        # Python's unpickler reserves memory up to the largest number of a stored value
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            raise ValueError(f"the pickle numbers a value {argument:,}")
+    return SafeUnpickler(io.BytesIO(content)).load()
 
 
 class SafeUnpickler(pickle.Unpickler):

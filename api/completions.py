@@ -1,4 +1,5 @@
 """Requests in progress: text completions and chat completions, whole or as a stream of events."""
+import asyncio
 import contextlib
 import functools
 import json
@@ -186,6 +187,8 @@ class Completion:
         try:
             async for part in self.parts():
                 yield event({**head, "choices": [self.delta(part)]})
+                # if the client has left, the server learns it now, before it writes again
+                await asyncio.sleep(0)
             if with_usage:
                 yield event({**head, "choices": [], "usage": self.usage()})
         except Exception as error:  # the status is already sent, so the error becomes an event

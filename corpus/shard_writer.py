@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from common.errors import UserError
 from common.files import read_json, sha256, write_atomically, write_json
-from shards import MANIFEST, read_manifest
+from shards import MANIFEST, SPLITS, is_valid_shard, read_manifest
 from tokenizer import Tokenizer
 
 HEADER_BYTES = 128  # of a .npy file with one dimension
@@ -304,9 +304,19 @@ def part_suffix(part: int) -> str:
 
 def read_state(path: Path) -> dict:
     """Return the content of a progress or manifest file, or {} if there is none."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         state = read_json(path)
-        if isinstance(state, dict) and isinstance(state.get("counts", {}), dict):
+        if is_valid_state(state):
             return state
     raise UserError(f"{path} is damaged: delete its folder and prepare the data again, or choose "
                     "another folder with --out.")
+
+
+def is_valid_state(state: dict) -> bool:
+    """Whether the values from which a writer resumes have the types that `commit` writes."""
+    cursor = state.get("cursor", [0, 0, 0])
+    numbers = [*cursor, *state.get("counts", {}).values(), *state.get("starts", []),
+               state.get("tokens", 0)]
+    return (len(cursor) == 3 and all(isinstance(n, int) and n >= 0 for n in numbers)
+            and state.get("split") in (None, *SPLITS)
+            and all(map(is_valid_shard, state.get("shards", []))))

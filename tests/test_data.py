@@ -1,4 +1,6 @@
 """Token shards and the batches read from them."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -233,7 +235,9 @@ def test_bad_shards_get_one_sentence(stream, tmp_path):
     second.write_bytes(second.read_bytes().replace(b"}", b" "))
     with pytest.raises(UserError, match="cut off"):
         Shards(stream, "train")
-    for damaged in "{}", "[" * 10**5:
+    incomplete = json.loads((stream / "manifest.json").read_text())
+    del incomplete["tokens"]
+    for damaged in "{}", "[" * 10**5, json.dumps(incomplete):
         (stream / "manifest.json").write_text(damaged)
         with pytest.raises(UserError, match="not a manifest"):
             Shards(stream, "train")

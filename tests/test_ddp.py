@@ -309,8 +309,14 @@ def test_weights_too_large_for_one_file_stay_in_the_state_and_load_as_one_model(
     assert checkpoint.newest(large) == 6
     assert losses(large) == pytest.approx(losses(one), abs=2e-5)
 
-    # damage is noticed
+    # damage is noticed, and a model of a billion layers is not built
     rewind(large, 4)
+    description = large / "state_00004" / "model.json"
+    saved = json.loads(description.read_text())
+    saved["config"]["n_layer"] = 10**9
+    description.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="names more weights than it holds"):
+        checkpoint.load_model(large)
     part = max((large / "state_00004").glob("*.safetensors"), key=lambda path: path.stat().st_size)
     part.write_bytes(part.read_bytes()[:-1] + b"!")
     assert checkpoint.newest(large) is None

@@ -196,6 +196,9 @@ def test_nanogpts_characters_come_from_meta_pkl(tmp_path):
     meta.write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
     with pytest.raises(UserError, match="the pickle refers to"):
         checkpoint.load_model(path)
+    meta.write_bytes(b"\x80\x02}r\xff\xff\xff\x07.")  # Python would reserve 2 GB for the number
+    with pytest.raises(UserError, match="the pickle numbers a value 134,217,727"):
+        checkpoint.load_model(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -286,6 +289,22 @@ def test_one_wrong_bit_in_the_zip_directory_is_damage(gpt, tmp_path, place, bit)
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.load_model(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02}(K\x01u.", b"\x80\x02X", b"\x80\x020."],
+                         ids=["a key without a value", "no length", "an empty stack"])
+def test_opcodes_in_a_wrong_order_are_damage(tmp_path, content):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", content)
+        archive.writestr("x/version", "3\n")
+    with pytest.raises(UserError, match="is damaged, or is not a checkpoint"):
+        checkpoint.load_model(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_of_nanogpt_with_a_number_as_its_arguments_is_damaged(gpt, tmp_path):
+    torch.save({"model": gpt.state_dict(), "model_args": torch.tensor(3)}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="is not a checkpoint of this program"):
+        checkpoint.load_model(tmp_path / "ckpt.pt")
 
 
 def test_a_config_with_a_billion_layers_is_not_built(gpt, tmp_path):

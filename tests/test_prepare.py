@@ -593,6 +593,22 @@ def test_a_full_disk_gets_one_sentence_and_the_same_command_resumes(tmp_path, mo
     assert stream(tmp_path / "out") == expected_stream(DOCUMENTS)
 
 
+@pytest.mark.parametrize("damage", [
+    {"cursor": 5}, {"cursor": [0, 0]}, {"counts": {"tokens": "x"}}, {"tokens": None}, {"split": 3},
+    {"starts": [0.5]}, {"shards": [{}]}, {"shards": 1}], ids=str)
+def test_a_damaged_state_of_a_preparation_gets_one_sentence(tmp_path, damage):
+    def open_writer():
+        return ShardWriter(tmp_path, "x", CharTokenizer("ab"), {"name": "x"})
+
+    with open_writer() as writer:
+        writer.append(np.array([0, 1]), np.array([0]))
+        writer.commit((0, 1, 0))
+    path = tmp_path / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(UserError, match="is damaged: delete its folder"):
+        open_writer()
+
+
 def test_an_output_folder_never_mixes_two_preparations(tmp_path):
     source = write_corpus(tmp_path / "in", DOCUMENTS, ".jsonl")
     config = PrepareConfig(str(source), out=tmp_path / "out", shard_tokens=10_000)

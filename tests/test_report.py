@@ -44,6 +44,16 @@ def test_steps_lost_to_a_resume_and_an_incomplete_line_do_not_count(fake_run):
     assert samples == [{"step": 20, "prompt": "a", "text": "ab"}]
 
 
+def test_damage_that_is_still_json_is_left_out(fake_run):
+    """A name that is not Unicode, and a vocabulary whose size is not a number."""
+    with open(fake_run / "metrics.jsonl", "a") as file:
+        file.write('\n{"time": 93602, "step": 31, "\\ud800": 1}\n')
+    config = {"batch_tokens": 2**19, "data": "edu_fineweb10B", "vocab_size": [1]}
+    (fake_run / "config.json").write_text(json.dumps(config))
+    assert report.metrics(fake_run)["step"].max() == 30
+    assert set(report.loss(fake_run)["curve"]) == {"training", "validation"}
+
+
 def test_published_curves_accompany_only_runs_on_fineweb_edu(fake_run):
     curves = report.loss(fake_run).groupby("curve")["loss"].last()
     assert curves["allenporter/nano-gpt"] == 3.0538 and curves["samkeet/GPT_124M"] == 2.9716

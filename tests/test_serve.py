@@ -532,6 +532,30 @@ def test_a_stream_that_is_never_read_ends_its_text(engines):
     wait_until_idle(engines["char"])
 
 
+def test_a_server_learns_between_two_events_of_a_stream_that_the_client_has_left(engines):
+    """It learns this in the next turn of the event loop, and asyncio warns of a fifth write."""
+    body = CompletionRequest(model="char", prompt="abc", max_tokens=3, n=8, stream=True)
+
+    async def turns_of_the_loop() -> list[int]:
+        """The turn in which each event of the stream is written."""
+        turn = 0
+
+        async def count():
+            nonlocal turn
+            while True:
+                turn += 1
+                await asyncio.sleep(0)
+
+        counter = asyncio.create_task(count())
+        events = completions.Completion(engines["char"], body).server_sent_events()
+        turns = [turn async for _ in events]
+        counter.cancel()
+        return turns
+
+    turns = asyncio.run(turns_of_the_loop())
+    assert len(turns) > 8 and len(set(turns)) == len(turns)
+
+
 def test_a_text_that_has_ended_is_answered_without_another_wait(engines, monkeypatch):
     def no_wait(*_):
         raise AssertionError("waited although all texts have ended")

@@ -142,7 +142,10 @@ def test_an_unknown_tokenizer_gets_one_sentence(source):
     '{"model": {"type": "WordLevel", "vocab": {"hi": 0, "yo": 1}}}',
     '{"model": {"type": "WordLevel", "vocab": {"a": 5, "b": 9}}}',
     SMALL_BPE.description.replace('"continuing_subword_prefix":null',
-                                  '"continuing_subword_prefix":"##"')])
+                                  '"continuing_subword_prefix":"##"'),
+    SMALL_BPE.description.replace(  # the `tokenizers` library panics
+        '"normalizer":null',
+        '"normalizer":{"type":"Precompiled","precompiled_charsmap":"AAAA"}')])
 def test_a_damaged_or_unknown_tokenizer_json_gets_one_sentence(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="damaged"):
@@ -206,6 +209,10 @@ def test_vocab_json_and_added_tokens_json_open_with_their_special_tokens(tmp_pat
     assert ours.decode([300]) == "<|user|>"
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": 400}))
     with pytest.raises(UserError, match="do not continue"):
+        load_tokenizer(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"the": 10**8}))
+    with pytest.raises(UserError, match="too few tokens for its largest id"):
         load_tokenizer(tmp_path)
 
 

@@ -590,6 +590,14 @@ def test_a_checkpoint_that_a_signal_saved_is_evaluated_but_not_written_again(dat
     assert steps == [0, 2, 4, 6]
 
 
+def test_a_checkpoint_whose_state_lacks_the_configuration_is_damaged(data, capsys):
+    train_tiny()
+    state_json = RUN / "state_00006" / "state.json"
+    state_json.write_text(state_json.read_text().replace('"config"', '"konfig"'))
+    assert checkpoint.newest(RUN) == 4
+    assert "the checkpoint of step 6 in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("n_renames", range(4))
 def test_a_run_resumes_after_it_died_while_saving(data, monkeypatch, n_renames):
     """The process dies after `n_renames` of the renames that create its first checkpoint."""

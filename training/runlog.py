@@ -41,7 +41,8 @@ def learns_fineweb_edu(config: dict) -> bool:
     """Whether a run trains on FineWeb-Edu with a vocabulary as large as GPT-2's."""
     corpus = re.sub("[-_]", "", f"{config.get('corpus')} {config.get('data')}".lower())
     vocab_size = config.get("vocab_size") or 50257
-    return ("finewebedu" in corpus or "edufineweb" in corpus) and vocab_size >= 50257
+    is_large = isinstance(vocab_size, int) and vocab_size >= 50257
+    return ("finewebedu" in corpus or "edufineweb" in corpus) and is_large
 
 
 class Log:

@@ -99,9 +99,9 @@ def unpickle(path: Path) -> dict:
                    if name.rpartition(".")[2] == "GPTConfig"]
         with torch.serialization.safe_globals(configs):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise TypeError("it does not hold a dictionary")
-        return content
-    except DAMAGE as error:
-        raise UserError(f"{path} is damaged, or is not a checkpoint ({type(error).__name__})."
-                        ) from None
+        if isinstance(content, dict):
+            return content
+        reason = "it does not hold a dictionary"
+    except Exception as error:  # opcodes in a wrong order raise anything
+        reason = type(error).__name__
+    raise UserError(f"{path} is damaged, or is not a checkpoint ({reason}).")

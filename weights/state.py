@@ -1,7 +1,5 @@
 """Brings weights to our names and orientation, and builds the model from them."""
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -11,8 +9,8 @@ from common.errors import UserError
 from model import GPT, GPTConfig
 
 # what reading a damaged file can raise
-DAMAGE = (ValueError, KeyError, AttributeError, TypeError, OSError, RuntimeError, EOFError,
-          SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)
+DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OSError, RuntimeError,
+          SafetensorError)
 
 # matrices that Hugging Face's GPT-2 keeps in a Conv1D, as (in, out)
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",

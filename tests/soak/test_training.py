@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -164,6 +165,9 @@ def contents(folder: str) -> dict:
 # --------------------------------------------------------------------------------------------------
 # Disks and clocks
 
+RESULTS = (".pt", ".safetensors", ".npy", ".open")  # suffixes of what the programs save
+
+
 @pytest.fixture
 def disk():
     """A tmpfs on disk/, to which disk("size=40k") gives other options."""
@@ -188,25 +192,52 @@ def test_a_full_or_read_only_disk_gets_one_sentence_and_loses_nothing(prose, dis
         "prepare.py": lambda: prepare.main(prepare.PrepareConfig(
             str(prose), tokenizer="char", out=Path("disk/data"))),
         "publish.py": lambda: publish.export("bundled:shakespeare", Path("disk/model"))}
-    sizes = {"train.py": (8, 120), "prepare.py": (4, 24), "publish.py": (8, 4000)}  # KB
+    # measure what each program needs: the most that is on the disk at once
+    needs = {name: most_used(disk, program) for name, program in programs.items()}
     with Soak() as soak:
         for _ in soak:
             name = soak.random.choice(list(programs))
             read_only = soak.random.random() < 0.2
-            disk("ro,size=8m" if read_only else f"rw,size={soak.random.randint(*sizes[name])}k")
+            size = int(needs[name] * soak.random.uniform(0.01, 1.3)) // 1024 + 4
+            disk("ro,size=8m" if read_only else f"rw,size={size}k")
             outcome = "enough space"
             try:
                 programs[name]()
             except (UserError, OSError) as error:
                 assert isinstance(error, UserError) or error.filename, repr(error)
-                outcome = "one sentence, and completed once there was space"
+                saved = any(path.suffix in RESULTS for path in Path("disk").rglob("*"))
+                when = "after a part was saved" if saved else "before anything was saved"
+                outcome = f"one sentence {when}, and completed once there was space"
             disk("rw,size=16m")
             left = [path for path in Path("disk").rglob("*.tmp")]
             assert read_only or not left, left
             programs[name]()
-            for path in Path("disk").iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            empty(Path("disk"))
             soak.count(f"{'read-only' if read_only else 'full'} disk under {name}", outcome)
+
+
+def most_used(disk, program) -> int:
+    """The most bytes that a program has on the disk at once, measured every millisecond."""
+    disk("rw,size=16m")
+    used = []
+    done = threading.Event()
+
+    def measure():
+        while not done.wait(0.001):
+            used.append(shutil.disk_usage("disk").used)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    program()
+    done.set()
+    thread.join()
+    empty(Path("disk"))
+    return max(used)
+
+
+def empty(folder: Path):
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def test_a_clock_that_jumps_changes_no_result(prose, monkeypatch):

@@ -1,0 +1,159 @@
+"""The command lines that the fuzzer tries, like the parsers of files in parsers.py.
+
+An attempt calls a program with random arguments in this process, up to where its work would start.
+"""
+import dataclasses
+import io
+import random
+import sys
+from pathlib import Path
+
+import tyro
+from mutations import mutate
+from parsers import TEXT, prepared_data
+from tyro import _parsers
+
+import generate
+import hellaswag
+import prepare
+import train
+from corpus import sources
+from training.config import TrainConfig
+
+WORDS = (
+    "0", "-1", "1", "3", "1e9", "1e999", "nan", "inf", "-0", "0x10", "1_000", "٣", "9" * 30,
+    "", " ", "-", "--", "---", "auto", "none", "None", "nowhere", "true", "True", "[]", "1,2",
+    "a" * 999, "\n", "\udc80", "🦊", "../x", "/dev/null", ".", "@text.txt", "=", "%s",
+    "text.txt", "data", "char", "gpt2", "bpe:300", "bpe:", "bpe:-1", "0/2", "2/0", "x/y", "cpu",
+    "cuda", "float32", "bundled", "bundled:x", "tiny_shakespeare", "openwebtext", "-h", "--help")
+
+
+class Work(Exception):
+    """The command line was accepted, and the work would start."""
+
+
+def start_work(*_, **__):
+    raise Work
+
+
+def options_of(config: type) -> list[str]:
+    return [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)]
+
+
+def hostile_arguments(options: list[str], source: random.Random) -> list[str]:
+    """Up to eight arguments: options, most of them with a value, and words."""
+    arguments = []
+    for _ in range(source.randrange(1, 5)):
+        option = source.choice(options)
+        if source.random() < 0.1:
+            option = mutate(option.encode(), source).decode("utf-8", "surrogateescape")
+            option = option.replace("\0", "")  # which ends an argument
+        word = source.choice(WORDS)
+        kind = source.random()
+        if kind < 0.6:
+            arguments += [option, word]
+        elif kind < 0.75:
+            arguments.append(f"{option}={word}")
+        elif kind < 0.85:
+            arguments.append(option)
+        else:
+            arguments.append(word)
+    return arguments
+
+
+def outcome_of(start) -> str:
+    """Calls a program up to its work."""
+    try:
+        start()
+        return "ended without work"
+    except Work:
+        return "accepted"
+    except SystemExit as error:
+        assert error.code in (0, 2, None), error.code
+        return "the parser's own error"
+
+
+def cache_specifications(patch):
+    """Reads each program's options once: tyro does so for every command line, which takes long."""
+    build, known = _parsers.ParserSpecification.from_callable_or_type, {}
+
+    def from_callable_or_type(f, **arguments):
+        key = f, arguments["default_instance"]
+        if key not in known:
+            known[key] = build(f, **arguments)
+        return known[key]
+
+    patch.setattr(_parsers.ParserSpecification, "from_callable_or_type", from_callable_or_type)
+
+
+def train_line(patch):
+    patch.setattr(train, "train", start_work)
+    build = train.model_sizes
+
+    def model_sizes(config, vocab_size):
+        """Does not build the plan of a huge model."""
+        return build(config, vocab_size) if config.n_layer < 50 else start_work()
+
+    patch.setattr(train, "model_sizes", model_sizes)
+    options = options_of(TrainConfig)
+    Path("text.txt").write_text(TEXT)
+    cache_specifications(patch)
+
+    def attempt(source):
+        arguments = hostile_arguments(options, source)
+        if source.random() < 0.5:
+            arguments.insert(0, source.choice((*train.PRESETS, *WORDS)))
+        return outcome_of(lambda: train.main(arguments))
+    return attempt
+
+
+def prepare_line(patch):
+    patch.setattr(prepare, "prepare", start_work)
+    patch.setattr(sources, "download", start_work)
+    patch.setattr(sources, "hub_source", start_work)
+    options = options_of(prepare.PrepareConfig)
+    Path("text.txt").write_text(TEXT)
+    prepared_data("data")
+    cache_specifications(patch)
+
+    def attempt(source):
+        arguments = hostile_arguments(options, source)
+        arguments.insert(source.randrange(len(arguments) + 1), source.choice(WORDS))
+        return outcome_of(lambda: prepare.main(tyro.cli(prepare.PrepareConfig, args=arguments)))
+    return attempt
+
+
+def generate_line(patch):
+    patch.setattr(generate.ModelConfig, "load", start_work)
+    options = [*options_of(generate.GenerateConfig), "-m", "-p", "-n", "-d"]
+    Path("text.txt").write_text(TEXT)
+    cache_specifications(patch)
+
+    def attempt(source):
+        arguments = hostile_arguments(options, source)
+        patch.setattr(sys, "stdin", io.StringIO("a prompt"))
+        return outcome_of(lambda: generate.main(tyro.cli(generate.GenerateConfig, args=arguments)))
+    return attempt
+
+
+def hellaswag_line(patch):
+    patch.setattr(hellaswag, "download", start_work)
+    patch.setattr(hellaswag, "read_examples", start_work)
+    patch.setattr(generate.ModelConfig, "load", start_work)
+    options = [*options_of(hellaswag.HellaSwagConfig), "-m", "-d"]
+    Path("text.txt").write_text(TEXT)
+    cache_specifications(patch)
+
+    def attempt(source):
+        arguments = hostile_arguments(options, source)
+        return outcome_of(lambda: hellaswag.main(tyro.cli(hellaswag.HellaSwagConfig,
+                                                          args=arguments)))
+    return attempt
+
+
+COMMAND_LINES = {
+    "a command line of train.py": train_line,
+    "a command line of prepare.py": prepare_line,
+    "a command line of generate.py": generate_line,
+    "a command line of hellaswag.py": hellaswag_line,
+}
