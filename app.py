@@ -7,8 +7,12 @@ Each tab is a file in ui/. All tabs share the sampling engines of `Models`, and 
 under /v1 (serve.py). The page loads nothing from other servers and sends no telemetry.
 """
 import dataclasses
+import html
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 
 # Gradio reads these when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -26,11 +30,12 @@ from starlette.middleware import Middleware
 import report
 import serve
 from api.guard import Access, Guard
+from common.errors import UserError
 from engine.packed import use_allowed_cores
 from generate import Dtype
-from ui import about, chat, compare, look, training, write
+from ui import about, chat, compare, look, reading, training, write
 from ui.models import Models
-from ui.settings import QUIET, offer
+from ui.settings import QUIET
 from ui.theme import THEME
 
 STATIC = Path(__file__).parent / "ui" / "static"
@@ -39,6 +44,9 @@ TITLE = """# GPT-2 From Scratch
 Small language models that write, and everything it takes to build one, in plain PyTorch."""
 TABS = {"Write": write, "Chat": chat, "Look inside": look, "Compare": compare, "Training": training,
         "About": about}
+# the functions that gradio_client can call by name, see docs/api.md
+API = {"generate": write.write, "chat": chat.chat, "compare": compare.compare,
+       "timeline": compare.timeline, "models": Models.list_names}
 
 
 @dataclasses.dataclass
@@ -62,23 +70,47 @@ class AppConfig:
     access: tyro.conf.OmitArgPrefixes[Access] = dataclasses.field(default_factory=Access)
 
 
+class Page(gr.Blocks):
+    """Gradio's Blocks, which show a visitor the UserError that ended an event."""
+
+    async def process_api(self, *arguments, **options):
+        try:
+            return await super().process_api(*arguments, **options)
+        except UserError as error:
+            # Gradio reads it as HTML, so what it quotes from the visitor is escaped
+            message = html.escape(str(error), quote=False)
+            raise gr.Error(message, print_exception=False) from None
+
+
 def build(models: Models) -> gr.Blocks:
     """Builds the page: a title and the tabs."""
-    with gr.Blocks(title="GPT-2 From Scratch", analytics_enabled=False,
-                   delete_cache=(3600, 3600)) as page:
+    with Page(title="GPT-2 From Scratch", analytics_enabled=False,
+              delete_cache=(3600, 3600)) as page:
         gr.Markdown(TITLE, elem_id="title")
         built = {}
         with gr.Tabs() as tabs:
             for name, tab in TABS.items():
                 with gr.Tab(name, id=name):
                     built[name] = tab.build(models)
-        offer(models.list_names, "models")
+        for name, function in API.items():
+            offer(page, MethodType(function, models), name)
         connect(page, models, tabs, built)
     return page
 
 
+def offer(page: gr.Blocks, function: Callable, name: str):
+    """Makes a function part of the page's API, under a name."""
+    gr.api(function, api_name=name, concurrency_limit=None)
+    # Gradio labels the values 1st, 2nd, …: name them as the function does
+    *_, endpoint = page.fns.values()
+    for value, parameter in zip(endpoint.inputs, inspect.signature(function).parameters):
+        value.label = parameter
+    endpoint.outputs[0].label = "result"
+
+
 def connect(page: gr.Blocks, models: Models, tabs: gr.Tabs, built: dict[str, tuple]):
-    """Connects the tabs: a text of Write is looked into, a model of Training joins all lists."""
+    """Connects the tabs: a text of Write is looked into, a model of Training joins all lists, which
+    are also made anew whenever the page opens."""
     text, model, look_button = built["Write"]
     look_text, look_model = built["Look inside"]
     write_button, trained = built["Training"]
@@ -86,7 +118,7 @@ def connect(page: gr.Blocks, models: Models, tabs: gr.Tabs, built: dict[str, tup
              if isinstance(box, gr.Dropdown) and box.label.startswith("Model")]
 
     def look_inside(text: str, model: str):
-        return (text[-look.MAX_TEXT:], gr.Dropdown(models.list_names(), value=model),
+        return (text[-reading.MAX_TEXT:], gr.Dropdown(models.list_names(), value=model),
                 gr.Tabs(selected="Look inside"))
 
     def write_with(name: str):
@@ -100,7 +132,7 @@ def connect(page: gr.Blocks, models: Models, tabs: gr.Tabs, built: dict[str, tup
 
     look_button.click(look_inside, [text, model], [look_text, look_model, tabs], **QUIET)
     write_button.click(write_with, trained, [model, text, tabs], **QUIET)
-    trained.change(refresh, None, lists, **QUIET)
+    gr.on([page.load, trained.change], refresh, None, lists, **QUIET)
 
 
 def main(config: AppConfig, **launch_options) -> gr.Blocks:

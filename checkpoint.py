@@ -347,8 +347,7 @@ def find_model(name: str | Path | None) -> Path:
 def list_bundled() -> list[str]:
     """Names of the bundled models, the default first."""
     names = sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
-    first = [name for name in BUNDLED_ORDER if name in names]
-    return first + [name for name in names if name not in first]
+    return sorted(names, key=lambda name: (*BUNDLED_ORDER, name).index(name))  # others come last
 
 
 def list_runs() -> list[str]:
@@ -387,7 +386,7 @@ def load_sharded(state: Path) -> tuple[GPT, Tokenizer, dict]:
         if loaded.keys() != weights.keys():
             raise ValueError("some weights are missing")
         return model, load_tokenizer(saved["tokenizer"]), saved
-    except (*DAMAGE, SafetensorError) as error:
+    except DAMAGE as error:
         raise UserError(f"The checkpoint {state} is damaged ({type(error).__name__}: {error})."
                         ) from None
 
@@ -397,32 +396,28 @@ def download(name: str) -> Path:
 
     Downloads only the files that `load_folder` reads.
     """
-    import huggingface_hub  # noqa: PLC0415 (only a download needs it)
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    import huggingface_hub as hub  # noqa: PLC0415 (only a download needs it)
+    from huggingface_hub import errors  # noqa: PLC0415
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[
+        return Path(hub.snapshot_download(name, allow_patterns=[
             "config.json", "model*.safetensors", "model.safetensors.index.json",
             "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
             "tokenizer_config.json", "chat_template.jinja"]))
-    except HFValidationError:
-        reason = "and it is not a valid id of a model on the Hugging Face Hub"
-    except RepositoryNotFoundError:
-        reason = "and the Hugging Face Hub has no model of that name that you can access"
-    except LocalEntryNotFoundError:
-        reason = ("it is not in the Hugging Face Hub's cache, and the Hub cannot be reached: check "
-                  "the name and the network connection")
+    except errors.HFValidationError:
+        reason = "it is not a valid id of a model on the Hugging Face Hub"
+    except errors.RepositoryNotFoundError:
+        reason = "the Hugging Face Hub has no model of that name that you can access"
+    except errors.LocalEntryNotFoundError:
+        reason = ("the Hub cannot be reached to download it: check the name and the network "
+                  "connection")
     except Exception as error:  # each version of huggingface_hub raises other HTTP errors
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise UserError(f"The disk of {huggingface_hub.constants.HF_HUB_CACHE} became full "
-                            f"while downloading {name}: free some space, then run the same command "
-                            "again to download the rest.") from None
-        reason = (f"and its download from the Hugging Face Hub failed ({type(error).__name__}): "
+            raise UserError(f"The disk of {hub.constants.HF_HUB_CACHE} became full while "
+                            f"downloading {name}: free some space, then run the same command again "
+                            "to download the rest.") from None
+        reason = (f"its download from the Hugging Face Hub failed ({type(error).__name__}): "
                   "run the same command again to download the rest")
-    raise UserError(f"There is no file, folder or run {name!r}, {reason}.")
+    raise UserError(f"Found no file, folder or run {name!r}, and {reason}.")
 
 
 def sanitize_info(info: dict) -> dict:

@@ -115,16 +115,13 @@ def end_with_torchrun():
 def torchrun_variables() -> tuple[int, int, int]:
     """Reads (rank, number of processes, rank on this machine) from the environment."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    values = {name: os.environ[name] for name in names if name in os.environ}
-    if not values.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+    values = [os.environ.get(name, "(not set)") for name in names]
+    numbers = [int(value) for value in values[:3] if value.isdigit()]
+    if set(values[:3]) == {"(not set)"}:
         return 0, 1, 0  # started without torchrun
-
-    complete = len(values) == len(names)
-    if complete and all(values[name].isdigit() for name in names[:3]):
-        rank, size, local_rank = (int(values[name]) for name in names[:3])
-        if rank < size:
-            return rank, size, local_rank
-    listed = ", ".join(f"{name}={values.get(name, '(not set)')}" for name in names)
+    if len(numbers) == 3 and numbers[0] < numbers[1] and "(not set)" not in values:
+        return tuple(numbers)
+    listed = ", ".join(f"{name}={value}" for name, value in zip(names, values))
     raise UserError(f"The environment has {listed}, which is incomplete or contradictory: start "
                     "the command with torchrun, or unset all five to use one process.",
                     every_rank=True)
@@ -161,18 +158,17 @@ def connect_store(rank: int, wait_s: float) -> dist.Store:
 
     # rank 0 serves a store; on a free port, which it announces, if torchrun has the other
     if rank == 0:
-        if torchrun_store is None:
-            return dist.TCPStore(host, port, is_master=True, wait_for_workers=False,
-                                 timeout=timeout)
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        torchrun_store.set("store_port", str(store.port))
+        store = dist.TCPStore(host, 0 if torchrun_store else port, is_master=True,
+                              wait_for_workers=False, timeout=timeout)
+        if torchrun_store:
+            torchrun_store.set("store_port", str(store.port))
         return store
 
     # the other ranks connect to it; they retry, as they may first read the port of an earlier start
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            if torchrun_store is not None:
+            if torchrun_store:
                 port = int(torchrun_store.get("store_port"))
             # try the port first, as TCPStore would wait for a server that has exited, and more than
             # twice as long as its timeout
@@ -180,8 +176,7 @@ def connect_store(rank: int, wait_s: float) -> dist.Store:
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
         except OSError:
             if time.monotonic() > deadline:
-                message = f"no answer from rank 0 at {host}:{port}"
-                raise dist.DistNetworkError(message) from None
+                raise dist.DistNetworkError(f"no answer from rank 0 at {host}:{port}") from None
             time.sleep(0.1)
 
 

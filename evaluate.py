@@ -20,7 +20,7 @@ from common.program import report_user_errors
 import tyro
 
 from checkpoint import describe
-from common.errors import UserError
+from common.errors import UserError, check_range
 from common.files import write_json
 from generate import Dtype, Engine, ModelConfig
 
@@ -29,29 +29,21 @@ from generate import Dtype, Engine, ModelConfig
 class EvaluateConfig(ModelConfig):
     """Evaluates a model on tasks of lm-evaluation-harness."""
 
-    tasks: str
-    """Names of tasks, separated by commas; * stands for any characters."""
-    task_folder: Path | None = None
-    """A folder with YAML files of more tasks."""
-    limit: int | None = None
-    """Use only the first LIMIT examples of each task."""
+    tasks: str  # Names of tasks, separated by commas; * stands for any characters.
+    task_folder: Path | None = None  # A folder with YAML files of more tasks.
+    limit: int | None = None  # Use only the first LIMIT examples of each task.
     num_fewshot: int | None = None
     """Number of solved examples before each question. Default: the task's own."""
     dtype: Dtype = "auto"
     """auto is float32 on a CPU, bfloat16 on hardware that computes it, float16 on older GPUs."""
     batch_tokens: int | None = None
     """Tokens per forward pass. Default: 1,024 on a CPU, 65,536 elsewhere."""
-    json: Path | None = None
-    """Write the results to this file."""
+    json: Path | None = None  # Write the results to this file.
 
 
 def main(config: EvaluateConfig):
-    for name in ("limit", "batch_tokens"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
-    if config.num_fewshot is not None and config.num_fewshot < 0:
-        raise UserError(f"--num-fewshot must be at least 0, not {config.num_fewshot}.")
+    check_range(config, "at least 1", lambda n: n >= 1, "limit", "batch_tokens")
+    check_range(config, "at least 0", lambda n: n >= 0, "num_fewshot")
 
     # load the tasks first: their errors come before a model is loaded
     manager, names = load_tasks(config)

@@ -189,18 +189,16 @@ class Engine:
         """What the model predicts at each token of a text, or of token ids.
 
         Returns a dict for each token: "id", "text", "logprob" (nats), and "top", the likeliest
-        tokens at its position as (text, logprob) pairs, whose ids are in "top_ids".
-        `<|endoftext|>` precedes a text if the tokenizer has it. Nothing precedes ids, so the first
-        one has no log-probability. A text longer than the context is read in windows that overlap
-        by half.
+        tokens at its position as (id, logprob) pairs. `<|endoftext|>` precedes a text if the
+        tokenizer has it. Nothing precedes ids, so the first one has no log-probability. A text
+        longer than the context is read in windows that overlap by half.
         """
-        decode = self.tokenizer.decode
         context, ids = [], text
         if isinstance(text, str):
             if self.tokenizer.eot is not None:
                 context = [self.tokenizer.eot]
             ids = context + self.tokenizer.encode(text)
-        tokens = [{"id": i, "text": decode([i]), "logprob": None, "top": [], "top_ids": []}
+        tokens = [{"id": i, "text": self.tokenizer.decode([i]), "logprob": None, "top": []}
                   for i in ids]
 
         position = 1  # of the next token to score; nothing predicts the first one
@@ -216,11 +214,8 @@ class Engine:
                 logits = self.forward([Segment(cache, start, chunk)], rows)
                 for logprobs in logits[:, :self.tokenizer.vocab_size].log_softmax(-1):  # (V,) each
                     best = logprobs.topk(min(top, len(logprobs)))
-                    token = tokens[position]
-                    token["logprob"] = logprobs[token["id"]].item()
-                    token["top_ids"] = best.indices.tolist()
-                    token["top"] = [(decode([i]), logprob)
-                                    for i, logprob in zip(token["top_ids"], best.values.tolist())]
+                    tokens[position]["logprob"] = logprobs[ids[position]].item()
+                    tokens[position]["top"] = list(zip(best.indices.tolist(), best.values.tolist()))
                     position += 1
         return tokens[len(context):]
 
@@ -320,23 +315,21 @@ def complete(engine: Engine, prompt: str, config: GenerateConfig, settings: dict
     for line in (f"seed {seed}", *notices):
         print(line, file=sys.stderr)
 
-    texts = [""] * config.n
-    tokens = [0] * config.n
-    reasons = [""] * config.n
+    samples = [[] for _ in range(config.n)]  # their pieces
     streaming = config.n == 1 and not config.json
     if streaming:
         print(prompt, end="", flush=True)
     for piece in engine.pieces(engine.submit(ids, config.n, **{**settings, "seed": seed})):
-        texts[piece.index] += piece.text
-        tokens[piece.index] += piece.token is not None
-        reasons[piece.index] = piece.reason
+        samples[piece.index].append(piece)
         if streaming:
             print(piece.text, end="", flush=True)
 
+    texts = ["".join(piece.text for piece in pieces) for pieces in samples]
     if config.json:
-        for i, text in enumerate(texts):
-            print(json.dumps({"prompt": prompt, "text": text, "finish_reason": reasons[i],
-                              "prompt_tokens": len(ids), "tokens": tokens[i], "seed": seed,
+        for i, (text, pieces) in enumerate(zip(texts, samples)):
+            tokens = sum(piece.token is not None for piece in pieces)
+            print(json.dumps({"prompt": prompt, "text": text, "finish_reason": pieces[-1].reason,
+                              "prompt_tokens": len(ids), "tokens": tokens, "seed": seed,
                               "index": i}))
     elif streaming:
         print()

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import ddp
 from checkpoint import describe
-from common.errors import UserError
-from common.files import parse_json, write_json
+from common.errors import UserError, check_range
+from common.files import parse_json, read_text, write_json
 from corpus.sources import DATA, fetch
 from engine.likelihood import encode, fit_to_context, log_likelihoods, perplexity
 from generate import Dtype, ModelConfig
@@ -147,7 +147,7 @@ def parse_example(line: str, location: str) -> dict:
 # Scoring
 
 def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: str = "both",
-             batch_tokens: int | None = None, world: ddp.World | None = None,
+             batch_tokens: int | None = None, world: ddp.World = ddp.SINGLE_PROCESS,
              show_progress: bool = False) -> dict[str, dict]:
     """Score the examples and return {"nanogpt": {"acc", "acc_norm", …}, "harness": {…}}.
 
@@ -160,14 +160,9 @@ def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: s
     """
     if protocol not in (*PROTOCOLS, "both"):
         raise UserError(f"The protocol must be nanogpt, harness or both, not {protocol!r}.")
-    model = getattr(model, "module", model)  # unwrap DistributedDataParallel
-    if world is None:
-        world = ddp.World(0, 1, next(model.parameters()).device)
-    results = {}
-    for name in PROTOCOLS if protocol == "both" else [protocol]:
-        results[name] = evaluate_protocol(
-            model, tokenizer, examples, name, batch_tokens, world, show_progress)
-    return results
+    return {name: evaluate_protocol(model, tokenizer, examples, name, batch_tokens, world,
+                                    show_progress)
+            for name in (PROTOCOLS if protocol == "both" else [protocol])}
 
 
 def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: str,
@@ -176,12 +171,10 @@ def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], pr
     share = range(world.rank, len(examples), world.size)
     tokenized = [PROTOCOLS[protocol](examples[i], tokenizer) for i in share]
     # score equal endings once, so that they are equally likely to the last bit
-    distinct_endings, items = [], []
-    for context, endings, _ in tokenized:
-        distinct = list(dict.fromkeys(map(tuple, endings)))
-        distinct_endings.append(distinct)
-        continuations = [list(ids) for ids in distinct]
-        items.append(fit_to_context(context, continuations, tokenizer, model.config.block_size))
+    distinct = [list(dict.fromkeys(map(tuple, endings))) for _, endings, _ in tokenized]
+    block_size = model.config.block_size
+    items = [fit_to_context(example.context, list(map(list, endings)), tokenizer, block_size)
+             for example, endings in zip(tokenized, distinct)]
     predictions = [None] * len(examples)
     logprobs = [None] * len(examples)
     n = correct = correct_norm = 0
@@ -189,8 +182,7 @@ def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], pr
         scores = log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens, world)
         for item, likelihoods in scores:
             i = share[item]
-            sums = [likelihood.logprob for likelihood in likelihoods]
-            logprob_of = dict(zip(distinct_endings[item], sums))
+            logprob_of = {ids: score.logprob for ids, score in zip(distinct[item], likelihoods)}
             # an ending without tokens may have no sum
             logprobs[i] = [logprob_of.get(tuple(ids), 0.0) for ids in tokenized[item].endings]
             predictions[i] = most_likely(logprobs[i], tokenized[item], normalize=True)
@@ -238,19 +230,15 @@ class HellaSwagConfig(ModelConfig):
 
     data: Path | None = None
     """HellaSwag's examples, as .jsonl or .jsonl.gz. Default: download the validation set."""
-    limit: int | None = None
-    """Score only the first LIMIT examples."""
+    limit: int | None = None  # Score only the first LIMIT examples.
     protocol: Literal["nanogpt", "harness", "both"] = "both"
     batch_tokens: int | None = None
     """Tokens per forward pass. Default: 1,024 on a CPU, 65,536 elsewhere."""
     dtype: Dtype = "auto"
     """auto is bfloat16 on hardware that computes it, float16 on older GPUs, else float32."""
-    json: Path | None = None
-    """Write results, predictions and log-likelihoods to this file."""
-    show: int = 0
-    """Print SHOW examples with the losses of their endings."""
-    text: Path | None = None
-    """Score this text instead of HellaSwag."""
+    json: Path | None = None  # Write results, predictions and log-likelihoods to this file.
+    show: int = 0  # Print SHOW examples with the losses of their endings.
+    text: Path | None = None  # Score this text instead of HellaSwag.
     stride: int | None = None
     """For --text: tokens that each window scores. Default: half the model's context."""
 
@@ -288,12 +276,8 @@ def main(config: HellaSwagConfig):
 
 def validate(config: HellaSwagConfig):
     """Raise UserError if an option is invalid or does not go with another."""
-    for name in ("limit", "batch_tokens", "stride"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
-    if config.show < 0:
-        raise UserError(f"--show must be at least 0, not {config.show}.")
+    check_range(config, "at least 1", lambda n: n >= 1, "limit", "batch_tokens", "stride")
+    check_range(config, "at least 0", lambda n: n >= 0, "show")
     if config.stride and not config.text:
         raise UserError("--stride applies to --text only: leave it out.")
     if config.text and (config.data or config.limit or config.show):
@@ -301,14 +285,6 @@ def validate(config: HellaSwagConfig):
                         "leave out --data, --limit and --show.")
     if config.json and (config.json.is_dir() or not config.json.parent.is_dir()):
         raise UserError(f"--json must name a file in an existing folder, not {config.json}.")
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,}): "
-                        "convert it first.") from None
 
 
 def score_text(model: GPT, tokenizer: Tokenizer, text: str, config: HellaSwagConfig) -> dict:
@@ -323,7 +299,7 @@ def score_text(model: GPT, tokenizer: Tokenizer, text: str, config: HellaSwagCon
 def score_examples(model: GPT, tokenizer: Tokenizer, examples: list[dict], model_name: str,
                    config: HellaSwagConfig) -> dict:
     results = {}
-    table = [table_row("protocol", "acc", "acc_norm", "examples", "seconds", "model")]
+    table = [("protocol", "acc", "acc_norm", "examples", "seconds", "model")]
     for protocol in PROTOCOLS if config.protocol == "both" else [config.protocol]:
         began = time.perf_counter()
         results |= evaluate(model, tokenizer, examples, protocol, config.batch_tokens,
@@ -333,7 +309,8 @@ def score_examples(model: GPT, tokenizer: Tokenizer, examples: list[dict], model
         for i, example in enumerate(examples[:config.show]):
             tokenized = PROTOCOLS[protocol](example, tokenizer)
             print(format_example(example, tokenized, results[protocol], i))
-    print("\n".join(table))
+    for row in table:
+        print("{:<10} {:<16} {:<16} {:>8} {:>8}  {}".format(*row))
     if len(examples) != VALIDATION_EXAMPLES or "ctx_a" not in examples[0]:
         print("This is not the complete published validation set: "
               "do not compare the results with published ones.")
@@ -351,22 +328,18 @@ def format_example(example: dict, tokenized: TokenizedExample, result: dict, i: 
     return without_surrogates("\n".join(lines))
 
 
-def result_rows(protocol: str, result: dict, model_name: str, seconds: float) -> list[str]:
+def result_rows(protocol: str, result: dict, model_name: str, seconds: float) -> list[tuple]:
     """The model's row of the table, followed by the published ones."""
     acc = acc_norm = "no labels"
     if result["n"]:
         acc = f"{result['acc']:.4f} ±{result['acc_stderr'] or 0:.4f}"
         acc_norm = f"{result['acc_norm']:.4f} ±{result['stderr'] or 0:.4f}"
-    rows = [table_row(protocol, acc, acc_norm, f"{result['n']:,}", f"{seconds:,.1f}", model_name)]
+    rows = [(protocol, acc, acc_norm, f"{result['n']:,}", f"{seconds:,.1f}", model_name)]
     for name, (acc, acc_norm) in PUBLISHED[protocol].items():
-        rows.append(table_row(protocol, f"{acc:.4f}", f"{acc_norm:.4f}", f"{VALIDATION_EXAMPLES:,}",
-                              "", f"{name}, published"))
-    rows.append(table_row("", "", GPT3_ACC_NORM, "", "", "GPT-3 124M, from its paper"))
+        rows.append((protocol, f"{acc:.4f}", f"{acc_norm:.4f}", f"{VALIDATION_EXAMPLES:,}", "",
+                     f"{name}, published"))
+    rows.append(("", "", GPT3_ACC_NORM, "", "", "GPT-3 124M, from its paper"))
     return rows
-
-
-def table_row(protocol: str, acc: str, acc_norm: str, n: str, seconds: str, model: str) -> str:
-    return f"{protocol:<10} {acc:<16} {acc_norm:<16} {n:>8} {seconds:>8}  {model}"
 
 
 if __name__ == "__main__":

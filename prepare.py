@@ -113,7 +113,6 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
     first = len(source.files) * part // parts
     stop = len(source.files) * (part + 1) // parts
     files = source.files[first:stop]
-    sizes = reader.file_sizes(files)
 
     # find where validation begins: a share of a text's characters, or a document of a corpus
     val_share = 0.0
@@ -127,7 +126,6 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
     identity = {"name": source.name, "revision": source.revision}
     if options.val_share:
         identity["val_share"] = options.val_share
-    threads = options.workers or available_cores()
     encoder = BatchEncoder(tokenizer)
 
     with report_full_disk(out), ShardWriter(out, name, tokenizer, identity, options.shard_tokens,
@@ -140,9 +138,10 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
                 if val_from:
                     val_from = (val_from[0] - first, *val_from[1:])  # among this part's files
                     passages = reader.assign_split(passages, val_from)
+                threads = options.workers or available_cores()
                 batches = encoding.encode_passages(passages, encoder, threads)
             with contextlib.closing(batches):
-                plan, sample = make_plan(source, files, sizes, batches, writer.counts)
+                plan, sample = make_plan(source, files, batches, writer.counts)
                 print_plan(plan, source, files, out, writer.counts)
                 write_shards(writer, plan, itertools.chain(sample, batches))
     print_summary(out, parts)
@@ -253,37 +252,34 @@ class Plan(NamedTuple):
     seconds: float
 
 
-def make_plan(source: sources.Source, files: list[str], sizes: list[int],
-              batches: Iterator[encoding.EncodedBatch],
+def make_plan(source: sources.Source, files: list[str], batches: Iterator[encoding.EncodedBatch],
               counts: Counter) -> tuple[Plan, list[encoding.EncodedBatch]]:
     """Take batches for SAMPLE_S and extrapolate. Returns the plan and the batches taken.
 
     `counts` is what an earlier call has written.
     """
+    sizes = reader.file_sizes(files)
     if source.kind == "tokens":
         total = sum(sizes)
         return Plan(0, total // 2, total, total / DISK_BYTES_PER_S), []
     times = [time.monotonic()]  # before and after each batch
     sample = []
     sample_tokens = 0
-    complete = False
+    content_bytes = 0  # of all files; not needed if the sample is everything
     for batch in batches:
         sample.append(batch)
         sample_tokens += len(batch.tokens)
         times.append(time.monotonic())
         # the first batch waits until others have been read
         if times[-1] - times[1] > SAMPLE_S or sample_tokens > SAMPLE_TOKENS:
+            content_bytes = reader.estimate_content_bytes(files, sizes)
             break
-    else:
-        complete = True
 
     # extrapolate the text and its tokens
     sample_bytes = sum(batch.counts["bytes"] for batch in sample)
     done_bytes = counts["bytes"] + sample_bytes
-    total_bytes = done_bytes
-    if not complete:
-        ratio = sample_bytes / sum(batch.size for batch in sample)
-        total_bytes = max(done_bytes, round(reader.estimate_content_bytes(files, sizes) * ratio))
+    ratio = sample_bytes / max(1, sum(batch.size for batch in sample))
+    total_bytes = max(done_bytes, round(content_bytes * ratio))
     tokens = round(total_bytes * sample_tokens / max(1, sample_bytes))
     itemsize = sample[0].tokens.itemsize if sample else 2
 
@@ -299,10 +295,7 @@ def make_plan(source: sources.Source, files: list[str], sizes: list[int],
 
 def print_plan(plan: Plan, source: sources.Source, files: list[str], out: Path, counts: Counter):
     """Print the plan, and what an earlier call has finished."""
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(out).free
     enough = "" if free > plan.disk_bytes else "; NOT ENOUGH"
     number = "1 file" if len(files) == 1 else f"{len(files):,} files"
     text = f"about {format_millions(plan.bytes)} MB of text, " if plan.bytes else ""
@@ -348,7 +341,7 @@ def find_part(option: str | None) -> tuple[int, int]:
         part = task // max(1, variable("SLURM_ARRAY_TASK_STEP", 1))
         parts = variable("SLURM_ARRAY_TASK_COUNT", 1)
     if not 0 <= part < parts:
-        raise UserError(f"There is no part {option or f'{part}/{parts}'}: "
+        raise UserError(f"The files have no part {option or f'{part}/{parts}'}: "
                         "--part 3/8 is the fourth of eight.")
     return part, parts
 

@@ -17,12 +17,13 @@ import huggingface_hub as hub
 import torch
 import tyro
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 import report
 from checkpoint import load_model, model_steps
 from common.errors import UserError
+from common.files import read_text
 from model import GPT
 from tokenizer import Tokenizer
 from weights.huggingface import save_huggingface
@@ -69,7 +70,7 @@ def export(model: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path],
         raise UserError(f"{folder} is the model itself: choose another folder.")
     if chat_template:
         tokenizer = copy.copy(tokenizer)  # other models can share it
-        tokenizer.chat_template = read_chat_template(chat_template)
+        tokenizer.chat_template = read_text(chat_template)
 
     if to == "gguf":
         from weights.gguf import save_gguf  # noqa: PLC0415 (only this needs gguf)
@@ -99,7 +100,7 @@ def upload(model: tyro.conf.Positional[str], repository: tyro.conf.Positional[st
     try:
         validate_repo_id(repository)
         _user, name = repository.split("/")
-    except (HFValidationError, ValueError):
+    except ValueError:
         raise UserError(f"A repository of the Hub is named user/name, not {repository!r}."
                         ) from None
     gpt, tokenizer, info = load_model(model)
@@ -108,12 +109,10 @@ def upload(model: tyro.conf.Positional[str], repository: tyro.conf.Positional[st
         write_folder(folder, gpt, tokenizer, info, dtype, address=repository)
 
         # list the files
-        total = 0
-        for path in sorted(folder.iterdir()):
-            size = path.stat().st_size
-            total += size
-            print(f"{size:>15,} bytes  {path.name}")
-        print(f"{total:>15,} bytes  in total, for {constants.ENDPOINT}/{repository}")
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        for file, size in sizes.items():
+            print(f"{size:>15,} bytes  {file}")
+        print(f"{sum(sizes.values()):>15,} bytes  in total, for {constants.ENDPOINT}/{repository}")
         if not push:
             print("Nothing was sent: add --push to send it.")
             return
@@ -162,13 +161,6 @@ def write_folder(folder: Path, gpt: GPT, tokenizer: Tokenizer, info: dict, dtype
         report.save_plots(run, folder)
 
 
-def read_chat_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: give a Jinja template.") from None
-
-
 def count_parameters(gpt: GPT, tokenizer: Tokenizer) -> int:
     """The number of parameters without the embedding's padding rows, which are not exported."""
     padding_rows = gpt.config.vocab_size - tokenizer.vocab_size
@@ -206,11 +198,9 @@ def model_card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, add
     if run:
         step = info["step"]
         figures = {"these weights": f"step {step:,}", **report.summary(run)}
-        plots = [f"{table.__name__}.png" for table in report.available_plots(run)]
-        texts = report.samples(run)
-        samples = texts[texts["step"] <= step].tail(1).to_dict("records")
-        scores = report.hellaswag(run)
-        scores = scores[(scores["curve"] == "HellaSwag") & (scores["step"] == step)]
+        plots = [f"{name}.png" for name in report.tables(run)]
+        samples = report.samples(run).query("step <= @step").tail(1).to_dict("records")
+        scores = report.hellaswag(run).query("curve == 'HellaSwag' and step == @step")
         for accuracy in scores["hellaswag"].tail(1):
             results.append(("acc_norm", "HellaSwag", float(accuracy)))
 

@@ -8,30 +8,21 @@
 A frame holds one or more curves. Each point has the number of tokens seen so far, so that runs
 with different batch sizes compare.
 """
-from __future__ import annotations
-
 import contextlib
 import json
 import math
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.program import report_user_errors
 
 import numpy as np
+import pandas as pd
 import tyro
 
 from common.devices import KG_CO2E_PER_KWH, find_device
 from common.errors import UserError
-from common.files import parse_json, read_json
-
-# pandas and matplotlib take a second to import, and a training run that imports this file needs
-# neither at its start: the functions below import them
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+from common.files import parse_json
+from training.runlog import learns_fineweb_edu, read_config
 
 REFERENCE = Path(__file__).parent / "assets" / "reference"
 
@@ -47,14 +38,6 @@ PUBLISHED_VALUES = {"loss": {"OpenAI's GPT-2 124M": 3.2924},
 
 # --------------------------------------------------------------------------------------------------
 # Reading a run's files
-
-def read_config(run: str | Path) -> dict:
-    try:
-        return dict(read_json(Path(run) / "config.json"))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{run}/config.json is damaged ({type(error).__name__}): restore it, or "
-                        "choose another run.") from None
-
 
 def read_lines(path: Path) -> list[dict]:
     """The objects of a metrics.jsonl or samples.jsonl, without damaged or incomplete lines."""
@@ -96,8 +79,6 @@ def metrics(run: str | Path) -> pd.DataFrame:
 
     What a line does not measure is NaN. Raises UserError if the folder is not a run.
     """
-    import pandas as pd  # noqa: PLC0415
-
     lines = drop_lost_steps(read_lines(Path(run) / "metrics.jsonl"))
     batch_tokens = read_config(run).get("batch_tokens")
     if not lines or not isinstance(batch_tokens, int):
@@ -110,8 +91,6 @@ def metrics(run: str | Path) -> pd.DataFrame:
 
 def samples(run: str | Path) -> pd.DataFrame:
     """Texts that the model generated during training: step, prompt, text."""
-    import pandas as pd  # noqa: PLC0415
-
     lines = drop_lost_steps(read_lines(Path(run) / "samples.jsonl"))
     lines = [line for line in lines
              if isinstance(line.get("prompt"), str) and isinstance(line.get("text"), str)]
@@ -142,10 +121,14 @@ def throughput(run: str | Path) -> pd.DataFrame:
     return curve(metrics(run), "tokens_per_s", "throughput", "training")
 
 
+def tables(run: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables of a run by name, loss, hellaswag and throughput, without those that are empty."""
+    frames = {"loss": loss(run), "hellaswag": hellaswag(run), "throughput": throughput(run)}
+    return {name: frame for name, frame in frames.items() if len(frame)}
+
+
 def add_published_curves(run: str | Path, *curves: pd.DataFrame) -> pd.DataFrame:
     """The run's curves, and the published ones if it trains on FineWeb-Edu with GPT-2's tokens."""
-    import pandas as pd  # noqa: PLC0415
-
     if any(map(len, curves)) and learns_fineweb_edu(read_config(run)):
         curves = [*curves, *published_curves(curves[0].columns[2])]
     return pd.concat(curves, ignore_index=True)
@@ -153,22 +136,12 @@ def add_published_curves(run: str | Path, *curves: pd.DataFrame) -> pd.DataFrame
 
 def published_curves(value: str) -> list[pd.DataFrame]:
     """The published runs' curves of "loss" or "hellaswag"; not every run has both."""
-    import pandas as pd  # noqa: PLC0415
-
     curves = []
     for name, (file, batch_tokens) in PUBLISHED_RUNS.items():
         frame = pd.read_csv(REFERENCE / file).rename(columns={"val_loss": "loss"})
         frame = frame.assign(tokens=frame["step"] * batch_tokens)
         curves.append(curve(frame, value, value, name))
     return [frame for frame in curves if len(frame)]
-
-
-def learns_fineweb_edu(config: dict) -> bool:
-    """Whether a run trains on FineWeb-Edu with a vocabulary as large as GPT-2's."""
-    corpus = re.sub("[-_]", "", f"{config.get('corpus')} {config.get('data')}".lower())
-    vocab_size = config.get("vocab_size") or 50257
-    is_large = isinstance(vocab_size, int) and vocab_size >= 50257
-    return ("finewebedu" in corpus or "edufineweb" in corpus) and is_large
 
 
 def compare_to_published(tokens: int, val_loss: float) -> str:
@@ -226,25 +199,21 @@ def cost(run: str | Path) -> dict[str, str]:
     The energy is the devices' maximum power over the time in the log. It includes what was lost to
     interruptions, but not the rest of the machine or its cooling.
     """
-    lines = read_lines(Path(run) / "metrics.jsonl")
-    seconds = 0.0
-    kwh = 0.0
-    machines = []
-    session = {}
-    previous = lines[0]["time"]  # s
-    for line in lines:
-        # a session starts or resumes: the time since the last line was not spent on training
-        if "event" in line:
-            session = line
-            previous = line["time"]
-        elapsed = max(0, line["time"] - previous)  # the clock may have been set back
-        previous = line["time"]
-        processes = session.get("processes", 1)
-        name = str(session.get("device", "an unknown device"))
-        device = find_device(name)
-        seconds += elapsed
-        kwh += processes * device.watts / 1000 * elapsed / 3600 if device else math.nan
-        machines.append(f"{processes} x {name}")
+    log = pd.DataFrame(read_lines(Path(run) / "metrics.jsonl"))
+    log = log.reindex(columns=["time", "event", "device", "processes"])
+
+    # s since the line before: never negative, as the clock may have been set back, and 0 if a
+    # session starts or resumes, as that time was not spent on training
+    elapsed = log["time"].diff().clip(lower=0).where(log["event"].isna(), 0).fillna(0)
+    seconds = elapsed.sum()
+
+    # the machine of each line is that of its session
+    names = log["device"].ffill()
+    devices = [name if isinstance(name, str) else "an unknown device" for name in names]
+    processes = log["processes"].ffill().fillna(1).astype(int)
+    machines = [f"{n} x {device}" for n, device in zip(processes, devices)]
+    watts = [device.watts if device else math.nan for device in map(find_device, devices)]
+    kwh = (processes * watts * elapsed).sum(skipna=False) / 3.6e6
 
     if seconds >= 3600:
         time = f"{seconds / 3600:,.2f} hours"
@@ -274,13 +243,13 @@ STYLES = {"training": {"color": "C0", "alpha": 0.5, "linewidth": 1},
           "samkeet/GPT_124M": {"color": GREY, "linestyle": ":"}}
 
 
-def plot(frame: pd.DataFrame) -> Figure:
-    """A matplotlib figure of the curves in a frame over the tokens seen.
+def plot(frame: pd.DataFrame):
+    """A matplotlib Figure of the curves in a frame over the tokens seen.
 
     Published runs are grey. Published models are horizontal lines, for HellaSwag and if the frame
     has published runs.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415 (app.py starts faster without it)
 
     value = frame.columns[2]
     own = frame[~frame["curve"].isin(PUBLISHED_RUNS)]
@@ -336,19 +305,13 @@ def format_count(number: float, _position: int) -> str:
     return f"{number:g}"
 
 
-def available_plots(run: str | Path) -> list[Callable]:
-    """Those of the functions `loss`, `hellaswag` and `throughput` for which the run has data."""
-    return [table for table in (loss, hellaswag, throughput) if len(table(run))]
-
-
-def save_plots(run: str | Path, folder: str | Path) -> list[str]:
-    """Writes the available ones of loss.png, hellaswag.png and throughput.png; their names."""
-    names = []
-    for table in available_plots(run):
-        name = f"{table.__name__}.png"
-        plot(table(run)).savefig(Path(folder) / name)
-        names.append(name)
-    return names
+def save_plots(run: str | Path, folder: Path) -> list[Path]:
+    """Writes loss.png, hellaswag.png and throughput.png, and returns those that are not empty."""
+    paths = []
+    for name, frame in tables(run).items():
+        paths.append(folder / f"{name}.png")
+        plot(frame).savefig(paths[-1])
+    return paths
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,8 +328,8 @@ def main(run: tyro.conf.Positional[Path], out: Path | None = None):
         print(f"{name:>22}  {value}")
     out = out or run
     out.mkdir(parents=True, exist_ok=True)
-    for name in save_plots(run, out):
-        print(f"{'plot':>22}  {out / name}")
+    for path in save_plots(run, out):
+        print(f"{'plot':>22}  {path}")
 
 
 if __name__ == "__main__":

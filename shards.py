@@ -50,16 +50,12 @@ class Shards:
         if not manifest and unfinished:
             raise UserError(f"{folder} is not finished: run the command that prepares it again.")
 
-        # list the shards
-        token_counts = {}  # of each shard in the manifest
-        if manifest:
-            for shard in manifest["shards"]:
-                if shard["split"] == split:
-                    token_counts[folder / shard["file"]] = shard["tokens"]
-            self.files = list(token_counts)
-        else:
-            pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
-            self.files = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
+        # list the shards: those in the manifest, or those with the names of other projects
+        listed = {folder / shard["file"]: shard["tokens"]
+                  for shard in manifest.get("shards", ()) if shard["split"] == split}
+        pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
+        found = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
+        self.files = list(listed) if manifest else found
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder}.")
         if not self.files:
@@ -69,7 +65,7 @@ class Shards:
         allow_open_files(len(self.files))
         self.arrays = [open_shard(path) for path in self.files]
         for path, array in zip(self.files, self.arrays):
-            expected = token_counts.get(path, len(array))
+            expected = listed.get(path, len(array))
             if len(array) != expected:
                 raise UserError(f"{path} holds {len(array):,} tokens but the manifest says "
                                 f"{expected:,}: prepare the data again.")
@@ -159,6 +155,8 @@ def open_shard(path: Path) -> np.ndarray:
             if known and path.stat().st_size != offset + dtype.itemsize * int(header[2]):
                 raise ValueError(f"its header announces {header[2]:,} tokens")
             tokens = np.memmap(path, dtype=dtype, mode="r", offset=offset)
+        if tokens.ndim != 1 or not len(tokens) or tokens.dtype not in (np.uint16, np.uint32):
+            raise ValueError("expected a 1-D array of uint16 or uint32")
     except FileNotFoundError:
         raise UserError(f"{path} is missing but listed in the manifest: "
                         "prepare the data again.") from None
@@ -167,9 +165,6 @@ def open_shard(path: Path) -> np.ndarray:
     except Exception as error:  # numpy runs Python's tokenizer on a header, which raises anything
         raise UserError(f"{path} is cut off or not a token shard ({error}): "
                         "prepare the data again.") from None
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or not len(tokens) or (
-            tokens.dtype not in (np.uint16, np.uint32)):
-        raise UserError(f"{path} is not a token shard (a 1-D array of uint16 or uint32).")
     return np.asarray(tokens)  # slicing an np.memmap is slow
 
 

@@ -82,38 +82,6 @@ class Tokenizer:
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids, final=False: utf8.decode(self.decode_bytes(ids), final)
 
-    def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt=True) -> list[int]:
-        """Return the ids of a conversation, formatted with the chat template.
-
-        The template can write special tokens; messages cannot: special tokens are removed from
-        them. Otherwise the ids are those of `apply_chat_template` in transformers.
-        """
-        if self.chat_template is None:
-            raise UserError("This model's tokenizer has no chat template: "
-                            "set chat_template in its tokenizer_config.json.")
-        end_of_text = "" if self.eot is None else self.decode([self.eot])
-        special = {self.decode([i]): i for i in self.special_ids}
-        if end_of_text:
-            special[end_of_text] = self.eot
-
-        # render the template
-        try:
-            text = compile_template(self.chat_template).render(
-                messages=remove_words(special, messages),
-                add_generation_prompt=add_generation_prompt,
-                bos_token=end_of_text, eos_token=end_of_text)
-        except Exception as error:  # a template can raise any exception
-            raise UserError(f"The chat template failed ({type(error).__name__}: {error}): "
-                            "correct chat_template in tokenizer_config.json.") from None
-
-        # encode the text between special tokens; the longest match wins, as in transformers
-        longest_first = sorted(special, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) never matches
-        ids = []
-        for piece in re.split(f"({pattern})", text):
-            ids += [special[piece]] if piece in special else self.encode(piece)
-        return ids
-
     def to_dict(self) -> dict:
         """Return plain values from which `load_tokenizer` rebuilds the tokenizer.
 
@@ -130,30 +98,6 @@ class Tokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def remove_words(words: Iterable[str], value):
-    """Remove the words from a string, or from all strings in nested lists and dicts.
-
-    Words that a removal puts together are removed, too.
-    """
-    if isinstance(value, dict):
-        return {key: remove_words(words, item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [remove_words(words, item) for item in value]
-    if isinstance(value, str):
-        while any(word in value for word in words):
-            for word in words:
-                value = value.replace(word, "")
-    return value
-
-
-@functools.lru_cache
-def compile_template(source: str):
-    """Return the jinja2.Template."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415 (only chats need it)
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,8 +117,8 @@ class BPETokenizer(Tokenizer):
         parts = json.loads(description)
         model = parts["model"]
         byte_level = model["type"] == "BPE" and parts["decoder"]["type"] == "ByteLevel"
-        if not byte_level or model.get("continuing_subword_prefix") or (
-                model.get("end_of_word_suffix")):
+        affixes = "continuing_subword_prefix", "end_of_word_suffix"
+        if not byte_level or any(map(model.get, affixes)):
             raise ValueError("tokenizer.json is neither a byte-level BPE nor a character table")
         self.description = description
 
@@ -206,10 +150,7 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         if self.fast:
             return self.encode_array(text).tolist()
-        try:
-            return self.bpe.encode(text, add_special_tokens=False).ids
-        except TypeError:  # `tokenizers` refuses lone surrogates
-            return self.encode(without_surrogates(text))
+        return self.bpe.encode(without_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self.fast:
@@ -349,8 +290,9 @@ def format_merges(merges: list[tuple[str, str]]) -> str:
 
 
 def splits_like_gpt2(parts: dict) -> bool:
-    """Whether a parsed tokenizer.json splits text into words as GPT-2 does, and uses its merges."""
-    if parts["normalizer"] or not parts["model"]["merges"] or parts["model"].get("ignore_merges"):
+    """Whether a parsed BPE splits text into words as GPT-2 does, and uses its merges."""
+    model = parts["model"]
+    if parts["normalizer"] or not model.get("merges") or model.get("ignore_merges"):
         return False
     words = parts["pre_tokenizer"] or {}
     return (words.get("type") == "ByteLevel" and not words["add_prefix_space"]
@@ -362,13 +304,11 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# GPT-2's files write a byte as one visible character: printable Latin-1 characters stand for
+# GPT-2's files write a byte as one visible character: visible Latin-1 characters stand for
 # themselves, the other bytes are numbered from U+0100.
-_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-            *range(ord("®"), ord("ÿ") + 1)]
-_INVISIBLE = [byte for byte in range(256) if byte not in _VISIBLE]
-BYTE_TO_UNICODE = {byte: chr(byte) for byte in _VISIBLE}
-BYTE_TO_UNICODE |= {byte: chr(256 + n) for n, byte in enumerate(_INVISIBLE)}
+BYTE_TO_UNICODE = {byte: chr(byte) for byte in range(256)}
+invisible = [byte for byte, char in BYTE_TO_UNICODE.items() if not char.isprintable() or byte == 32]
+BYTE_TO_UNICODE |= {byte: chr(256 + n) for n, byte in enumerate(invisible)}
 UNICODE_TO_BYTE = {char: byte for byte, char in BYTE_TO_UNICODE.items()}
 
 
@@ -468,26 +408,23 @@ def load_tokenizer(source: str | Path | dict) -> Tokenizer:
     dict returned by `to_dict`. Raises UserError if it is none of these or its files are damaged.
     """
     try:
-        if isinstance(source, dict):
-            if source.get("kind") == "gpt2":
+        match source:
+            case "gpt2" | {"kind": "gpt2"}:
                 return gpt2_tokenizer()
-            if source.get("kind") == "char" and isinstance(source.get("chars"), str):
-                return CharTokenizer(source["chars"])
-            if source.get("kind") == "bpe" and isinstance(source.get("description"), str):
-                return BPETokenizer(source["description"], source.get("eot"))
-        elif source == "gpt2":
-            return gpt2_tokenizer()
-        elif isinstance(source, str | Path) and Path(source).is_dir():
-            return read_folder(Path(source))
+            case {"kind": "char", "chars": str(chars)}:
+                return CharTokenizer(chars)
+            case {"kind": "bpe", "description": str(description)}:
+                return BPETokenizer(description, source.get("eot"))
+            case str() | Path() if Path(source).is_dir():
+                return read_folder(Path(source))
     except BaseException as error:
         # `tokenizers` raises bare exceptions, and its panics are not even an Exception
         is_panic = type(error).__name__ == "PanicException"
         if isinstance(error, UserError) or not (isinstance(error, Exception) or is_panic):
             raise
-        subject = "A saved tokenizer is"
-        if not isinstance(source, dict):
-            subject = f"The tokenizer files in {source} are"
-        raise UserError(f"{subject} damaged ({type(error).__name__}: {error}).") from None
+        place = "a checkpoint or manifest" if isinstance(source, dict) else source
+        raise UserError(f"The tokenizer in {place} is damaged ({type(error).__name__}: {error})."
+                        ) from None
     raise UserError(f"No tokenizer found for {source!r:.200}: "
                     "give 'gpt2', a folder, or the dict of a saved tokenizer.")
 
@@ -512,10 +449,8 @@ def read_vocabulary(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").exists():
         return parse_tokenizer_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if (folder / "vocab.json").exists():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        lines = [line for line in lines if line and not line.startswith("#version")]
-        merges = [tuple(line.split(" ")) for line in lines]
-        vocab = read_json(folder / "vocab.json")
+        paths = str(folder / "vocab.json"), str(folder / "merges.txt")
+        vocab, merges = tokenizers.models.BPE.read_file(*paths)
         if max(vocab.values()) > 10 * len(vocab):  # `tokenizers` lists all ids that are missing
             raise ValueError("vocab.json has too few tokens for its largest id")
         bpe = byte_level_bpe(vocab, merges)
@@ -543,8 +478,7 @@ def parse_tokenizer_json(description: str) -> Tokenizer:
 
     # GPT-2's own vocabulary and merges
     has_its_size = len(vocab) == GPT2Tokenizer.vocab_size
-    if model["type"] == "BPE" and has_its_size and splits_like_gpt2(parts) and (
-            vocab == gpt2_tokenizer().vocabulary()):
+    if has_its_size and splits_like_gpt2(parts) and vocab == gpt2_tokenizer().vocabulary():
         merges = format_merges(read_merges(parts)).encode()
         added = {token["content"] for token in parts["added_tokens"]}
         if hashlib.sha256(merges).hexdigest() == GPT2_MERGES and added <= {END_OF_TEXT}:

@@ -10,7 +10,6 @@ A preset is a set of defaults, and any option overrides it. The run is the folde
 the same command again to resume it.
 """
 import contextlib
-import dataclasses
 import os
 import sys
 
@@ -26,7 +25,6 @@ from tqdm import tqdm
 import checkpoint
 import ddp
 import hellaswag
-import report
 from common.errors import UserError
 from common.seed import derive_seed
 from dataloader import DataLoader
@@ -55,10 +53,9 @@ def main(argv: list[str]):
         raise UserError(f"Unknown preset {preset!r}. The presets are: {', '.join(PRESETS)}.")
 
     # options override the preset's defaults; a recipe changes those defaults first
-    defaults = dataclasses.replace(PRESETS[preset], name=preset)
-    config = parse_options(preset, defaults, argv)
+    config = parse_options(PRESETS[preset], argv)
     if config.recipe == "fast":
-        config = parse_options(preset, fast_recipe(defaults), argv)
+        config = parse_options(fast_recipe(PRESETS[preset]), argv)
     validate(config)
 
     # a dry run needs no data if it knows the size of the vocabulary
@@ -72,9 +69,10 @@ def main(argv: list[str]):
         train(config, world)
 
 
-def parse_options(preset: str, defaults: TrainConfig, argv: list[str]) -> TrainConfig:
-    description = f"{__doc__}\nPresets: {', '.join(PRESETS)}. The defaults below are {preset}'s."
-    return tyro.cli(TrainConfig, args=argv, default=defaults, prog=f"train.py {preset}",
+def parse_options(defaults: TrainConfig, argv: list[str]) -> TrainConfig:
+    name = defaults.name
+    description = f"{__doc__}\nPresets: {', '.join(PRESETS)}. The defaults below are {name}'s."
+    return tyro.cli(TrainConfig, args=argv, default=defaults, prog=f"train.py {name}",
                     description=description)
 
 
@@ -220,7 +218,8 @@ def evaluate_and_log(run: TrainingRun, step: int) -> float:
         accuracy["hellaswag"] = scores["nanogpt"]["acc_norm"]
     if run.log:
         run.log.metrics(step=step, val_loss=val_loss, **accuracy)
-        if report.learns_fineweb_edu(run.log.config):
+        if runlog.learns_fineweb_edu(run.log.config):
+            import report  # noqa: PLC0415 (it takes a second, and few runs need it)
             tqdm.write(report.compare_to_published(step * config.batch_tokens, val_loss))
     return val_loss
 

@@ -5,7 +5,7 @@ import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
@@ -13,25 +13,20 @@ from fastapi.concurrency import run_in_threadpool
 from api import metrics, schema
 from api.conversation import SPEAKERS, fit_prompt, turn_ends
 from common.errors import UserError
+from engine.likelihood import encode
 from engine.reader import Piece, PieceStream, Reader
+from engine.scheduler import Token
 from generate import Engine
 
 IDLE_S = 60  # nothing happens in an empty batch
-
-
-class TokenInfo(NamedTuple):
-    """A token for the `logprobs` of a response. A token may be a part of a character."""
-    content: bytes
-    offset: int  # where it begins in the choice's text, in characters
-    logprob: float | None  # nats; None for the first token of a prompt
-    top: list[tuple[bytes, float]] | None
 
 
 class Part(NamedTuple):
     """What is added to a choice."""
     number: int  # of the choice
     text: str
-    tokens: list[TokenInfo]
+    # if `logprobs` is set: the tokens, and where each begins in the choice's text, in characters
+    tokens: list[tuple[Token, int]]
     reason: str | None = None  # why the text ends here, if it does
 
 
@@ -89,8 +84,7 @@ class Completion:
     def encode(self, prompt: str | list[int]) -> list[int]:
         tokenizer = self.engine.tokenizer
         if isinstance(prompt, str):
-            known, _ = tokenizer.replace_unknown(prompt)
-            return tokenizer.encode(known) or self.engine.empty_prompt()
+            return encode(tokenizer, prompt) or self.engine.empty_prompt()
         if not all(0 <= i < tokenizer.vocab_size for i in prompt):
             raise UserError("The token ids of a prompt must be from 0 to "
                             f"{tokenizer.vocab_size - 1}.")
@@ -107,8 +101,11 @@ class Completion:
                 "shorten it, or set truncate_prompt_tokens to -1 to keep only its end.")
         return ids
 
-    async def echo(self, prompt: int) -> tuple[str, list[TokenInfo]]:
-        """What precedes the choices of a prompt: its text and tokens, if `echo` is set."""
+    async def echo(self, prompt: int) -> tuple[str, list[tuple[Token, int]]]:
+        """What precedes the choices of a prompt, if `echo` is set: its text and tokens.
+
+        Its first token has no log-probability.
+        """
         if not self.body.echo:
             return "", []
         ids = self.prompts[prompt]
@@ -121,12 +118,7 @@ class Completion:
         decode = self.engine.tokenizer.stream_decoder()
         inspect = functools.partial(self.engine.inspect, ids, self.body.logprobs)
         for token in await run_in_threadpool(inspect):
-            top = None
-            if token["logprob"] is not None:
-                logprobs = (logprob for _, logprob in token["top"])
-                top = self.contents(zip(token["top_ids"], logprobs))
-            content = self.engine.tokenizer.decode_bytes([token["id"]])
-            tokens.append(TokenInfo(content, offset, token["logprob"], top))
+            tokens.append((Token(token["id"], token["logprob"], token["top"]), offset))
             offset += len(decode([token["id"]])) if count else 0
         return text, tokens
 
@@ -148,7 +140,9 @@ class Completion:
                     self.count(piece)
                     number = i * self.n + piece.index
                     text = piece.text if number in begun else self.begin(piece.text)
-                    tokens = self.token_info(piece, lengths[i])
+                    tokens = []
+                    if piece.token and piece.token.logprob is not None:
+                        tokens = [(piece.token, lengths[i] + piece.offset)]
                     if text:
                         begun.add(number)
                     if text or tokens or piece.reason:
@@ -166,20 +160,6 @@ class Completion:
         if self.completion_tokens == 1:
             seconds = time.perf_counter() - self.started_at
             metrics.TIME_TO_FIRST_TOKEN.labels(self.body.model).observe(seconds)
-
-    def token_info(self, piece: Piece, offset: int) -> list[TokenInfo]:
-        """The piece's token, if `logprobs` is set. `offset` is where the continuation begins."""
-        token = piece.token
-        if token is None or token.logprob is None:
-            return []
-        content = self.engine.tokenizer.decode_bytes([token.id])
-        top = self.contents(token.top)
-        return [TokenInfo(content, offset + piece.offset, token.logprob, top)]
-
-    def contents(self, pairs: Iterable[tuple[int, float]]) -> list[tuple[bytes, float]]:
-        """(id, logprob) pairs with the ids' bytes instead."""
-        decode = self.engine.tokenizer.decode_bytes
-        return [(decode([i]), logprob) for i, logprob in pairs]
 
     def usage(self) -> dict:
         prompt_tokens = sum(map(len, self.prompts))
@@ -222,25 +202,26 @@ class Completion:
 
     delta = choice
 
-    def logprobs(self, tokens: list[TokenInfo]) -> dict | None:
+    def logprobs(self, tokens: list[tuple[Token, int]]) -> dict | None:
         if self.body.logprobs is None:
             return None
-        tops = [None if token.top is None else
-                {spell(content): logprob
-                 for content, logprob in [*token.top, (token.content, token.logprob)]}
-                for token in tokens]
-        return {"tokens": [spell(token.content) for token in tokens],
-                "token_logprobs": [token.logprob for token in tokens],
+        tops = []
+        for token, _ in tokens:
+            top = [*token.top, (token.id, token.logprob)]
+            spelled = {self.spell(i): logprob for i, logprob in top}
+            tops.append(None if token.logprob is None else spelled)
+        return {"tokens": [self.spell(token.id) for token, _ in tokens],
+                "token_logprobs": [token.logprob for token, _ in tokens],
                 "top_logprobs": tops,
-                "text_offset": [token.offset for token in tokens]}
+                "text_offset": [offset for _, offset in tokens]}
 
-
-def spell(content: bytes) -> str:
-    """A token's text. As in OpenAI's completions, a part of a character is `bytes:\\xe2\\x80`."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + content.decode(errors="backslashreplace")
+    def spell(self, token_id: int) -> str:
+        """The token's text. As in OpenAI's completions, a part of a character is `bytes:\\xe2`."""
+        content = self.engine.tokenizer.decode_bytes([token_id])
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + content.decode(errors="backslashreplace")
 
 
 class ChatCompletion(Completion):
@@ -265,7 +246,7 @@ class ChatCompletion(Completion):
             self.engine, messages, *SPEAKERS, min(self.options["max_new_tokens"], half))
         return [self.encode(prompt)]
 
-    async def echo(self, prompt: int) -> tuple[str, list[TokenInfo]]:
+    async def echo(self, prompt: int) -> tuple[str, list[tuple[Token, int]]]:
         return "", []
 
     def begin(self, text: str) -> str:
@@ -283,14 +264,15 @@ class ChatCompletion(Completion):
         return {"index": part.number, "delta": added, "logprobs": self.logprobs(part.tokens),
                 "finish_reason": part.reason}
 
-    def logprobs(self, tokens: list[TokenInfo]) -> dict | None:
-        def entry(content: bytes, logprob: float) -> dict:
+    def logprobs(self, tokens: list[tuple[Token, int]]) -> dict | None:
+        def entry(token_id: int, logprob: float) -> dict:
+            content = self.engine.tokenizer.decode_bytes([token_id])
             # as in OpenAI's chats, a part of a character is \xe2\x80, without the prefix bytes:
             return {"token": content.decode(errors="backslashreplace"), "logprob": logprob,
                     "bytes": list(content)}
 
         if not self.body.logprobs:
             return None
-        content = [{**entry(token.content, token.logprob),
-                    "top_logprobs": [entry(*pair) for pair in token.top]} for token in tokens]
+        content = [{**entry(token.id, token.logprob),
+                    "top_logprobs": [entry(*pair) for pair in token.top]} for token, _ in tokens]
         return {"content": content, "refusal": None}

@@ -4,13 +4,23 @@ A model with a chat template gets the conversation in the form it was trained on
 no template; it continues a transcript, in which each turn stands under the speaker's name.
 """
 import bisect
+import functools
 import itertools
+import re
+from collections.abc import Iterable
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from api.schema import ContextExceeded
+from common.errors import UserError
 from generate import Engine
 from tokenizer import Tokenizer
 
 SPEAKERS = ("Student", "Teacher")  # the user's and the model's name in a transcript
+
+# chat templates, with the settings of transformers
+TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+compile_template = functools.lru_cache(TEMPLATES.from_string)
 
 
 def transcript(messages: list[dict[str, str]], user: str, model: str) -> str:
@@ -30,6 +40,56 @@ def turn_ends(tokenizer: Tokenizer, user: str, model: str) -> tuple[str, ...]:
     return tuple(f"{breaks}{name}:" for name in (user, model) for breaks in ("\n\n", "\n"))
 
 
+def chat_ids(tokenizer: Tokenizer, messages: list[dict[str, str]],
+             add_generation_prompt=True) -> list[int]:
+    """The ids of a conversation, formatted with the tokenizer's chat template.
+
+    The template can write special tokens; messages cannot: special tokens are removed from them.
+    Otherwise the ids are those of `apply_chat_template` in transformers.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("This model's tokenizer has no chat template: "
+                        "set chat_template in its tokenizer_config.json.")
+    end_of_text = "" if tokenizer.eot is None else tokenizer.decode([tokenizer.eot])
+    special = {tokenizer.decode([i]): i for i in tokenizer.special_ids}
+    if end_of_text:
+        special[end_of_text] = tokenizer.eot
+
+    # render the template
+    try:
+        text = compile_template(tokenizer.chat_template).render(
+            messages=remove_words(special, messages),
+            add_generation_prompt=add_generation_prompt,
+            bos_token=end_of_text, eos_token=end_of_text)
+    except Exception as error:  # a template can raise any exception
+        raise UserError(f"The chat template failed ({type(error).__name__}: {error}): "
+                        "correct chat_template in tokenizer_config.json.") from None
+
+    # encode the text between special tokens; the longest match wins, as in transformers
+    longest_first = sorted(special, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) never matches
+    ids = []
+    for piece in re.split(f"({pattern})", text):
+        ids += [special[piece]] if piece in special else tokenizer.encode(piece)
+    return ids
+
+
+def remove_words(words: Iterable[str], value):
+    """Remove the words from a string, or from all strings in nested lists and dicts.
+
+    Words that a removal puts together are removed, too.
+    """
+    if isinstance(value, dict):
+        return {key: remove_words(words, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [remove_words(words, item) for item in value]
+    if isinstance(value, str):
+        while any(word in value for word in words):
+            for word in words:
+                value = value.replace(word, "")
+    return value
+
+
 def build_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], user: str,
                  model: str) -> tuple[str | list[int], int]:
     """The prompt for the model's next turn, and its length in tokens.
@@ -39,7 +99,7 @@ def build_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]], user: str
     if tokenizer.chat_template is not None:
         known = [{**message, "content": tokenizer.replace_unknown(message["content"])[0]}
                  for message in messages]
-        ids = tokenizer.chat_ids(known)
+        ids = chat_ids(tokenizer, known)
         return ids, len(ids)
     text = transcript(messages, user, model)
     known, _ = tokenizer.replace_unknown(text)

@@ -17,6 +17,7 @@ from common.program import report_user_errors
 
 import tyro
 
+from api.conversation import chat_ids
 from benchmarks.pages import write_lines
 from benchmarks.validation_loss import measure
 from checkpoint import BUNDLED, load_model
@@ -117,7 +118,7 @@ def conversations(engine: Engine, settings: dict) -> Iterator[str]:
         messages = []
         for line in paragraph.splitlines():
             messages.append({"role": "user", "content": line})
-            ids = engine.tokenizer.chat_ids(messages)
+            ids = chat_ids(engine.tokenizer, messages)
             (reply,) = engine.generate(ids, seed=seed, **settings)
             messages.append({"role": "assistant", "content": reply.strip()})
         yield "\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -70,10 +70,9 @@ def in_words(name: str) -> str:
 
 def allowed_cores() -> int:
     """The CPU cores that this process may use: its affinity, limited by the quota of its cgroup."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        cores = float(len(os.sched_getaffinity(0)))
-    else:
-        cores = float(os.cpu_count() or 1)
+        cores = len(os.sched_getaffinity(0))
     # apply the container's CPU quota, which os.cpu_count does not know (cgroup v2, then v1)
     for names in ["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]:
         try:

@@ -1,4 +1,5 @@
 """UserError: a mistake of the user, told in one sentence. Only bugs end in a traceback."""
+from collections.abc import Callable
 
 MAX_MESSAGE = 600  # characters
 
@@ -17,3 +18,15 @@ class UserError(Exception):
         if len(line) > MAX_MESSAGE:
             line = f"{line[:400]} … {line[-150:]}"
         super().__init__(line)
+
+
+def check_range(options, requirement: str, is_met: Callable[[float], bool], *names: str):
+    """Raises UserError if one of the options with these names does not meet the requirement.
+
+    For example, check_range(config, "at least 1", lambda x: x >= 1, "limit") says "--limit must be
+    at least 1, not 0." An option that is None or "auto" counts as left out.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value not in (None, "auto") and not is_met(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {requirement}, not {value}.")

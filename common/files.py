@@ -1,4 +1,4 @@
-"""Writes files atomically, reads and writes JSON, and computes checksums."""
+"""Writes files atomically, reads texts, reads and writes JSON, and computes checksums."""
 import errno
 import hashlib
 import json
@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+from common.errors import UserError
 
 # errors that mean a full disk, an exceeded quota or a file-size limit
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,6 +29,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]):
         temporary.unlink(missing_ok=True)
         # an error while writing does not name its file
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_text(path: Path) -> str:
+    """The file's text, with its line breaks as they are. Raises UserError if it is not UTF-8."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,}): "
+                        "convert it first.") from None
 
 
 def write_json(path: Path, content: dict):

@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 
-from tokenizer import RANKS, Tokenizer
+from tokenizer import RANKS, Tokenizer, code_points
 
 # Characters, as first and last code points, that gigatoken 0.10 and tiktoken 0.14 classify
 # differently: the letters and digits that are new in Unicode 17, found by trying every code point
@@ -152,5 +152,4 @@ def is_doubtful(text: bytes) -> bool:
 
     # look up the code points of what is not ASCII
     rest = decode(data[data >= 0x80].tobytes())
-    codes = np.frombuffer(rest.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    return bool(IS_DOUBTFUL[codes].any())
+    return bool(IS_DOUBTFUL[code_points(rest)].any())

@@ -7,7 +7,6 @@ yields depends on the files only.
 import codecs
 import contextlib
 import errno
-import functools
 import io
 import os
 import re
@@ -53,30 +52,27 @@ def read(files: list[str], cursor: Cursor = (0, 0, 0),
     With `val_share` there is one file, a single text whose last part is for validation. Temporary
     failures are retried after RETRY_WAITS_S. Raises UserError if they persist or a file is damaged.
     """
+    waits = iter(RETRY_WAITS_S)
     while cursor[0] < len(files):
         path = files[cursor[0]]
-        waits = iter(RETRY_WAITS_S)
-        while True:
-            try:
-                for passage in read_file(path, cursor, val_share):
-                    yield passage
-                    cursor = passage.cursor
-                    waits = iter(RETRY_WAITS_S)
-                break
-            except UserError:
-                raise
-            except Exception as error:  # fsspec, the Hub's client and pyarrow raise their own types
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                if not is_on_hub(path) and getattr(error, "errno", None) not in TEMPORARY_ERRORS:
-                    raise UserError(f"{path} is damaged or cannot be read: {reason}.") from None
-                wait = next(waits, None)
-                if wait is None:
-                    raise UserError(f"{path} stopped after document {cursor[1]:,} and does not "
-                                    f"answer ({reason}): run the same command again to resume."
-                                    ) from None
-                print(f"{path}: {reason}; retrying in {wait} s", file=sys.stderr)
-                time.sleep(wait)
-        cursor = (cursor[0] + 1, 0, 0)
+        try:
+            for passage in read_file(path, cursor, val_share):
+                yield passage
+                cursor = passage.cursor
+                waits = iter(RETRY_WAITS_S)
+            cursor = (cursor[0] + 1, 0, 0)
+        except UserError:
+            raise
+        except Exception as error:  # fsspec, the Hub's client and pyarrow raise their own types
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if not is_on_hub(path) and getattr(error, "errno", None) not in TEMPORARY_ERRORS:
+                raise UserError(f"{path} is damaged or cannot be read: {reason}.") from None
+            wait = next(waits, None)
+            if wait is None:
+                raise UserError(f"{path} stopped after document {cursor[1]:,} and does not answer "
+                                f"({reason}): run the same command again to resume.") from None
+            print(f"{path}: {reason}; retrying in {wait} s", file=sys.stderr)
+            time.sleep(wait)
 
 
 def is_on_hub(path: str) -> bool:
@@ -148,17 +144,9 @@ def file_sizes(files: list[str]) -> list[int]:
 
 
 def estimate_content_bytes(files: list[str], sizes: list[int]) -> int:
-    """Estimate how many bytes `read` yields, from the first file of each kind."""
-    ratios = {}  # (kind, codec) -> bytes of content per byte of the file
-    total = 0
-    for path, size in zip(files, sizes):
-        if not size:
-            continue
-        kind = kind_of(path), codec_of(path)
-        if kind not in ratios:
-            ratios[kind] = content_ratio(path, size)
-        total += size * ratios[kind]
-    return round(total)
+    """Estimate how many bytes `read` yields, from the largest file."""
+    size, path = max(zip(sizes, files))
+    return round(sum(sizes) * content_ratio(path, size))
 
 
 def content_ratio(path: str, size: int) -> float:
@@ -167,10 +155,8 @@ def content_ratio(path: str, size: int) -> float:
         if kind_of(path) == ".parquet":
             with open_parquet(path) as file:
                 column = file.schema_arrow.names.index("text")
-                content = 0
-                for i in range(file.metadata.num_row_groups):
-                    content += file.metadata.row_group(i).column(column).total_uncompressed_size
-                return content / size
+                groups = map(file.metadata.row_group, range(file.num_row_groups))
+                return sum(group.column(column).total_uncompressed_size for group in groups) / size
         if codec_of(path):
             raw, stream = open_stream(path)
             return len(stream.read(16 * BLOCK_BYTES)) / max(1, raw.tell())
@@ -192,10 +178,15 @@ def read_file(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
 
 
 def read_single_text(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
-    """Yield a text's two splits as two documents."""
-    splits = split_text(path, val_share)
-    for number, (split, blocks) in islice(enumerate(splits), cursor[1], None):
-        yield from read_blocks(blocks, cursor, number, True, split)
+    """Yield a text's two splits as two documents: its last `val_share`, then the rest."""
+    length = sum(map(len, text_blocks(path)))
+    if length < MIN_TEXT_CHARS:
+        raise UserError(f"{path} holds {length} characters, too few to train on: "
+                        f"at least {MIN_TEXT_CHARS} are needed.")
+    cut = int(length * (1 - val_share))
+    splits = [("val", cut, length), ("train", 0, cut)]
+    for number, (split, begin, end) in islice(enumerate(splits), cursor[1], None):
+        yield from read_blocks(read_range(path, begin, end), cursor, number, True, split)
 
 
 def read_text_file(path: str, cursor: Cursor) -> Iterator[Passage]:
@@ -216,14 +207,13 @@ def read_blocks(blocks: Iterator[str], cursor: Cursor, number: int, intact: bool
 
 def read_documents(path: str, cursor: Cursor) -> Iterator[Passage]:
     """Yield the rows of a parquet file or the lines of a jsonl file as documents."""
-    if kind_of(path) == ".parquet":
+    is_parquet = kind_of(path) == ".parquet"
+    if is_parquet:
         contents = parquet_rows(path, cursor[1])
-        parse = decode
     else:
         contents = islice(open_stream(path)[1], cursor[1], None)
-        parse = functools.partial(parse_line, path)
     for number, content in enumerate(contents, cursor[1]):
-        text, intact = parse(content, number)
+        text, intact = decode(content) if is_parquet else parse_line(path, content, number)
         size = len(content)
         if size <= LONG_DOCUMENT_BYTES:
             yield Passage(text, size, intact, True, None, (cursor[0], number + 1, 0))
@@ -245,17 +235,6 @@ def skip_leading_blank(blocks: Iterator[str]) -> Iterator[str]:
     yield ""
 
 
-def split_text(path: str, val_share: float) -> Iterator[tuple[str, Iterator[str]]]:
-    """Yield ("val", blocks of the last `val_share` of the text), then ("train", of the rest)."""
-    length = sum(map(len, text_blocks(path)))
-    if length < MIN_TEXT_CHARS:
-        raise UserError(f"{path} holds {length} characters, too few to train on: "
-                        f"at least {MIN_TEXT_CHARS} are needed.")
-    cut = int(length * (1 - val_share))
-    yield "val", read_range(path, cut, length)
-    yield "train", read_range(path, 0, cut)
-
-
 def read_range(path: str, begin: int, end: int) -> Iterator[str]:
     """Yield the file's characters begin to end-1 in blocks."""
     position = 0
@@ -266,7 +245,7 @@ def read_range(path: str, begin: int, end: int) -> Iterator[str]:
         position += len(block)
 
 
-def decode(content: bytes, _number: int) -> tuple[str, bool]:
+def decode(content: bytes) -> tuple[str, bool]:
     """Return the text, and whether it is intact. Bytes that are not UTF-8 become U+FFFD."""
     try:
         return content.decode(), True
@@ -276,7 +255,7 @@ def decode(content: bytes, _number: int) -> tuple[str, bool]:
 
 def parse_line(path: str, content: bytes, number: int) -> tuple[str, bool]:
     """Return the text of a JSON line, and whether it is intact. Lone surrogates become U+FFFD."""
-    line, intact = decode(content.removeprefix(codecs.BOM_UTF8), number)
+    line, intact = decode(content.removeprefix(codecs.BOM_UTF8))
     if not line.strip():
         return "", True
     try:
@@ -330,10 +309,7 @@ def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
                 continue
             tables = file.iter_batches(32, row_groups=[group], columns=["text"], use_threads=False)
             for table in tables:
-                column = table.column(0)
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                column = column.cast("large_binary")  # some rows may not be valid UTF-8
+                column = table.column(0).cast("large_binary")  # some rows may not be valid UTF-8
                 for value in column[min(skip, len(column)):]:  # a list would hold all of them
                     yield value.as_py() or b""
                 skip = max(0, skip - len(column))

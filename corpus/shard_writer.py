@@ -103,15 +103,14 @@ class ShardWriter:
         """Resume from the last commit. Changes nothing if it raises UserError."""
         # find the state of an earlier process
         complete = read_manifest(self.folder)
-        progress = read_state(self.progress_path)
-        committed = progress if progress.get("counts") else {}
-        state = complete or committed or read_state(self.manifest_path)
-        self.finished = bool(state) and state is not progress
+        manifest = complete or read_state(self.manifest_path)
+        state = manifest or read_state(self.progress_path)
+        self.finished = bool(manifest)
 
         # refuse a folder with other files
         own_shard = re.compile(rf"{re.escape(self.prefix)}_(train|val)_\d{{6}}\.npy.*")
         self.refuse_other_preparation(complete=bool(complete))
-        self.refuse_other_files(own_shard if not progress and not state else None)
+        self.refuse_other_files(None if state else own_shard)
         self.shards = state.get("shards", [])
         for shard in self.shards:
             self.check_size(self.folder / shard["file"], shard["tokens"])
@@ -128,7 +127,7 @@ class ShardWriter:
                 self.join_parts()  # an earlier process may have failed to
         elif self.tokens:
             self.reopen_shard()
-        elif not state:
+        elif not self.counts:
             for path in self.folder.iterdir():  # shards without a commit
                 if own_shard.fullmatch(path.name):
                     path.unlink()

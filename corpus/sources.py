@@ -17,7 +17,7 @@ from common.files import read_json, sha256
 
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt")
-# name -> (address, or None if there is no public one; sha256 of the file)
+# name -> (address, None if it is not public; sha256 of the file)
 NAMED_TEXTS = {
     "tiny_shakespeare": (TINY_SHAKESPEARE_URL,
                          "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
@@ -51,10 +51,8 @@ def find_source(name: str, text: Path | None, pretokenized: bool, out: Path) -> 
     if name in NAMED_TEXTS and path.is_file() and sha256(path) != NAMED_TEXTS[name][1]:
         print(f"{path} is not the usual {name}: losses will not be comparable with published ones.")
     if not name or not path.exists():
-        message = f"There is no file or folder {path}"
-        if not text:
-            message += f"; known names are {', '.join((*NAMED_TEXTS, *NAMED_CORPORA))}"
-        raise UserError(f"{message}.")
+        names = "" if text else f"; known names are {', '.join((*NAMED_TEXTS, *NAMED_CORPORA))}"
+        raise UserError(f"There is no file or folder {path}{names}.")
     if pretokenized:
         return shards_source(path_name(path), path)
     return local_source(path_name(path), path, out)
@@ -141,8 +139,6 @@ def revision_of(files: list[Path]) -> str:
 
 def shards_source(name: str, folder: Path) -> Source:
     """Return the shards in a folder, those for validation first."""
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}: give the folder that holds the shards.")
     files = [*folder.glob("*.bin"), *folder.glob("*.npy")]
     files.sort(key=lambda path: (split_of(path) != "val", path.name))
     if not files:
@@ -153,10 +149,8 @@ def shards_source(name: str, folder: Path) -> Source:
 def split_of(shard: Path) -> str | None:
     """Return "train" or "val" if the shard's name says so."""
     words = re.split(r"[^a-z]+", shard.stem.lower())
-    for word in reversed(words):
-        if word in ("train", "val"):
-            return word
-    return None
+    splits = [word for word in words if word in ("train", "val")]
+    return splits[-1] if splits else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,9 +167,8 @@ def hub_source(repository: str, subset: str | None, out: Path) -> Source:
         builder = datasets.load_dataset_builder(repository, subset, revision=revision)
         files = sorted(builder.config.data_files["train"])
     except Exception as error:  # the Hub's client and the layers below raise their own types
-        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{repository} was not found on the Hugging Face Hub "
-                        f"({type(error).__name__}: {reason}).") from None
+                        f"({type(error).__name__}: {error}).") from None
     revision = re.search(r"@([^/]+)/", files[0])[1]
     name = f"{repository}:{subset}" if subset else repository
     return Source(name, files, revision, "corpus")
@@ -215,9 +208,7 @@ def download_file(url: str, expected: str, path: Path, option: str):
     # request what is missing
     partial = path.with_name(f"{path.name}.tmp")
     size = partial.stat().st_size if partial.exists() else 0
-    headers = {"Accept-Encoding": "identity"}
-    if size:
-        headers["Range"] = f"bytes={size}-"
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={size}-"}
     try:
         with requests.get(url, stream=True, timeout=30, headers=headers) as response:
             if response.status_code != 416:  # 416: nothing is missing

@@ -234,11 +234,9 @@ def pack(parts: list[SharedPrefix]) -> tuple:
         unscored = part.unscored or [0] * len(part.continuations)
         for branch, (continuation, skip) in enumerate(zip(part.continuations, unscored), 1):
             inputs = continuation[:-1]
-            if continuation:
-                # the context's last token predicts the first token, each input the one after it
-                begin = len(ids)
-                rows = [P - 1, *range(begin, begin + len(inputs))]
-                logit_rows += [b * T + row for row in rows[skip:]]
+            # the context's last token predicts the first token, each input the one after it
+            rows = [P - 1, *range(len(ids), len(ids) + len(inputs))]
+            logit_rows += [b * T + row for row in rows[skip:len(continuation)]]
             ids += inputs
             positions += range(P, P + len(inputs))
             branches += [branch] * len(inputs)

@@ -32,18 +32,17 @@ class Sampling:
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        if self.max_new_tokens < 0:
-            raise UserError(f"max_new_tokens must be 0 or more, not {self.max_new_tokens}.")
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise UserError(f"temperature must be 0 or more, not {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k must be at least 1, not {self.top_k}.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
-        if not math.isfinite(self.repetition_penalty) or self.repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty must be above 0, not {self.repetition_penalty}.")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise UserError(f"logprobs must be 0 or more, not {self.logprobs}.")
+        rules = {  # setting -> (what it must be, whether it is)
+            "max_new_tokens": ("0 or more", self.max_new_tokens >= 0),
+            "temperature": ("0 or more", 0 <= self.temperature < math.inf),
+            "top_k": ("at least 1", self.top_k is None or self.top_k >= 1),
+            "top_p": ("above 0 and at most 1", 0 < self.top_p <= 1),
+            "repetition_penalty": ("above 0", 0 < self.repetition_penalty < math.inf),
+            "logprobs": ("0 or more", self.logprobs is None or self.logprobs >= 0),
+        }
+        for name, (rule, holds) in rules.items():
+            if not holds:
+                raise UserError(f"{name} must be {rule}, not {getattr(self, name)}.")
         if len(self.stop) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP_CHARS for s in self.stop):
             raise UserError(f"Give at most {MAX_STOPS} stop strings of 1 to {MAX_STOP_CHARS} "
                             "characters.")

@@ -124,13 +124,12 @@ class Request:
         events = []
         while not self.events.empty():
             event = self.events.get()
-            if not isinstance(event, Exception):
-                events.append(event)
-            elif events:
+            if isinstance(event, Exception):
+                if not events:
+                    raise event
                 self.events.put(event)  # deliver the events before the error first
                 break
-            else:
-                raise event
+            events.append(event)
         return events
 
     def put(self, event: tuple[int, Token | str] | Exception):

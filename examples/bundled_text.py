@@ -14,6 +14,7 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
 
+def take(texts: Iterable[str], characters: float) -> list[str]:
+    """The first texts, up to the one that completes this many characters."""
+    chosen, size = [], 0
+    for text in texts:
+        chosen.append(text)
+        size += len(text)
+        if size >= characters:
+            break
+    return chosen
+
+
 def stories(documents: list[dict]) -> tuple[list[str], list[str]]:
     """(training, validation): simple stories and some easy classics, then simple stories only.
 
@@ -58,29 +70,19 @@ def stories(documents: list[dict]) -> tuple[list[str], list[str]]:
         return sum(word in known for word in text_words) / max(1, len(text_words))
 
     # a sample of the easiest 20 MB of classics
-    easy, size = [], 0
-    for text in sorted(classics, key=ease, reverse=True):
-        if not is_held_out(text):
-            size += len(text)
-            easy.append(text)
-        if size > 20e6:
-            break
+    ranked = sorted(classics, key=ease, reverse=True)
+    easy = take((text for text in ranked if not is_held_out(text)), 20e6)
     generator = random.Random(7)
     generator.shuffle(easy)
-    chosen, size = [], 0
-    while easy and size < CLASSIC_CHARACTERS:
-        chosen.append(easy.pop())
-        size += len(chosen[-1])
+    chosen = take(reversed(easy), CLASSIC_CHARACTERS)
 
     # several passes over the simple stories, each in an order of its own
     training = [text for text in simple if not is_held_out(text)]
-    first_pass = training + chosen
-    generator.shuffle(first_pass)
-    passes = [first_pass]
+    passes = training + chosen
+    generator.shuffle(passes)
     for _ in range(SIMPLE_PASSES - 1):
-        passes.append(generator.sample(training, len(training)))
-    held_out = [text for text in simple if is_held_out(text)]
-    return [text for texts in passes for text in texts], held_out
+        passes += generator.sample(training, len(training))
+    return passes, [text for text in simple if is_held_out(text)]
 
 
 def chat(conversations: list[dict]) -> tuple[list[str], list[str]]:

@@ -4,12 +4,13 @@ import concurrent.futures
 import json
 import re
 
-import gradio as gr
 import pytest
 from conftest import go_to, running_page
 from playwright.sync_api import expect
 
 import checkpoint
+from api.conversation import chat_ids
+from common.errors import UserError
 from generate import Engine
 from ui import chat
 from ui.models import Models
@@ -177,7 +178,7 @@ def test_a_base_model_continues_a_transcript(client):
 
 def test_a_model_with_a_chat_template_gets_the_conversation_in_that_form(client, chat_engine):
     options = {"top_p": 1.0, "length": 30, "seed": 3, "api_name": "/chat"}
-    ids = chat_engine.tokenizer.chat_ids([*HISTORY, {"role": "user", "content": "What news?"}])
+    ids = chat_ids(chat_engine.tokenizer, [*HISTORY, {"role": "user", "content": "What news?"}])
     text = chat_engine.generate(ids, max_new_tokens=30, temperature=DEFAULTS["temperature"],
                                 repetition_penalty=chat.REPETITION_PENALTY, seed=3)[0]
     # it is the default model; the speakers' names make no difference
@@ -189,7 +190,7 @@ def test_a_model_with_a_chat_template_gets_the_conversation_in_that_form(client,
 
 def test_a_reply_continues_from_its_beginning(client, chat_engine):
     messages = [{"role": "user", "content": "What news?"}]
-    ids = chat_engine.tokenizer.chat_ids(messages) + chat_engine.tokenizer.encode("the night")
+    ids = chat_ids(chat_engine.tokenizer, messages) + chat_engine.tokenizer.encode("the night")
     text = chat_engine.generate(ids, max_new_tokens=20, **DEFAULTS,
                                 repetition_penalty=chat.REPETITION_PENALTY, seed=3)[0]
     result = client.predict("What news?", beginning="the night", length=20, seed=3,
@@ -199,7 +200,7 @@ def test_a_reply_continues_from_its_beginning(client, chat_engine):
 
 def test_the_oldest_messages_leave_only_when_the_context_is_full(client, chat_engine):
     def tokens(messages):
-        return len(chat_engine.tokenizer.chat_ids(messages))
+        return len(chat_ids(chat_engine.tokenizer, messages))
 
     room = BLOCK_SIZE // 8
     left_out_before = 0
@@ -259,5 +260,5 @@ def test_an_error_of_the_page_is_a_sentence_of_the_conversation():
     settings = ["/etc/passwd", "A", "B", 0.7, 0, 0.9, 20]
     [shown] = collect(chat.answer(Models("bundled:shakespeare"), talk, *settings))
     assert shown["error"] == "Choose a model from the list." and shown["turns"] == talk["turns"]
-    with pytest.raises(gr.Error, match="from the list"):
+    with pytest.raises(UserError, match="from the list"):
         collect(chat.chat(Models("bundled:shakespeare"), "Hello", model="/etc/passwd"))

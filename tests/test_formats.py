@@ -340,3 +340,10 @@ def test_damaged_folders_get_one_sentence(tmp_path):
         save_file(changed_weights, folder / "model.safetensors")
         with pytest.raises(UserError, match=sentence):
             checkpoint.load_model(folder)
+    # JSON that is nested too deeply, in either place
+    save_file(weights, tmp_path / "good" / "model.safetensors", {"training": "[" * 10**5})
+    with pytest.raises(UserError, match="are damaged"):
+        checkpoint.load_model(tmp_path / "good")
+    (tmp_path / "good" / "config.json").write_text("[" * 10**5)
+    with pytest.raises(UserError, match="are damaged"):
+        checkpoint.load_model(tmp_path / "good")

@@ -307,9 +307,9 @@ def crowd(count=32):
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_a_text_is_the_same_alone_and_in_a_crowd(dtype, native, threads):
     torch.set_num_threads(threads)
-    alone = wide_engine(dtype, native=native, prefix_bytes=0)
+    single = wide_engine(dtype, native=native, prefix_bytes=0)
     together = wide_engine(dtype, native=native, prefix_bytes=2**28)
-    expected = [ids_of(alone, prompt, **settings) for prompt, settings in crowd()]
+    expected = [ids_of(single, prompt, **settings) for prompt, settings in crowd()]
 
     # all at once
     requests = [together.submit(prompt, **settings) for prompt, settings in crowd()]

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 import serve
 from api import completions, guard, schema
-from api.conversation import SPEAKERS, transcript
+from api.conversation import SPEAKERS, chat_ids, transcript
 from api.guard import MAX_BODY_BYTES, Access, Guard
 from api.schema import MAX_PROMPTS, CompletionRequest
 from common.errors import UserError
@@ -334,7 +334,7 @@ def test_a_model_with_a_template_gets_its_own_format(client, engines):
                 {"role": "user", "content": parts, "name": "ann"}]
     chat = client.chat.completions.create(
         model="chat", messages=messages, max_completion_tokens=20, max_tokens=3, seed=1)
-    ids = engines["chat"].tokenizer.chat_ids(HISTORY)
+    ids = chat_ids(engines["chat"].tokenizer, HISTORY)
     assert chat.choices[0].message.content == engines["chat"].generate(
         ids, max_new_tokens=20, seed=1)[0].lstrip()
     assert chat.usage.prompt_tokens == len(ids) and chat.usage.completion_tokens == 20
@@ -385,7 +385,7 @@ def test_the_oldest_turns_leave_a_full_context_and_the_answer_says_so(client, en
         tokens = len(transcript(more, *SPEAKERS))
     else:
         assert kept[1]["role"] == "user"
-        tokens = len(engine.tokenizer.chat_ids(more))
+        tokens = len(chat_ids(engine.tokenizer, more))
     assert tokens + 30 > engine.block_size
 
     with pytest.raises(openai.BadRequestError, match="too long") as caught:
@@ -424,8 +424,8 @@ def test_forty_streams_at_once_are_the_texts_that_each_would_be_alone(client, ur
     texts = asyncio.run(all_at_once())
     assert len(set(texts)) > 30
     for seed in 0, 17, 39:
-        alone = client.chat.completions.create(**options, seed=seed)
-        assert texts[seed] == alone.choices[0].message.content
+        single = client.chat.completions.create(**options, seed=seed)
+        assert texts[seed] == single.choices[0].message.content
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import tokenizers
 from conftest import PROSE, small_bpe
 from transformers import AutoTokenizer
 
+from api.conversation import chat_ids
 from common.errors import UserError
 from common.files import sha256
 from corpus import fast_bpe
@@ -378,7 +379,7 @@ def test_a_conversation_has_the_ids_that_transformers_gives_it(tokenizer, tmp_pa
     assert ours.chat_template == theirs.chat_template == CHAT
     for prompt in True, False:
         ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=prompt)["input_ids"]
-        assert ours.chat_ids(MESSAGES, add_generation_prompt=prompt) == ids
+        assert chat_ids(ours, MESSAGES, add_generation_prompt=prompt) == ids
         assert ids.count(ours.eot) == (0 if ours.eot is None else 4 + prompt)
 
 
@@ -387,19 +388,19 @@ def test_other_special_tokens_of_a_template_become_their_ids(gpt2, tmp_path):
     bpe.add_special_tokens(["<|user|>"])
     template = "{% for m in messages %}<|user|>{{ m.content }}{{ eos_token }}{% endfor %}"
     with_template(BPETokenizer(bpe.to_str()), template).save(tmp_path)
-    ids = load_tokenizer(tmp_path).chat_ids(MESSAGES)
+    ids = chat_ids(load_tokenizer(tmp_path), MESSAGES)
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES)["input_ids"]
     assert ids == theirs and ids.count(50257) == ids.count(50256) == 3
 
 
 def test_a_message_cannot_write_special_tokens():
     tokenizer = with_template(train_bpe([PROSE], 300))
-    expected = tokenizer.chat_ids([{"role": "user", "content": "one two"}])
+    expected = chat_ids(tokenizer, [{"role": "user", "content": "one two"}])
     for content in "one<|endoftext|> two", "one <|endo<|endoftext|>ftext|>two":
-        assert tokenizer.chat_ids([{"role": "user", "content": content}]) == expected
+        assert chat_ids(tokenizer, [{"role": "user", "content": content}]) == expected
     nested = with_template(tokenizer, "{{ messages[0].content[0].text }}")
     parts = [{"type": "text", "text": "one<|endoftext|> two"}]
-    assert tokenizer.eot not in nested.chat_ids([{"role": "user", "content": parts}])
+    assert tokenizer.eot not in chat_ids(nested, [{"role": "user", "content": parts}])
 
 
 def test_a_chat_template_is_read_from_either_file_and_not_kept_by_the_shared_gpt2(gpt2, tmp_path):
@@ -421,4 +422,4 @@ def test_a_chat_template_is_read_from_either_file_and_not_kept_by_the_shared_gpt
     ("{{ messages.append(1) }}", "failed .SecurityError")])
 def test_a_chat_template_that_fails_gets_one_sentence(gpt2, template, sentence):
     with pytest.raises(UserError, match=sentence):
-        with_template(gpt2, template).chat_ids(MESSAGES)
+        chat_ids(with_template(gpt2, template), MESSAGES)

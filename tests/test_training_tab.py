@@ -5,7 +5,6 @@ import re
 import time
 from types import SimpleNamespace
 
-import gradio as gr
 import pytest
 from conftest import MARKUP, PROSE, assert_markup_stays_text, go_to, running_page, wait_until
 from gradio_client import handle_file
@@ -127,7 +126,7 @@ def test_a_stopped_training_keeps_what_it_has_learned(own):
 def test_a_failed_training_says_why_and_leaves_nothing(own, monkeypatch):
     def fail(text, folder):
         own.run.mkdir(parents=True)
-        own.call(folder, "prepare.py", folder / "nosuch.txt")
+        own.call("prepare.py", folder / "nosuch.txt")
 
     monkeypatch.setattr(own, "train", fail)
     own.start("fox", PROSE, 60)
@@ -196,7 +195,7 @@ def test_a_text_is_read_in_common_encodings(tmp_path, content, text):
 def test_an_upload_is_checked_and_deleted(own, tmp_path, content, sentence):
     path = tmp_path / "upload.txt"
     path.write_bytes(content)
-    with pytest.raises(gr.Error, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         training.start(own, str(path), "1 minute", LOCAL)
     assert not path.exists() and own.name == ""
 
@@ -211,7 +210,7 @@ def test_tiny_shakespeare_is_downloaded_or_a_sentence_says_what_to_do(own, web, 
         monkeypatch.setitem(sources.NAMED_TEXTS, "tiny_shakespeare", (address + path, checksum))
         training.start_shakespeare(own, "5 minutes", LOCAL)
 
-    with pytest.raises(gr.Error, match="could not be downloaded: drop a text file of your own"):
+    with pytest.raises(UserError, match="could not be downloaded: drop a text file of your own"):
         download_from("/lost.txt")
     assert not started
     download_from("/input.txt")

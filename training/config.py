@@ -1,6 +1,7 @@
 """The configuration of a run: the options of train.py, their checks, and a run's fingerprint.
 
-`TrainConfig` is flat: each field is one command-line option, and its docstring is the help text.
+`TrainConfig` is flat: each field is one command-line option. Its help text is the comment beside
+it, or the text below it.
 """
 import dataclasses
 import hashlib
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from common.errors import UserError
+from common.errors import UserError, check_range
 from dataloader import Order
 from shards import sample_checksum
 from training import optim
@@ -21,8 +22,7 @@ from training import optim
 class TrainConfig:
     """The options of a run. The defaults are those of GPT-2 124M on FineWeb-Edu."""
 
-    data: Path = Path("edu_fineweb10B")
-    """Folder of token shards, as prepare.py writes it."""
+    data: Path = Path("edu_fineweb10B")  # Folder of token shards, as prepare.py writes it.
     name: Annotated[str, tyro.conf.arg(aliases=["--run"])] = ""
     """Name of the run, whose folder is log/<name>. Defaults to the preset's name."""
     resume: Literal["auto", "none"] = "auto"
@@ -37,18 +37,15 @@ class TrainConfig:
     seed: int = 1337
 
     # the model
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    block_size: int = 1024
-    """Context length in tokens, also that of a training sequence."""
-    vocab_size: int | None = None
-    """Defaults to the size of the tokenizer's vocabulary."""
+    n_layer: int = 12  # Number of blocks.
+    n_head: int = 12  # Attention heads of a block.
+    n_embd: int = 768  # Width of the residual stream.
+    block_size: int = 1024  # Context length in tokens, also that of a training sequence.
+    vocab_size: int | None = None  # Defaults to the size of the tokenizer's vocabulary.
     dropout: float = 0.0
 
     # the batch
-    batch_tokens: int = 2**19
-    """Tokens per step, over all processes and micro-batches."""
+    batch_tokens: int = 2**19  # Tokens per step, over all processes and micro-batches.
     micro_batch: int | Literal["auto"] = 64
     """Sequences that a process computes at a time, accumulating gradients over its share of the
     batch. auto halves that share until it fits in memory."""
@@ -64,16 +61,14 @@ class TrainConfig:
     """Learning rate of the embeddings, as a multiple of --learning-rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 715
-    min_lr_ratio: float = 0.1
-    """Final learning rate of cosine and wsd, as a fraction of the peak."""
+    min_lr_ratio: float = 0.1  # Final learning rate of cosine and wsd, as a fraction of the peak.
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
-    grad_clip: float = 1.0
-    """Maximum norm of the gradient; 0 turns clipping off."""
+    grad_clip: float = 1.0  # Maximum norm of the gradient; 0 turns clipping off.
 
     # evaluation, samples, checkpoints and the log, all in steps
-    eval_every: int = 250
+    eval_every: int = 250  # Steps from one validation to the next.
     eval_tokens: int = 20 * 2**19
     """Number of validation tokens to score each time, from the start of the split."""
     hellaswag: str = "none"
@@ -83,12 +78,10 @@ class TrainConfig:
     save_every: int = 1000
     log_every: int = 10
     sample_prompt: str = "Hello, I'm a language model,"
-    samples: int = 1
-    """Number of continuations of the prompt to sample each time."""
+    samples: int = 1  # Number of continuations of the prompt to sample each time.
 
     # the machine
-    device: str = "auto"
-    """auto, cuda, mps or cpu."""
+    device: str = "auto"  # auto, cuda, mps or cpu.
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Precision of the matrix products; weights are always float32. auto is bfloat16 on hardware
     that computes it (CUDA 8.0 and newer, CPUs with AVX512_BF16 or AMX), float16 on older CUDA
@@ -102,22 +95,15 @@ class TrainConfig:
     """Recompute activations in the backward pass to save memory; auto does so with --shard."""
     deterministic: bool = False
     """Use only deterministic kernels, which may be slower, so that runs repeat bit for bit."""
-    wait_s: float = 600
-    """Seconds to wait for another process before giving up."""
-    track: Literal["none", "trackio", "wandb"] = "none"
-    """Send the metrics to this tracker too."""
-    dry_run: bool = False
-    """Print the plan of the run and exit."""
+    wait_s: float = 600  # Seconds to wait for another process before giving up.
+    track: Literal["none", "trackio", "wandb"] = "none"  # Send the metrics to this tracker too.
+    dry_run: bool = False  # Print the plan of the run and exit.
 
     # assumptions of the plan, which do not change the run
-    gpu: str | None = None
-    """Device to plan for, such as a100 or h100. Defaults to this machine's."""
-    nproc: int | None = None
-    """Number of devices to plan for. Defaults to the number of processes."""
-    mfu: float = 0.5
-    """Assumed model FLOPs utilization (MFU), as a fraction of the device's peak."""
-    price: float = 0.0
-    """Price of one device per hour."""
+    gpu: str | None = None  # Device to plan for, such as a100 or h100. Defaults to this machine's.
+    nproc: int | None = None  # Number of devices to plan for. Defaults to the number of processes.
+    mfu: float = 0.5  # Assumed model FLOPs utilization (MFU), as a fraction of the device's peak.
+    price: float = 0.0  # Price of one device per hour.
 
     @property
     def recompute_activations(self) -> bool:
@@ -125,39 +111,23 @@ class TrainConfig:
         return self.recompute == "on" or (self.recompute == "auto" and self.shard)
 
 
-AT_LEAST_ONE = ("batch_tokens", "micro_batch", "block_size", "eval_every", "eval_tokens",
-                "sample_every", "save_every", "log_every", "samples", "nproc")
-NOT_NEGATIVE = ("max_steps", "price", "learning_rate", "embedding_rate", "warmup_steps",
-                "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip")
-
-
 def validate(config: TrainConfig):
     """Raises UserError if a value is out of range, or if two options exclude each other."""
-    for name in AT_LEAST_ONE:
-        value = getattr(config, name)
-        if value not in ("auto", None) and value < 1:
-            raise UserError(f"{option(name)} must be at least 1, not {value}.")
-    for name in NOT_NEGATIVE:
-        value = getattr(config, name)
-        limit = 1 if name.startswith("beta") else math.inf
-        if not 0 <= value < limit:
-            allowed = "at least 0 and below 1" if limit == 1 else "finite and at least 0"
-            raise UserError(f"{option(name)} must be {allowed}, not {value}.")
-    if config.wait_s <= 0:
-        raise UserError(f"--wait-s must be above 0, not {config.wait_s}.")
-    if not 0 < config.mfu <= 1:
-        raise UserError(f"--mfu must be above 0 and at most 1, not {config.mfu}.")
+    check_range(config, "at least 1", lambda n: n >= 1,
+                "batch_tokens", "micro_batch", "block_size", "eval_every", "eval_tokens",
+                "sample_every", "save_every", "log_every", "samples", "nproc")
+    check_range(config, "finite and at least 0", lambda x: 0 <= x < math.inf,
+                "max_steps", "learning_rate", "embedding_rate", "warmup_steps", "min_lr_ratio",
+                "weight_decay", "grad_clip", "price")
+    check_range(config, "at least 0 and below 1", lambda x: 0 <= x < 1, "beta1", "beta2")
+    check_range(config, "above 0", lambda x: x > 0, "wait_s")
+    check_range(config, "above 0 and at most 1", lambda x: 0 < x <= 1, "mfu")
     if config.shard and config.optimizer == "muon":
         raise UserError("Muon needs whole matrices, which --shard divides: use --optimizer adamw "
                         "or leave out --shard.")
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", config.name):
         raise UserError("--name names a folder under log/ and may contain letters, digits, '.', "
                         f"'-' and '_' only, so it cannot be {config.name!r}.")
-
-
-def option(field: str) -> str:
-    """The command-line option of a field."""
-    return "--" + field.replace("_", "-")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,13 +25,14 @@ class Meter:
         self.data_sheet = find_device(ddp.device_name(run.world.device))
         self.flops_per_token = run.model.flops_per_token(run.config.block_size)
 
-        # since the last logged step
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=run.world.device)
+        self.reset()
+
+    def reset(self):
+        """Starts to count what belongs to the next logged step."""
         self.seconds = 0.0
         self.tokens = 0
-        self.skipped = torch.zeros((), dtype=torch.int64, device=run.world.device)
-
-        # updates skipped in a row: now, and at most
-        self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.skipped = torch.zeros_like(self.skipped_in_a_row)
         self.max_skipped_in_a_row = torch.zeros_like(self.skipped)
 
     def start(self):
@@ -56,8 +57,7 @@ class Meter:
         if pause_follows:
             loss.item()  # waits for the device
         last_step = step + 1 == config.max_steps
-        log_now = (step + 1) % config.log_every == 0 or last_step
-        if not log_now:
+        if (step + 1) % config.log_every and not last_step:
             self.seconds += time.perf_counter() - self.started
             return
 
@@ -65,17 +65,14 @@ class Meter:
         mean_loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
         self.seconds += time.perf_counter() - self.started
 
-        # log, then start counting anew
+        # log
         if self.run.log:
             self.write(step + 1, mean_loss, grad_norm.item(), lr, progress)
         # float16 halves its scale at a skipped update; 1 is the scale of the other precisions
         skipped_too_many = self.max_skipped_in_a_row.item() >= MAX_SKIPPED_IN_A_ROW
         if skipped_too_many and self.run.scaler.get_scale() <= 1:
             raise self.diverged(step + 1)
-        self.max_skipped_in_a_row.zero_()
-        self.seconds = 0.0
-        self.tokens = 0
-        self.skipped.zero_()
+        self.reset()
 
     def write(self, step: int, loss: float, grad_norm: float, lr: float, progress: tqdm):
         """Writes a line to metrics.jsonl and updates the progress bar."""

@@ -1,8 +1,9 @@
-"""A run's folder during training: its lock and its log files."""
+"""A run's folder during training: its lock, its configuration and its log files."""
 import importlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_json, write_json
 
 
 def locked(folder: Path):
@@ -25,6 +26,23 @@ def locked(folder: Path):
     except Timeout:
         raise UserError(f"Another process is training {folder}: wait until it ends, or choose "
                         "another --name.") from None
+
+
+def read_config(run: str | Path) -> dict:
+    """The run's configuration and the description of its data, from its config.json."""
+    try:
+        return dict(read_json(Path(run) / "config.json"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{run}/config.json is damaged ({type(error).__name__}): restore it, or "
+                        "choose another run.") from None
+
+
+def learns_fineweb_edu(config: dict) -> bool:
+    """Whether a run trains on FineWeb-Edu with a vocabulary as large as GPT-2's."""
+    corpus = re.sub("[-_]", "", f"{config.get('corpus')} {config.get('data')}".lower())
+    vocab_size = config.get("vocab_size") or 50257
+    is_large = isinstance(vocab_size, int) and vocab_size >= 50257
+    return ("finewebedu" in corpus or "edufineweb" in corpus) and is_large
 
 
 class Log:
@@ -91,11 +109,11 @@ class Log:
             is_finite = not isinstance(value, float) or math.isfinite(value)
             line[name] = value if is_finite else None  # JSON has no NaN
         text = json.dumps(line, ensure_ascii=False) + "\n"
+        path = self.folder / file_name
         try:
-            with open(self.folder / file_name, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            path = self.folder / file_name
             warn(f"a line of {path} could not be written ({os.strerror(error.errno)})")
 
 

@@ -12,7 +12,6 @@ from torch.utils._triton import has_triton
 import checkpoint
 import ddp
 import hellaswag
-import report
 from common.errors import UserError
 from common.seed import derive_seed
 from corpus.sources import NAMED_TEXTS
@@ -75,8 +74,7 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
 
     # initialize the weights on the device, then find the micro-batch that fits beside them
     place_model(model, initial_weights, config, world)
-    saved_run = folder if first_step else None
-    micro_batch = choose_micro_batch(config, saved_run, model, world)
+    micro_batch = choose_micro_batch(config, folder if first_step else None, model, world)
     config = dataclasses.replace(config, micro_batch=micro_batch)
 
     # create the optimizers, then load the checkpoint into the model and into them
@@ -138,14 +136,13 @@ def read_data_manifest(config: TrainConfig) -> dict:
     if data == TrainConfig.data:
         command = "fineweb.py"
     elif name in NAMED_TEXTS:
-        is_downloadable = NAMED_TEXTS[name][0]
-        text_option = "" if is_downloadable else " --text FILE"
-        command = f"prepare.py {name} --tokenizer {kind}{text_option}"
+        text = "" if NAMED_TEXTS[name][0] else " --text FILE"  # without an address
+        command = f"prepare.py {name} --tokenizer {kind}{text}"
     else:
         bpe = kind.replace("-", ":") if kind.startswith("bpe-") else None
         tokenizer = config.init_from or bpe
-        tokenizer_option = f" --tokenizer {tokenizer}" if tokenizer else ""
-        command = f"prepare.py FILE_OR_FOLDER{tokenizer_option} --out {data}"
+        option = f" --tokenizer {tokenizer}" if tokenizer else ""
+        command = f"prepare.py FILE_OR_FOLDER{option} --out {data}"
     raise UserError(f"No data found in {data}. Create it with: python {command}")
 
 
@@ -164,8 +161,7 @@ def read_hellaswag(config: TrainConfig, world: ddp.World) -> list[dict] | None:
         examples = None
         if world.is_main:
             print(f"training without HellaSwag: {error}", file=sys.stderr)
-    ranks_with_examples = ddp.sum_over_ranks(world, examples is not None)[0]
-    return examples if ranks_with_examples == world.size else None
+    return None if ddp.any_rank(world, not examples) else examples
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,9 +308,8 @@ def choose_micro_batch(config: TrainConfig, saved_run: Path | None, model: GPT,
     # look for a resumed run's number, which the main process sends to the other ranks
     saved = 0
     if saved_run and world.is_main:
-        saved = report.read_config(saved_run).get("micro_batch", 0)
-    saved = int(ddp.sum_over_ranks(world, saved)[0])
-    if saved:
+        saved = runlog.read_config(saved_run).get("micro_batch", 0)
+    if saved := int(ddp.sum_over_ranks(world, saved)[0]):
         return saved
 
     # halve this rank's share of the batch until it fits

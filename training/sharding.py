@@ -38,21 +38,16 @@ def shard(model, world: World, dtype: torch.dtype):
     backward pass averages the gradients over the ranks in float32, and each rank keeps its part of
     the average (FSDP; Zhao et al. 2023, arXiv 2304.11277).
     """
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
-    from torch.distributed.fsdp import (  # noqa: PLC0415
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    from torch.distributed import device_mesh, fsdp  # noqa: PLC0415
+    mesh = device_mesh.init_device_mesh(world.device.type, (world.size,))
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)  # the rest: embeddings and final LayerNorm
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)  # embeddings and final LayerNorm
 
     # gather the weights for these methods too, not only for forward
     for name in ("hidden", "logits"):
-        register_fsdp_forward_method(model, name)
+        fsdp.register_fsdp_forward_method(model, name)
 
 
 @torch.no_grad()

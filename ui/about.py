@@ -7,17 +7,15 @@ import gradio as gr
 
 import publish
 import report
-from ui.models import Models, show_user_errors
-from ui.settings import QUIET
-
-ABOUT = Path(__file__).parent.parent / "assets" / "about.md"
+from ui.models import Models
+from ui.settings import ASSETS, QUIET
 
 
 def build(models: Models):
     """Lays out the tab and connects its events."""
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            gr.Markdown(ABOUT.read_text(encoding="utf-8"))
+            gr.Markdown((ASSETS / "about.md").read_text(encoding="utf-8"))
         with gr.Column(scale=3, min_width=320):
             model = gr.Dropdown(
                 models.names, value=models.default, label="Model", elem_id="about-model")
@@ -37,16 +35,13 @@ def card(models: Models, name: str) -> tuple[str, str, gr.Accordion, dict | None
 
     The card is the README of the model's folder, or else the one that publish.py would write.
     """
-    with show_user_errors():
-        engine, info = models.future(name).result()
+    engine, info = models.future(name).result()
     readme = Path(info["path"]) / "README.md"
     run = publish.source_run(info)
     if run:
         info = {**info, "train_config": report.read_config(run)}
-    if readme.is_file():
-        text = readme.read_text(encoding="utf-8")
-    else:
-        text = publish.model_card(engine.model, engine.tokenizer, info, run, name)
+    text = (readme.read_text(encoding="utf-8") if readme.is_file()
+            else publish.model_card(engine.model, engine.tokenizer, info, run, name))
 
     # take the metadata, which is YAML between two lines of ---, off the text
     metadata = ""

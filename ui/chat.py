@@ -9,34 +9,22 @@ as HTML or Markdown, so it cannot show or copy a text as it was written.)
 """
 import asyncio
 import dataclasses
-import html
 from types import MethodType
 
 import gradio as gr
 
-from api.conversation import fit_prompt, turn_ends
+from api.conversation import SPEAKERS, fit_prompt, turn_ends
 from common.errors import UserError
 from generate import Engine
 from ui import settings
-from ui.models import Models, show_user_errors
-from ui.settings import MAX_BYTES, QUIET
+from ui.models import Models
 from ui.stream import Writing, follow
 
 LENGTH = 120  # tokens of a reply, by default
 REPETITION_PENALTY = 1.15  # small models repeat themselves in a conversation; 1 is off
 ATTEMPTS = 3  # to get a reply that is not empty
 MAX_NAME = 40  # characters
-YOU, IT = "Student", "Teacher"  # names in a transcript
-
-CHAT_NOTE = (
-    "This very small model was trained to make small talk. It has no knowledge and is not an "
-    "assistant: what it says is made up."
-)
-TRANSCRIPT_NOTE = (
-    "This is a base model: it was not trained to chat. It continues a transcript in which each "
-    "turn stands under the speaker's name, and its turn ends at the next speaker's name. What it "
-    "says is made up."
-)
+YOU, IT = SPEAKERS  # names in a transcript
 NOTHING_SAID = "The model had nothing to say. Try again, or say something else."
 
 # --------------------------------------------------------------------------------------------------
@@ -47,11 +35,10 @@ def build(models: Models):
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             note = gr.Markdown("Loading the model …", elem_id="chat-note")
-            gr.HTML('<div id="turns" role="log" aria-label="Conversation" tabindex="0"></div>'
-                    '<p id="chat-status" role="status"></p>', apply_default_css=False)
+            gr.HTML(settings.HTML.conversation(), apply_default_css=False)
             message = gr.Textbox(label="Your message", placeholder="Hello! How was your day?",
-                                 lines=1, max_lines=6, max_length=MAX_BYTES, submit_btn="Send",
-                                 elem_id="say")
+                                 lines=1, max_lines=6, max_length=settings.MAX_BYTES,
+                                 submit_btn="Send", elem_id="say")
             stop_button = gr.Button("Stop", variant="stop", elem_id="chat-stop")
         with gr.Column(scale=3, min_width=300):
             model = settings.model_box(models, "chat-", value=models.chat_model())
@@ -63,10 +50,9 @@ def build(models: Models):
                              gr.Textbox(IT, label="The model is", elem_id="chat-it", **box)]
                 gr.Examples([[YOU, IT], ["ROMEO", "JULIET"]], names, label="Try other names")
             with gr.Accordion("Settings", open=False, elem_id="chat-more"):
-                sliders = [settings.slider(name, "chat-")
-                           for name in ("temperature", "top_k", "top_p")]
+                sliders = [settings.slider(name, "chat-") for name in settings.SAMPLING]
                 length = settings.slider("length", "chat-", value=LENGTH)
-            gr.HTML('<nav id="chats" aria-label="Conversations"></nav>', apply_default_css=False)
+            gr.HTML(settings.HTML.conversations(), apply_default_css=False)
     # the open conversation while it is answered, and a button that chat.js clicks to hand it over
     talk = gr.JSON(visible="hidden")
     hand_over = gr.Button(visible="hidden", elem_id="chat-hand-over")
@@ -74,26 +60,25 @@ def build(models: Models):
     # say what kind of model it is as soon as it is loaded
     opened = gr.context.Context.root_block.load
     gr.on([opened, model.change], MethodType(describe, models), [model, length],
-          [note, speakers, length], trigger_mode="always_last", **QUIET)
+          [note, speakers, length], trigger_mode="always_last", **settings.QUIET)
     opened(js="page.chat.start")
     message.submit(None, message, None, js="page.chat.send")
     asked = hand_over.click(None, None, talk, js="page.chat.handOver")
     reply = asked.then(MethodType(answer, models), [talk, model, *names, *sliders, length], talk,
-                       concurrency_limit=None, **QUIET)
+                       concurrency_limit=None, **settings.QUIET)
     reply.then(None, talk, None, js="page.chat.end")  # also after an error
     stop_button.click(None, talk, None, js="page.chat.end", cancels=reply)
     talk.change(None, talk, None, js="page.chat.draw")
-    settings.offer(MethodType(chat, models), "chat")
 
 
 def describe(models: Models, name: str, length: int):
     """The note above the conversation, whether the speakers' names are shown, and the slider for
     the length, which ends at half of the model's context."""
-    with show_user_errors():
-        engine = models.engine(name)
+    engine = models.engine(name)
     has_template = engine.tokenizer.chat_template is not None
     longest = engine.block_size // 2
-    return (CHAT_NOTE if has_template else TRANSCRIPT_NOTE, gr.Column(visible=not has_template),
+    return (settings.TEXTS["chat model" if has_template else "base model"],
+            gr.Column(visible=not has_template),
             gr.Slider(maximum=longest, value=min(length, longest)))
 
 
@@ -103,11 +88,8 @@ def describe(models: Models, name: str, length: int):
 def validate_messages(messages: list[dict[str, str]], beginning: str):
     """Raises UserError for anything but texts of the user and the assistant."""
     valid = isinstance(beginning, str) and all(
-        isinstance(message, dict)
-        and message.get("role") in ("user", "assistant")
-        and isinstance(message.get("content"), str)
-        for message in messages
-    )
+        isinstance(message, dict) and message.get("role") in ("user", "assistant")
+        and isinstance(message.get("content"), str) for message in messages)
     if not valid or not messages[-1]["content"].strip():
         raise UserError("Each message must have a role (user or assistant) and a text as content, "
                         "and the last one must not be empty.")
@@ -150,39 +132,37 @@ async def chat(models: Models, message: str, history: list[dict[str, str]] | Non
         "used", "context": Tokens of the conversation, and tokens that the model can read.
         "figures": Length and speed, as a sentence for people.
     """
-    with show_user_errors():
-        messages = [*(history or []), {"role": "user", "content": message}]
-        validate_messages(messages, beginning)
-        all_text = "".join(turn["content"] for turn in messages) + beginning
-        sampling = settings.validate(all_text, temperature, top_k, top_p, length, seed)
+    messages = [*(history or []), {"role": "user", "content": message}]
+    validate_messages(messages, beginning)
+    all_text = "".join(turn["content"] for turn in messages) + beginning
+    sampling = settings.validate(all_text, temperature, top_k, top_p, length, seed)
 
-        model = model or models.chat_model()
-        if not models.future(model).done():
-            yield {"text": beginning, "left_out": 0, "used": 0, "context": 0,
-                   "figures": "Loading the model …"}
-        engine, _ = await models.wait_for(model)
+    model = model or models.chat_model()
+    if not models.future(model).done():
+        yield {"text": beginning, "left_out": 0, "used": 0, "context": 0,
+               "figures": "Loading the model …"}
+    engine, _ = await models.wait_for(model)
 
-        has_template = engine.tokenizer.chat_template is not None
-        if not has_template:
-            validate_names(you, it)
-        prompt, left_out = await asyncio.to_thread(
-            fit, engine, messages, you, it, beginning, length)
-        used = len(prompt[0])
-        sampling = dataclasses.replace(
-            sampling, max_new_tokens=min(length, engine.block_size - used),
-            stop=turn_ends(engine.tokenizer, you, it),
-            repetition_penalty=REPETITION_PENALTY if has_template else 1.0)
+    has_template = engine.tokenizer.chat_template is not None
+    if not has_template:
+        validate_names(you, it)
+    prompt, left_out = await asyncio.to_thread(fit, engine, messages, you, it, beginning, length)
+    used = len(prompt[0])
+    sampling = dataclasses.replace(
+        sampling, max_new_tokens=min(length, engine.block_size - used),
+        stop=turn_ends(engine.tokenizer, you, it),
+        repetition_penalty=REPETITION_PENALTY if has_template else 1.0)
 
-        # ask again with the next seed if the model says nothing
-        for attempt in range(ATTEMPTS):
-            seeded = dataclasses.replace(sampling, seed=sampling.seed + attempt)
-            writing = Writing(engine, prompt, seeded)
-            async for _ in follow(writing):
-                yield {"text": (beginning + writing.texts[0]).strip(), "left_out": left_out,
-                       "used": used + writing.tokens[0], "context": engine.block_size,
-                       "figures": writing.figures()}
-            if writing.texts[0].strip() or beginning:
-                break
+    # ask again with the next seed if the model says nothing
+    for attempt in range(ATTEMPTS):
+        seeded = dataclasses.replace(sampling, seed=sampling.seed + attempt)
+        writing = Writing(engine, prompt, seeded)
+        async for _ in follow(writing):
+            yield {"text": (beginning + writing.texts[0]).strip(), "left_out": left_out,
+                   "used": used + writing.tokens[0], "context": engine.block_size,
+                   "figures": writing.figures()}
+        if writing.texts[0].strip() or beginning:
+            break
 
 
 def fit(engine: Engine, messages: list[dict[str, str]], you: str, it: str, beginning: str,
@@ -205,19 +185,19 @@ async def answer(models: Models, talk: dict, *values):
     The last turn is the user's ("ask": "reply") or a reply to continue ("ask": "continue"). An
     error becomes a sentence of the conversation, which stays as it is.
     """
-    *history, last = talk["turns"]
+    turns = talk["turns"]
     beginning = ""
     if talk["ask"] == "continue":
-        beginning = last["content"]
-        *history, last = history
-    turns = [*history, last]
+        *turns, begun = turns
+        beginning = begun["content"]
+    *history, last = turns
     reply = {"text": beginning}
     try:
         async for reply in chat(models, last["content"], history, *values, None, beginning):
             shown = {"role": "assistant", "content": reply["text"]}
             yield {**talk, **reply, "turns": [*turns, shown]}
-    except gr.Error as error:
-        yield {**talk, "error": html.unescape(error.message)}
+    except UserError as error:
+        yield {**talk, "error": str(error)}
         return
     if not reply["text"]:
         yield {**talk, **reply, "turns": turns, "error": NOTHING_SAID}

@@ -2,8 +2,7 @@
 for all checkpoints of a run."""
 import asyncio
 import dataclasses
-import itertools
-from html import escape
+import os.path
 from types import MethodType
 
 import gradio as gr
@@ -11,8 +10,7 @@ import gradio as gr
 import checkpoint
 from common.errors import UserError
 from ui import settings
-from ui.models import Models, show_user_errors
-from ui.settings import MAX_BYTES, QUIET
+from ui.models import DTYPES, Models
 from ui.stream import Writing, follow
 
 LENGTH = 200  # tokens of the two texts, by default
@@ -23,76 +21,62 @@ MAX_TIMELINE_LENGTH = 200  # tokens of a text in the timeline
 
 def build(models: Models):
     """Lays out the tab and connects its events."""
+    # two texts
     prompt = gr.Textbox(models.beginnings(models.default)[0], label="Prompt", lines=3, max_lines=10,
-                        max_length=MAX_BYTES, elem_id="compare-prompt")
+                        max_length=settings.MAX_BYTES, elem_id="compare-prompt")
     chosen, dtypes = [], []
     with gr.Row():
         for i, (letter, dtype) in enumerate((("A", "float32"), ("B", "int8"))):
             chosen.append(gr.Dropdown(models.list_with_checkpoints(), value=models.default,
                                       label=f"Model {letter}", scale=3,
                                       elem_id=f"compare-model-{i}"))
-            dtypes.append(gr.Dropdown(settings.DTYPES, value=dtype, label=f"Precision {letter}",
+            dtypes.append(gr.Dropdown(DTYPES, value=dtype, label=f"Precision {letter}",
                                       min_width=130, elem_id=f"compare-dtype-{i}"))
     with gr.Accordion("Settings", open=False, elem_id="compare-settings"), gr.Row():
-        options = {"tab": "compare-", "info": None, "min_width": 220}
-        sliders = [
-            *(settings.slider(name, **options) for name in ("temperature", "top_k", "top_p")),
-            settings.slider("length", value=LENGTH, **options),
-            settings.slider("seed", **options),
-        ]
+        box = {"tab": "compare-", "info": None, "min_width": 220}
+        sliders = [settings.slider(name, **box) for name in settings.SAMPLING]
+        sliders += [settings.slider("length", value=LENGTH, **box), settings.slider("seed", **box)]
     with gr.Row():
         start = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
         stop = gr.Button("Stop", variant="stop", min_width=120, visible=False,
                          elem_id="compare-stop")
-    figures = settings.plain_box(
-        "Figures", "compare-status", "Both models continue the prompt with the same random "
-        "numbers, and the page marks where the texts part.")
+    figures = settings.plain_box("Figures", "compare-status", settings.TEXTS["compare"])
     with gr.Row():
         texts = [gr.HTML(min_width=300, elem_id=f"side-{i}") for i in range(2)]
 
-    connect(start, stop, MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
-            [*texts, figures])
-    build_timeline(models, chosen, [prompt, *sliders])
-    settings.offer(MethodType(compare, models), "compare")
-    settings.offer(MethodType(timeline, models), "timeline")
-
-
-def build_timeline(models: Models, chosen: list[gr.Dropdown], inputs: list):
-    """Lays out the texts of all checkpoints of a run, and keeps the lists of models up to date."""
-    gr.Markdown("### How a run improves\n"
-                "Every saved checkpoint of a run continues the prompt above, with the same "
-                "settings and seed.")
-    no_run = gr.Markdown("No run has saved a checkpoint yet. Train a model in the Training tab, "
-                         "and its checkpoints appear here.")
+    # all checkpoints of a run
+    gr.Markdown(settings.TEXTS["timeline"])
+    no_run = gr.Markdown(settings.TEXTS["no run"])
     with gr.Column(visible=False) as column:
         run = gr.Dropdown([], label="Run", elem_id="timeline-run")
         with gr.Row():
-            start = gr.Button("Write with every checkpoint", elem_id="timeline")
-            stop = gr.Button("Stop", variant="stop", visible=False, elem_id="timeline-stop")
+            start_all = gr.Button("Write with every checkpoint", elem_id="timeline")
+            stop_all = gr.Button("Stop", variant="stop", visible=False, elem_id="timeline-stop")
     table = gr.Dataframe(headers=["step", "loss", "text"], column_widths=["20%", "20%", "60%"],
                          interactive=False, wrap=True, visible=False, buttons=["copy"],
                          elem_id="timeline-table")
-    prompt, *sliders = inputs
-    connect(start, stop, MethodType(rows, models), [prompt, run, *sliders], table)
 
-    # list the models again whenever the page opens: a run may have saved a checkpoint
-    def update_choices():
-        names, runs = models.list_with_checkpoints(), checkpoint.list_runs()
-        return (gr.Dropdown(names), gr.Dropdown(names),
-                gr.Dropdown(runs, value=runs[0] if runs else None),
+    # writing
+    connect(start, stop, MethodType(side_by_side, models), [prompt, *chosen, *dtypes, *sliders],
+            [*texts, figures])
+    connect(start_all, stop_all, MethodType(rows, models), [prompt, run, *sliders], table)
+
+    # list the runs again whenever the page opens: one may have saved its first checkpoint
+    def update_runs():
+        runs = checkpoint.list_runs()
+        return (gr.Dropdown(runs, value=runs[0] if runs else None),
                 gr.Column(visible=bool(runs)), gr.Markdown(visible=not runs))
 
-    gr.context.Context.root_block.load(
-        update_choices, None, [*chosen, run, column, no_run], **QUIET)
+    gr.context.Context.root_block.load(update_runs, None, [run, column, no_run], **settings.QUIET)
 
 
 def connect(start: gr.Button, stop: gr.Button, write, inputs: list, outputs):
     """Lets one button start the writing and another, which is visible meanwhile, stop it."""
-    shown = start.click(lambda: gr.update(visible=True), None, stop, **QUIET)
-    running = shown.then(write, inputs, outputs, concurrency_limit=None, **QUIET)
+    shown = start.click(lambda: gr.update(visible=True), None, stop, **settings.QUIET)
+    running = shown.then(write, inputs, outputs, concurrency_limit=None, **settings.QUIET)
     stop.click(None, cancels=running)
     for ended in stop.click, running.then:
-        ended(lambda: gr.update(visible=False), None, stop, **QUIET)
+        ended(lambda: gr.update(visible=False), None, stop, **settings.QUIET)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,27 +108,22 @@ async def compare(models: Models, prompt: str, model: str, other_model: str,
         "names": The model and the precision of each, such as "bundled:stories · float32".
         "figures": Length and speed of each, as a sentence for people.
     """
-    with show_user_errors():
-        sampling = settings.validate(prompt, temperature, top_k, top_p, length, seed)
+    sampling = settings.validate(prompt, temperature, top_k, top_p, length, seed)
 
-        # load both models at the same time
-        chosen = [(model, dtype), (other_model, other_dtype)]
-        if not all([models.future(*one).done() for one in chosen]):
-            yield {"texts": ["", ""], "agree": 0, "names": [model, other_model],
-                   "figures": ["Loading the models …"] * 2}
-        loaded = await asyncio.gather(*(models.wait_for(*one) for one in chosen))
+    # load both models at the same time
+    chosen = [(model, dtype), (other_model, other_dtype)]
+    if not all([models.future(*one).done() for one in chosen]):
+        yield {"texts": ["", ""], "agree": 0, "names": [model, other_model],
+               "figures": ["Loading the models …"] * 2}
+    loaded = await asyncio.gather(*(models.wait_for(*one) for one in chosen))
 
-        names = [f"{name} · {engine.dtype}" for (name, _), (engine, _) in zip(chosen, loaded)]
-        writings = [Writing(engine, engine.encode(prompt), sampling) for engine, _ in loaded]
-        async for _ in follow(*writings):
-            texts = [writing.texts[0] for writing in writings]
-            yield {"texts": texts, "agree": common_length(*texts), "names": names,
-                   "figures": [writing.figures() for writing in writings]}
-
-
-def common_length(a: str, b: str) -> int:
-    """The number of characters at the beginning that are equal."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+    names = [f"{name} · {engine.dtype}" for (name, _), (engine, _) in zip(chosen, loaded)]
+    writings = [Writing(engine, engine.encode(prompt), sampling) for engine, _ in loaded]
+    async for _ in follow(*writings):
+        texts = [writing.texts[0] for writing in writings]
+        agree = len(os.path.commonprefix(texts))  # noqa: RUF071 (they are not paths)
+        yield {"texts": texts, "agree": agree, "names": names,
+               "figures": [writing.figures() for writing in writings]}
 
 
 async def side_by_side(models: Models, prompt: str, *values):
@@ -158,12 +137,9 @@ async def side_by_side(models: Models, prompt: str, *values):
             lines.insert(0, f"Identical for the first {agree:,} characters, then they part.")
         elif any(texts):
             lines.insert(0, f"Identical so far: {agree:,} characters.")
-        sides = []
-        for letter, name, text in zip("AB", result["names"], texts):
-            same, other = (text[:agree], text[agree:]) if parted else (text, "")
-            sides.append(f"<h4>{letter} · {escape(name)}</h4>"
-                         f"<div class='side' role='region' tabindex='0' aria-label='Text {letter}'>"
-                         f"<i>{escape(prompt)}</i>{escape(same)}<mark>{escape(other)}</mark></div>")
+        shared = agree if parted else max(map(len, texts))
+        sides = [settings.HTML.side(letter, name, prompt, text[:shared], text[shared:])
+                 for letter, name, text in zip("AB", result["names"], texts)]
         yield *sides, "\n".join(lines)
 
 
@@ -189,33 +165,30 @@ async def timeline(models: Models, prompt: str, run: str,
     Returns:
         A stream of lists, one dict per checkpoint, the oldest first: "step", "val_loss", "text".
     """
-    with show_user_errors():
-        sampling = settings.validate(prompt, temperature, top_k, top_p, length, seed)
-        sampling = dataclasses.replace(sampling, max_new_tokens=min(length, MAX_TIMELINE_LENGTH))
-        checkpoints = models.checkpoints(run)
-        if not checkpoints:
-            raise UserError("Choose a run from the list; if it has just started, wait for its "
-                            "first checkpoint.")
+    sampling = settings.validate(prompt, temperature, top_k, top_p, length, seed)
+    sampling = dataclasses.replace(sampling, max_new_tokens=min(length, MAX_TIMELINE_LENGTH))
+    checkpoints = models.checkpoints(run)
+    if not checkpoints:
+        raise UserError("Choose a run from the list; if it has just started, wait for its "
+                        "first checkpoint.")
 
-        lines = []
-        for step, name in checkpoints.items():
-            line = {"step": step, "val_loss": None, "text": ""}
-            lines.append(line)
+    lines = []
+    for step, name in checkpoints.items():
+        line = {"step": step, "val_loss": None, "text": ""}
+        lines.append(line)
+        yield lines
+        # load it without keeping it in memory
+        engine, info = await asyncio.wrap_future(models.start_loading(name, models.dtype))
+        line["val_loss"] = info.get("val_loss")
+        writing = Writing(engine, engine.encode(prompt), sampling)
+        async for _ in follow(writing):
+            line["text"] = writing.texts[0]
             yield lines
-            # load it without keeping it in memory
-            engine, info = await asyncio.wrap_future(models.start_loading(name, models.dtype))
-            line["val_loss"] = info.get("val_loss")
-            writing = Writing(engine, engine.encode(prompt), sampling)
-            async for _ in follow(writing):
-                line["text"] = writing.texts[0]
-                yield lines
 
 
 async def rows(models: Models, prompt: str, run: str, *values):
     """Runs `timeline` for the page: yields the rows of its table."""
     async for lines in timeline(models, prompt, run, *values):
-        table = []
-        for line in lines:
-            loss = "" if line["val_loss"] is None else f"{line['val_loss']:.3f}"
-            table.append([line["step"], loss, line["text"]])
+        losses = ["" if line["val_loss"] is None else f"{line['val_loss']:.3f}" for line in lines]
+        table = [[line["step"], loss, line["text"]] for line, loss in zip(lines, losses)]
         yield gr.Dataframe(table, visible=True)

@@ -3,17 +3,15 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import html
 import sys
 import threading
 from pathlib import Path
 from typing import get_args
 
-import gradio as gr
-
 import checkpoint
 import report
 from common.errors import UserError
+from common.files import read_json
 from ddp import pick_device
 from generate import Dtype, Engine
 from training.config import TrainConfig
@@ -22,20 +20,10 @@ from ui import zero
 MAX_LOADED = 2  # models in memory; the least recently used one goes first
 MAX_TIME_S = 300  # for one text, including its wait in the queue
 PREFIX_BYTES = 2**26  # per model, for the KV caches that later prompts reuse
-CHAT_MODEL = "bundled:chat"
+DTYPES = list(get_args(Dtype))
 
-# Prompts that resemble what each bundled model was trained on.
-BEGINNINGS = {
-    "bundled:stories": ["Once upon a time, there was a little fox who", "One day, Lily found a",
-                        "Tom and his dog"],
-    "bundled:edu": ["The history of", "Photosynthesis is the process by which",
-                    "It was a cold evening, and the old man"],
-    "bundled:pushkin": ["Я вас любил", "Мороз и солнце; "],
-    "bundled:shakespeare": ["ROMEO:\n",
-                            "First Citizen:\nBefore we proceed any further, hear me speak.\n",
-                            "KING RICHARD III:\nNow is the"],
-}
-
+# model -> prompts that resemble what it was trained on
+BEGINNINGS = read_json(Path(__file__).parents[1] / "assets" / "beginnings.json")
 
 Loaded = tuple[Engine, dict]  # with the model's info, as load_model returns it
 
@@ -68,11 +56,8 @@ class Models:
         The list is read again each time, because a run may have started in the meantime.
         """
         bundled = [f"bundled:{name}" for name in checkpoint.list_bundled()]
-        if self.requested == "bundled":
-            first = bundled[:1]
-        else:
-            first = [self.requested] if self.requested else []
-        names = [*first, *checkpoint.list_runs(), *bundled]
+        first = bundled[0] if self.requested == "bundled" else self.requested
+        names = [name for name in (first, *checkpoint.list_runs(), *bundled) if name]
         if not names:
             raise UserError("No model found: train one, or name one with --model.")
         self.names[:] = dict.fromkeys(names)  # in place, because serve.py holds the same list
@@ -80,18 +65,13 @@ class Models:
 
     def checkpoints(self, run: str) -> dict[int, str]:
         """The checkpoints that a run has saved: step -> model name. Empty if it is not a run."""
-        if run not in checkpoint.list_runs():
-            return {}
-        folder = Path(run)
-        steps = checkpoint.model_steps(folder)
-        return {step: str(checkpoint.model_path(folder, step)) for step in steps}
+        steps = checkpoint.model_steps(Path(run)) if run in checkpoint.list_runs() else []
+        return {step: str(checkpoint.model_path(Path(run), step)) for step in steps}
 
     def list_with_checkpoints(self) -> list[str]:
         """All models, each run followed by its checkpoints."""
-        names = []
-        for name in self.list_names():
-            names += [name, *self.checkpoints(name).values()]
-        return names
+        return [name for run in self.list_names()
+                for name in (run, *self.checkpoints(run).values())]
 
     # ----------------------------------------------------------------------------------------------
     # Prompts
@@ -106,7 +86,7 @@ class Models:
 
     def chat_model(self) -> str:
         """The model that Chat opens with: the bundled chat model, if there is one."""
-        return CHAT_MODEL if CHAT_MODEL in self.names else self.default
+        return "bundled:chat" if "bundled:chat" in self.names else self.default
 
     # ----------------------------------------------------------------------------------------------
     # Loading
@@ -118,8 +98,8 @@ class Models:
         if name not in self.names and name not in self.list_with_checkpoints():
             raise UserError("Choose a model from the list.")
         dtype = dtype or self.dtype
-        if dtype not in get_args(Dtype):
-            raise UserError(f"The precision must be one of {', '.join(get_args(Dtype))}.")
+        if dtype not in DTYPES:
+            raise UserError(f"The precision must be one of {', '.join(DTYPES)}.")
         key = name, dtype
         with self.lock:
             future = self.loaded.get(key)
@@ -163,8 +143,7 @@ class Models:
 
     def engine(self, name: str, dtype: str | None = None) -> Engine:
         """The model's engine; waits until it is loaded."""
-        engine, _ = self.future(name, dtype).result()
-        return engine
+        return self.future(name, dtype).result()[0]
 
     def describe(self, name: str) -> str:
         """One line about a model, for the page."""
@@ -179,14 +158,3 @@ class Models:
                 print(f"{self.default} could not be loaded: {future.exception()}", file=sys.stderr)
 
         self.future(self.default).add_done_callback(report_failure)
-
-
-@contextlib.contextmanager
-def show_user_errors():
-    """Shows a UserError to the visitor as Gradio's error message. Gradio reads it as HTML, so what
-    it quotes from the visitor is escaped."""
-    try:
-        yield
-    except UserError as error:
-        message = html.escape(str(error), quote=False)
-        raise gr.Error(message, print_exception=False) from None

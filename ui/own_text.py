@@ -13,7 +13,6 @@ The text and its tokens lie in a temporary folder until the training ends. The m
 run log/<name>.
 """
 import atexit
-import contextlib
 import itertools
 import math
 import re
@@ -21,11 +20,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import checkpoint
 import report
@@ -39,23 +39,8 @@ MAX_STEPS_PER_S = 200  # ends a training whose server was killed
 DECAY = 0.25  # steps of the decay for each step before it: "wsd" decays in the last fifth
 POLL_S = 0.2
 
-
-class Size(NamedTuple):
-    """A model and its batch, of `sequences` times `block_size` tokens."""
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    sequences: int
-    learning_rate: float  # of Muon
-    cost: float  # time of a token, as a multiple of the first size's, measured on two cores
-
-    @property
-    def parameters(self) -> int:
-        """Their number without embeddings: 12 n_embd^2 per block."""
-        return 12 * self.n_layer * self.n_embd**2
-
-
+# Options of train.py, and the time of a token, as a multiple of the first size's on two cores.
+Size = namedtuple("Size", "n_layer n_head n_embd block_size micro_batch learning_rate cost")
 # the first is that of the preset shakespeare-char-cpu, the third the bundled Shakespeare's
 SIZES = (Size(2, 3, 96, 64, 12, 1e-2, 1), Size(3, 4, 128, 128, 8, 8e-3, 2),
          Size(4, 6, 192, 256, 8, 6e-3, 5.5), Size(6, 6, 384, 256, 32, 3e-3, 30))
@@ -67,14 +52,13 @@ class OwnTextTraining:
     It continues if a page is closed, and ends with the server.
     """
 
-    def __init__(self):
-        self.name = ""  # of the run, log/<name>
-        self.stage = ""  # what it does now, in plain words; empty if it has ended
-        self.error = ""
-        self.seconds = self.started_at = self.ended_at = 0.0
-        self.process = None
-        self.size = None  # of the model; None before the speed is known
-        self.stopped = False  # by a visitor
+    name = ""  # of the run, log/<name>
+    stage = ""  # what it does now, in plain words; empty if it has ended
+    error = ""
+    seconds = started_at = ended_at = 0.0
+    process = None
+    size = None  # of the model; None before the speed is known
+    stopped = False  # by a visitor
 
     @property
     def run(self) -> Path:
@@ -127,42 +111,41 @@ class OwnTextTraining:
         # prepare the text, one token per character
         file, data = folder / f"{self.name}.txt", folder / f"{self.name}_char"
         file.write_text(text, encoding="utf-8")
-        self.call(folder, "prepare.py", file, "--tokenizer=char", f"--out={data}")
+        self.call("prepare.py", file, "--tokenizer=char", f"--out={data}")
 
         # train at a constant rate until the decay just fits into the rest of the time
         self.stage = "Learning"
         self.size = None
-        options = [f"--name={self.name}", f"--data={data}", f"--sample-prompt={first_words(text)}"]
-        self.train_size(SIZES[0], folder, options)
+        options = [f"--name={self.name}", f"--data={data}", f"--sample-prompt={first_words(text)}",
+                   "--schedule=wsd", "--dropout=0.1", "--log-every=5", "--eval-every=100",
+                   "--sample-every=100", "--save-every=100"]
+        self.train_size(SIZES[0], options)
         if self.size not in (None, SIZES[0]) and not self.stopped:
             shutil.rmtree(self.run)
-            self.train_size(self.size, folder, options)
+            self.train_size(self.size, options)
 
         # resume with the decay
         saved = checkpoint.saved_steps(self.run)
         if saved and not self.stopped:
             self.stage = "Finishing"
             steps = math.ceil(saved[-1] * (1 + DECAY))
-            self.train_size(self.size or SIZES[0], folder, options, steps)
+            self.train_size(self.size or SIZES[0], options, steps)
 
-    def train_size(self, size: Size, folder: Path, options: list[str], steps: int | None = None):
+    def train_size(self, size: Size, options: list[str], steps: int | None = None):
         """Runs train.py up to a number of steps. Without it, until the decay must start, or until
         the speed shows that another size is better."""
         launched_at = time.time()
 
         def until() -> bool:
             self.size = self.size or self.choose_size()
-            return self.size not in (None, size) or self.decay_must_start(launched_at)
+            ends_early = self.size not in (None, size) or self.decay_must_start(launched_at)
+            return steps is None and ends_early
 
-        max_steps = steps or round(MAX_STEPS_PER_S * self.seconds)
-        self.call(
-            folder, "train.py", "shakespeare-char-cpu", *options, f"--max-steps={max_steps}",
-            f"--n-layer={size.n_layer}", f"--n-head={size.n_head}", f"--n-embd={size.n_embd}",
-            f"--block-size={size.block_size}", f"--micro-batch={size.sequences}",
-            f"--batch-tokens={size.sequences * size.block_size}", "--schedule=wsd",
-            f"--learning-rate={size.learning_rate}", "--dropout=0.1", "--log-every=5",
-            "--eval-every=100", "--sample-every=100", "--save-every=100",
-            until=until if steps is None else lambda: False)
+        values = {**size._asdict(), "batch_tokens": size.micro_batch * size.block_size,
+                  "max_steps": steps or round(MAX_STEPS_PER_S * self.seconds)}
+        del values["cost"]
+        options = [*options, *(f"--{name}={value}" for name, value in values.items())]
+        self.call("train.py", "shakespeare-char-cpu", *options, until=until)
 
     def decay_must_start(self, launched_at: float) -> bool:
         """Whether a restart of train.py and the decay take all of the time that is left."""
@@ -182,32 +165,33 @@ class OwnTextTraining:
         if not speeds or lines[-1]["time"] - lines[0]["time"] < MEASURE_S:
             return None
         tokens = max(speeds) * (self.seconds - self.elapsed_s)  # that the first size would read
-        fitting = [size for size in SIZES
-                   if tokens / size.cost >= TOKENS_PER_PARAMETER * size.parameters]
-        return fitting[-1] if fitting else SIZES[0]
+        chosen = SIZES[0]
+        for size in SIZES:
+            parameters = 12 * size.n_layer * size.n_embd**2  # without embeddings
+            if tokens / size.cost >= TOKENS_PER_PARAMETER * parameters:
+                chosen = size
+        return chosen
 
-    def call(self, folder: Path, program: str, *arguments, until: Callable = lambda: False):
+    def call(self, program: str, *arguments, until: Callable = lambda: False):
         """Runs a program to its end, or until `until` is true or a visitor stops it.
 
         Raises UserError with the program's last line if it fails.
         """
         if self.stopped:
             return
-        output = folder / "output.txt"
-        with open(output, "wb") as file:
+        with tempfile.TemporaryFile() as output:
             self.process = subprocess.Popen(
                 [sys.executable, ROOT / program, *map(str, arguments)], stdin=subprocess.DEVNULL,
-                stdout=file, stderr=subprocess.STDOUT, cwd=checkpoint.LOG.absolute().parent)
-        while self.process.poll() is None:
-            if until():
-                self.process.terminate()
-                self.process.wait()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(POLL_S)
+                stdout=output, stderr=subprocess.STDOUT, cwd=checkpoint.LOG.absolute().parent)
+            while self.process.poll() is None:
+                if until():
+                    self.process.terminate()
+                    self.process.wait()
+                time.sleep(POLL_S)
+            output.seek(0)
+            said = output.read().decode("utf-8", errors="replace").strip() or "it said nothing"
         if self.process.returncode not in (0, 143, -15):  # SIGTERM: 143 once it trains
-            said = output.read_text(encoding="utf-8", errors="replace").strip()
-            last_line = (said or "it said nothing").splitlines()[-1]
-            raise UserError(last_line.removeprefix("error: "))
+            raise UserError(said.splitlines()[-1].removeprefix("error: "))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,13 +201,11 @@ def read_text(path: Path) -> str:
     """The text of a file in UTF-8, UTF-16 or Windows' code page. Raises UserError if it is not a
     text."""
     content = path.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        text = content.decode("utf-16", errors="replace")
-    else:
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = content.decode("cp1252", errors="replace")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        has_utf16_mark = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if has_utf16_mark else "cp1252", errors="replace")
     if "\0" in text:
         raise UserError("This file is not plain text: save it as .txt first.")
     return text.replace("\r\n", "\n")
@@ -239,4 +221,4 @@ def free_name(title: str) -> str:
 def first_words(text: str) -> str:
     """The beginning of the text, from which the samples continue."""
     line = next(line for line in text.splitlines() if line.strip())
-    return line.strip() if len(line) <= 40 else line.strip()[:40].rpartition(" ")[0] or line[:20]
+    return textwrap.shorten(line, 40, placeholder="") or line.strip()[:20]

@@ -2,9 +2,12 @@
 import functools
 from typing import NamedTuple
 
+import numpy as np
+import torch
+
 from common.errors import UserError
 from engine.internals import Trace, trace_tokens
-from engine.sampling import top_ids
+from engine.sampling import top_ids, weigh
 from generate import Engine
 from ui.models import Models
 
@@ -41,7 +44,7 @@ def in_text(engine: Engine, token: int) -> str:
 class Place(NamedTuple):
     """A position in a text, what the model reads before it, and what it computes around it."""
     engine: Engine
-    ids: list[int]  # the text, after <|endoftext|> if the vocabulary has it
+    ids: tuple[int, ...]  # the text, after <|endoftext|> if the vocabulary has it
     start: int  # index of the text's first token
     index: int  # of the token at the position; len(ids) at the end of the text
     first: int  # index of the first traced token
@@ -55,17 +58,20 @@ class Place(NamedTuple):
     def trace(self) -> Trace:
         """The trace of T tokens around the position."""
         length = min(MAX_TOKENS, self.engine.block_size)
-        return trace_of(self.engine, tuple(self.ids[self.first:self.first + length]))
+        return trace_of(self.engine, self.ids[self.first:self.first + length])
 
     @property
     def row(self) -> int:
         """The position's row in the trace; T at the end of the text."""
         return self.index - self.first
 
-    def logits(self):
+    def lens(self, rows: list[int]) -> torch.Tensor:
+        """Logits (L + 1, R, V) of the tokens after these rows, see `Trace.lens`."""
+        return self.trace.lens(rows)[..., :self.engine.tokenizer.vocab_size]
+
+    def logits(self) -> np.ndarray:
         """Logits (V,) of the token at the position, which the tokens before it predict."""
-        logits = self.trace.lens([self.row - 1])[-1, 0]
-        return logits[:self.engine.tokenizer.vocab_size].cpu().numpy()
+        return self.lens([self.row - 1])[-1, 0].cpu().numpy()
 
     def likeliest(self, logits, count: int = 10) -> dict[str, int]:
         """The most likely tokens by logits (V,) or log-probabilities, the first one first: their
@@ -85,9 +91,17 @@ def place_in(models: Models, text: str, model: str, position: int | None) -> Pla
     ids, index = start + ids, len(start) + index
     # trace at most as many tokens as the model reads, up to the position and as far as they go
     first = max(0, min(index + 1, len(ids)) - min(MAX_TOKENS, engine.block_size))
-    return Place(engine, ids, len(start), index, first)
+    return Place(engine, tuple(ids), len(start), index, first)
 
 
 @functools.lru_cache(maxsize=2)
 def trace_of(engine: Engine, ids: tuple[int, ...]) -> Trace:
     return trace_tokens(engine.model, list(ids))
+
+
+def probabilities(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0):
+    """The distribution (V,) from which these settings sample, from logits or log-probabilities."""
+    weights, ids = weigh(logits, temperature, top_k, top_p)
+    p = np.zeros(len(logits))
+    p[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
+    return p

@@ -1,49 +1,43 @@
-"""What the tabs share: the settings of a text, as components and as values, and the page's API."""
-import inspect
+"""What the tabs share: texts, HTML, and the settings of a text as components and as values."""
 import secrets
-from collections.abc import Callable
-from typing import NamedTuple, get_args
+from pathlib import Path
 
 import gradio as gr
+import jinja2
 
 from common.errors import UserError
-from engine.sampling import Sampling
-from generate import Dtype
-from ui.models import Models, show_user_errors
+from engine.sampling import MAX_STOP_CHARS, Sampling
+from ui.models import Models
 
 MAX_BYTES = 40_000  # in a prompt
 MAX_STOPS = 4
-MAX_STOP_CHARS = 100  # in one stop string
-DTYPES = list(get_args(Dtype))
 TEMPERATURE, TOP_K, TOP_P, LENGTH = 0.7, 0, 0.9, 300  # defaults, on the page and in its API
 # for an event that is not part of the API and needs no progress bar
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+ASSETS = Path(__file__).parents[1] / "assets"
 
-
-class Range(NamedTuple):
-    minimum: float
-    maximum: float
-    step: float
-    default: float
-    info: str
-
-
+SAMPLING = ("temperature", "top_k", "top_p")
+# the options of each setting's component
 RANGES = {
-    "temperature": Range(
-        0.1, 2.0, 0.05, TEMPERATURE, "Lower is more predictable, higher is more surprising."),
-    "top_k": Range(
-        0, 200, 1, TOP_K, "Sample from the k most likely tokens only. 0 turns this off."),
-    "top_p": Range(
-        0.05, 1.0, 0.01, TOP_P,
-        "Sample from the smallest set of tokens with this total probability. 1 turns this off."),
-    "length": Range(
-        1, 2_000, 1, LENGTH, "How many tokens to write. A token is a word or a part of one."),
-    "versions": Range(
-        1, 4, 1, 1,
-        "Number of continuations. The most likely one comes first when all have ended."),
-    "seed": Range(
-        0, 2**53, 1, 42, "The same seed and settings give the same text."),
+    "temperature": {"minimum": 0.1, "maximum": 2.0, "step": 0.05, "value": TEMPERATURE},
+    "top_k": {"minimum": 0, "maximum": 200, "step": 1, "value": TOP_K},
+    "top_p": {"minimum": 0.05, "maximum": 1.0, "step": 0.01, "value": TOP_P},
+    "length": {"minimum": 1, "maximum": 2_000, "step": 1, "value": LENGTH},
+    "versions": {"minimum": 1, "maximum": 4, "step": 1, "value": 1},
+    "seed": {"minimum": 0, "maximum": 2**53, "step": 1, "value": 42},
 }
+
+
+def read_sections(file: str) -> dict[str, str]:
+    """The sections of a Markdown file in assets/: title -> text."""
+    _, *sections = (ASSETS / file).read_text(encoding="utf-8").split("\n# ")
+    return dict(section.strip().split("\n\n", 1) for section in sections)
+
+
+TEXTS = read_sections("page.md")
+# functions that write HTML and escape their arguments
+FILES = jinja2.FileSystemLoader(Path(__file__).parent / "static")
+HTML = jinja2.Environment(loader=FILES, autoescape=True).get_template("views.html").module
 
 
 def label_of(name: str) -> str:
@@ -55,25 +49,16 @@ def label_of(name: str) -> str:
 
 def slider(name: str, tab: str = "", **changes) -> gr.Slider | gr.Number:
     """The component for a setting. `tab` prefixes its element id; `changes` override options."""
-    limits = RANGES[name]
-    options = {
-        "label": label_of(name),
-        "info": limits.info,
-        "value": limits.default,
-        "elem_id": tab + name.replace("_", "-"),
-        "precision": 0 if limits.step == 1 else None,
-        **changes,
-    }
-    if name == "seed":
-        return gr.Number(**options)
-    return gr.Slider(limits.minimum, limits.maximum, step=limits.step, **options)
+    options = {"label": label_of(name), "info": TEXTS[name], **RANGES[name],
+               "precision": 0 if RANGES[name]["step"] == 1 else None,
+               "elem_id": tab + name.replace("_", "-"), **changes}
+    return gr.Number(**options) if name == "seed" else gr.Slider(**options)
 
 
 def model_box(models: Models, tab: str = "", value: str | None = None) -> gr.Dropdown:
     """The list of models, with a line about the selected one as soon as it is loaded."""
     def describe(name: str):
-        with show_user_errors():
-            return gr.Dropdown(info=models.describe(name), choices=models.list_names())
+        return gr.Dropdown(models.list_names(), info=models.describe(name))
 
     box = gr.Dropdown(models.names, value=value or models.default, label="Model",
                       info="Loading …", elem_id=f"{tab}model")
@@ -88,24 +73,14 @@ def plain_box(label: str, elem_id: str, placeholder: str = "") -> gr.Textbox:
                       max_lines=8, elem_id=elem_id, elem_classes="plain", placeholder=placeholder)
 
 
-def offer(function: Callable, name: str):
-    """Makes a function part of the page's API, under a name."""
-    gr.api(function, api_name=name, concurrency_limit=None)
-    # Gradio labels the values 1st, 2nd, …: name them as the function does
-    *_, endpoint = gr.context.Context.root_block.fns.values()
-    for value, parameter in zip(endpoint.inputs, inspect.signature(function).parameters):
-        value.label = parameter
-    endpoint.outputs[0].label = "result"
-
-
 # --------------------------------------------------------------------------------------------------
 # Validation
 
 def in_range(name: str, value) -> bool:
     """Whether a value from outside is a valid number for a setting."""
     limits = RANGES[name]
-    valid = type(value) in (int, float) and limits.minimum <= value <= limits.maximum
-    return valid and (limits.step != 1 or value == int(value))
+    valid = type(value) in (int, float) and limits["minimum"] <= value <= limits["maximum"]
+    return valid and (limits["step"] != 1 or value == int(value))
 
 
 def validate(prompt: str, temperature: float, top_k: int, top_p: float, length: int,
@@ -124,9 +99,9 @@ def validate(prompt: str, temperature: float, top_k: int, top_p: float, length: 
     for name, value in numbers.items():
         if not in_range(name, value):
             limits = RANGES[name]
-            kind = "a whole number" if limits.step == 1 else "a number"
-            raise UserError(f"{label_of(name)} must be {kind} from {limits.minimum} to "
-                            f"{limits.maximum}, not {value!r:.40}.")
+            kind = "a whole number" if limits["step"] == 1 else "a number"
+            raise UserError(f"{label_of(name)} must be {kind} from {limits['minimum']} to "
+                            f"{limits['maximum']}, not {value!r:.40}.")
 
     # the stop strings
     valid = isinstance(stop, list | tuple) and len(stop) <= MAX_STOPS
@@ -136,6 +111,5 @@ def validate(prompt: str, temperature: float, top_k: int, top_p: float, length: 
 
     # several versions are ranked by their log-probabilities
     return Sampling(
-        max_new_tokens=int(length), temperature=float(temperature), top_k=int(top_k) or None,
-        top_p=float(top_p), stop=tuple(stop), seed=int(seed),
-        logprobs=0 if versions > 1 else None)
+        max_new_tokens=int(length), temperature=temperature, top_k=int(top_k) or None, top_p=top_p,
+        stop=tuple(stop), seed=int(seed), logprobs=0 if versions > 1 else None)

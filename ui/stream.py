@@ -44,9 +44,8 @@ class Writing:
 
     def submit(self) -> Reader:
         """Sends the request to the engine. Raises Busy."""
-        settings = dataclasses.asdict(self.sampling)
-        self.request = self.engine.submit(
-            self.ids, len(self.texts), client=visitor(), **settings)
+        self.request = self.engine.submit(self.ids, len(self.texts), client=visitor(),
+                                          **dataclasses.asdict(self.sampling))
         return Reader(self.engine.tokenizer, self.request)
 
     def add(self, piece: Piece):
@@ -59,10 +58,6 @@ class Writing:
     @property
     def done(self) -> bool:
         return all(self.reasons)
-
-    def mean_logprob(self, i: int) -> float:
-        """The mean log-probability of a version's tokens, in nats."""
-        return self.logprobs[i] / max(1, self.tokens[i])
 
     def context(self) -> dict[str, int]:
         """How many tokens of its context the model uses for the first version: "used" of "size"."""

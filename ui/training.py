@@ -18,9 +18,8 @@ from api.guard import may_train, require_may_train
 from common.errors import UserError
 from corpus import sources
 from training.runlog import locked
-from ui.models import show_user_errors
 from ui.own_text import OwnTextTraining, read_text
-from ui.settings import QUIET
+from ui.settings import QUIET, TEXTS
 
 POLL_S = 2  # how often the page looks for new measurements
 MAX_POINTS = 300  # drawn per curve
@@ -34,18 +33,6 @@ CURVES = {"val_loss": "Validation loss, nats per token",
           "learning_rate": "Learning rate", "grad_norm": "Gradient norm",
           "tokens_per_s": "Tokens per second"}
 
-INTRODUCTION = """### Train a model on your own text
-
-Drop a text file: a book, a play, your letters. A small model starts from nothing, learns the text
-letter by letter on this machine, and then writes in its style. The text is deleted when the
-training ends. The model stays, and everyone who can open this page can use it."""
-SWITCHED_OFF = """### Training is switched off on this public page
-
-Run the page on your own machine (`python app.py`) to train a model on your own text."""
-LOSS_NOTE = """The loss says how much the next letter surprises the model: lower is better. The last
-tenth of the text is kept unseen. If the loss rises there, the model is learning the rest by heart.
-"""
-
 # --------------------------------------------------------------------------------------------------
 # The page
 
@@ -56,10 +43,19 @@ def build(_models) -> tuple[gr.Button, gr.Textbox]:
     trained here last, and that model's name, which is empty until it can write.
     """
     training = OwnTextTraining()
-    gr.Markdown(SWITCHED_OFF, visible=not may_train())
+    gr.Markdown(TEXTS["training is off"], visible=not may_train())
     with gr.Column(visible=may_train()):
-        status, write_button, model, shown = build_own_text(training)
-    runs, curves = build_runs()
+        status, *own_text = build_own_text(training)
+    with gr.Accordion("All runs on this machine", open=not may_train(), elem_id="all-runs"):
+        gr.Markdown(TEXTS["runs"])
+        runs = gr.Dropdown(list_runs(), value=[], label="Runs", multiselect=True,
+                           allow_custom_value=True, elem_id="runs")
+        progress = gr.Dataframe(headers=["run", "step", "state", "validation loss", "tokens/s"],
+                                label="Progress", interactive=False, wrap=True,
+                                elem_id="runs-progress")
+        with gr.Row():
+            plots = [gr.LinePlot(title=title, height=240, min_width=300, visible=False,
+                                 elem_id=f"plot-{column}") for column, title in CURVES.items()]
     seen = gr.State()  # what the page shows: per run, whether it trains and when it last wrote
 
     def update(chosen: list[str], seen: list | None):
@@ -70,27 +66,23 @@ def build(_models) -> tuple[gr.Button, gr.Textbox]:
                 now.append((run.name, is_training(run), *times))
         if now == seen:
             return {status: describe(training)}
-        changes = {"choices": list_runs()}
-        # a page that has just been opened shows the newest run
-        if seen is None and not folders(chosen):
-            chosen = changes["value"] = changes["choices"][:1]
-        return [now, gr.update(**changes), *show(chosen), describe(training),
+        return [now, gr.Dropdown(list_runs()), *show(chosen), describe(training),
                 *show_own_text(training)]
 
     # one at a time, so that the page ends with the result of the latest request
     in_order = {"concurrency_limit": 1, "concurrency_id": "runs", "show_progress": "hidden"}
-    runs.change(show, runs, curves, api_name="runs", api_visibility="undocumented", **in_order)
-    gr.on([gr.context.Context.root_block.load, gr.Timer(POLL_S).tick], update, [runs, seen],
-          [seen, runs, *curves, status, *shown], api_visibility="private", **in_order)
-    return write_button, model
+    runs.change(show, runs, [progress, *plots], api_name="runs", api_visibility="undocumented",
+                **in_order)
+    opened = gr.context.Context.root_block.load
+    gr.on([opened, gr.Timer(POLL_S).tick], update, [runs, seen],
+          [seen, runs, progress, *plots, status, *own_text], api_visibility="private", **in_order)
+    opened(lambda: list_runs()[:1], None, runs, **QUIET)  # choose the newest one
+    return own_text[0], own_text[-1]
 
 
 def build_own_text(training: OwnTextTraining) -> tuple:
-    """The form, and below it the training.
-
-    Returns (status, the button that writes, the model's name, [what `show_own_text` updates]).
-    """
-    gr.Markdown(INTRODUCTION)
+    """The form, and below it the training: (status, *what `show_own_text` updates)."""
+    gr.Markdown(TEXTS["training"])
     with gr.Row():
         file = gr.File(label="Your text (.txt)", file_types=["text"], height=140,
                        elem_id="train-file")
@@ -105,13 +97,14 @@ def build_own_text(training: OwnTextTraining) -> tuple:
     status = gr.Markdown(label="Status", elem_id="train-status")
     write_button = gr.Button("Write with it", variant="primary", visible=False,
                              elem_id="train-write")
-    with gr.Row(visible=False) as results:
-        loss = gr.LinePlot(title="Loss, nats per letter", x_title="letters read", height=260,
-                           min_width=300, elem_id="train-loss")
-        box = {"lines": 9, "max_lines": 9, "min_width": 240, "interactive": False}
-        first = gr.Textbox(label="What it wrote first", elem_id="train-first", **box)
-        last = gr.Textbox(label="What it writes now", elem_id="train-now", **box)
-    note = gr.Markdown(LOSS_NOTE, visible=False)
+    with gr.Column(visible=False) as results:
+        with gr.Row():
+            loss = gr.LinePlot(title="Loss, nats per letter", x_title="letters read", height=260,
+                               min_width=300, elem_id="train-loss")
+            box = {"lines": 9, "max_lines": 9, "min_width": 240, "interactive": False}
+            first = gr.Textbox(label="What it wrote first", elem_id="train-first", **box)
+            last = gr.Textbox(label="What it writes now", elem_id="train-now", **box)
+        gr.Markdown(TEXTS["loss"])
     model = gr.Textbox(visible="hidden")
 
     one_by_one = {"concurrency_limit": 1, "concurrency_id": "train", "show_progress": "hidden"}
@@ -121,24 +114,7 @@ def build_own_text(training: OwnTextTraining) -> tuple:
     shakespeare_button.click(MethodType(start_shakespeare, training), minutes, status,
                              api_visibility="private", **one_by_one)
     stop_button.click(MethodType(stop, training), **QUIET)
-    shown = [start_button, stop_button, write_button, results, note, loss, first, last, model]
-    return status, write_button, model, shown
-
-
-def build_runs() -> tuple[gr.Dropdown, list]:
-    """The runs under log/: (their list, [what `show` updates])."""
-    all_runs = list_runs()
-    with gr.Accordion("All runs on this machine", open=not may_train(), elem_id="all-runs"):
-        gr.Markdown("Runs of `train.py` appear here, too. Choose several to compare their curves.")
-        runs = gr.Dropdown(all_runs, value=all_runs[:1], label="Runs", multiselect=True,
-                           allow_custom_value=True, elem_id="runs")
-        progress = gr.Dataframe(headers=["run", "step", "state", "validation loss", "tokens/s"],
-                                label="Progress", interactive=False, wrap=True,
-                                elem_id="runs-progress")
-        with gr.Row():
-            plots = [gr.LinePlot(title=title, height=240, min_width=300, visible=False,
-                                 elem_id=f"plot-{column}") for column, title in CURVES.items()]
-    return runs, [progress, *plots]
+    return status, write_button, start_button, stop_button, results, loss, first, last, model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,12 +134,11 @@ def folders(runs: list[str] | None) -> list[Path]:
 
 def show(runs: list[str]):
     """Returns the runs' progress and their plots. What is empty is hidden."""
-    with show_user_errors():
-        frames = {run: measurements(run) for run in folders(runs)}
-        # draw the published curves if a run learns the same data
-        with_published = any(report.learns_fineweb_edu(report.read_config(run)) for run in frames)
-        progress = [progress_of(run, frame) for run, frame in frames.items()]
-        plots = [plot(column, frames, with_published) for column in CURVES]
+    frames = {run: measurements(run) for run in folders(runs)}
+    # draw the published curves if a run learns the same data
+    with_published = any(report.learns_fineweb_edu(report.read_config(run)) for run in frames)
+    progress = [progress_of(run, frame) for run, frame in frames.items()]
+    plots = [plot(column, frames, with_published) for column in CURVES]
     return gr.Dataframe(progress, visible=bool(progress)), *plots
 
 
@@ -186,10 +161,9 @@ def line_plot(curves: list[pd.DataFrame], value: str) -> gr.LinePlot:
 
 def measurements(run: Path) -> pd.DataFrame:
     """A run's metrics; an empty table if it has just started."""
-    try:
+    with contextlib.suppress(UserError):
         return report.metrics(run)
-    except UserError:
-        return pd.DataFrame(columns=["step", "tokens", "time"])
+    return pd.DataFrame(columns=["step", "tokens", "time"])
 
 
 def progress_of(run: Path, frame: pd.DataFrame) -> list[str]:
@@ -211,17 +185,14 @@ def is_training(run: Path) -> bool:
     """Whether a process trains the run: it has written recently and holds the run's lock."""
     if time.time() - os.path.getmtime(run / "metrics.jsonl") > STALLED_S:
         return False
-    try:
-        with locked(run):
-            return False
-    except UserError:
-        return True
+    with contextlib.suppress(UserError), locked(run):
+        return False
+    return True
 
 
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+    return f"{minutes} min {seconds:02} s"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,37 +200,34 @@ def duration(seconds: float) -> str:
 
 def start(training: OwnTextTraining, file: str | None, minutes: str, request: gr.Request) -> str:
     """Starts to train on a text file, and deletes the file. Returns what happens now."""
-    with show_user_errors():
-        require_may_train(request)
-        if not file:
-            raise UserError("Choose a text file first.")
-        path = Path(file)
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise UserError(f"This file is larger than {MAX_BYTES // 10**6} MB: choose a "
-                                "smaller one.")
-            text = read_text(path)
-        finally:
-            path.unlink()
-        training.start(path.stem, text, 60 * MINUTES[minutes])
+    require_may_train(request)
+    if not file:
+        raise UserError("Choose a text file first.")
+    path = Path(file)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"This file is larger than {MAX_BYTES // 10**6} MB: choose a smaller "
+                            "one.")
+        text = read_text(path)
+    finally:
+        path.unlink()
+    training.start(path.stem, text, 60 * MINUTES[minutes])
     return describe(training)
 
 
 def start_shakespeare(training: OwnTextTraining, minutes: str, request: gr.Request) -> str:
-    with show_user_errors():
-        require_may_train(request)
-        try:
-            path = sources.download("tiny_shakespeare")
-        except UserError:
-            raise UserError("Tiny Shakespeare could not be downloaded: drop a text file of your "
-                            "own instead.") from None
-        training.start("shakespeare", read_text(path), 60 * MINUTES[minutes])
+    require_may_train(request)
+    try:
+        path = sources.download("tiny_shakespeare")
+    except UserError:
+        raise UserError("Tiny Shakespeare could not be downloaded: drop a text file of your own "
+                        "instead.") from None
+    training.start("shakespeare", read_text(path), 60 * MINUTES[minutes])
     return describe(training)
 
 
 def stop(training: OwnTextTraining, request: gr.Request):
-    with show_user_errors():
-        require_may_train(request)
+    require_may_train(request)
     training.stop()
 
 
@@ -290,7 +258,6 @@ def show_own_text(training: OwnTextTraining) -> list:
             label = f"What it writes now, after {samples['step'].iloc[-1]:,} steps"
             last = gr.Textbox(samples["text"].iloc[-1], label=label)
     can_write = not under_way and bool(checkpoint.model_steps(training.run))
-    return [gr.Button(interactive=not under_way), gr.Button(visible=under_way),
-            gr.Button(visible=can_write), gr.Row(visible=bool(curves)),
-            gr.Markdown(visible=bool(curves)), line_plot(curves, "loss"), first, last,
-            str(training.run) if can_write else ""]
+    return [gr.Button(visible=can_write), gr.Button(interactive=not under_way),
+            gr.Button(visible=under_way), gr.Column(visible=bool(curves)),
+            line_plot(curves, "loss"), first, last, str(training.run) if can_write else ""]

@@ -3,8 +3,6 @@
 The notebook lives in the browser (ui/static/write.js): who wrote what, undo, branches, and the text
 after a reload. The server continues texts and measures them; it stores nothing.
 """
-import json
-import math
 import urllib.parse
 from types import MethodType
 
@@ -12,15 +10,10 @@ import gradio as gr
 
 from common.files import parse_json
 from ui import settings
-from ui.models import Models, show_user_errors
-from ui.settings import MAX_BYTES, QUIET
+from ui.models import DTYPES, Models
 from ui.stream import Writing, follow
 
-HEAD = """## Give it a beginning, and it writes the rest
-Choose one of these or type your own. A small language model, trained from scratch with this
-repository, continues it word by word. What it writes is made up and can be false or offensive."""
-HELP = ("**Write** continues the text (Shift+Enter; Escape stops). **Try again** replaces what was "
-        "written last. The model's words are blue.")
+# the arguments of `write` that follow the prompt
 SETTINGS = ["model", "dtype", "temperature", "top_k", "top_p", "length", "seed", "versions", "stop"]
 OTHERS = 8  # tokens that a word could also have been
 
@@ -33,28 +26,27 @@ def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown, gr.Button]:
 
     Returns the text, its model and the button that app.py connects to the Look inside tab.
     """
-    gr.Markdown(HEAD, elem_id="write-head")
+    gr.Markdown(settings.TEXTS["write"], elem_id="write-head")
     with gr.Row(elem_id="beginnings"):
         beginnings = beginning_buttons(models, models.default)
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             text, buttons, look_button, figures = text_column(models)
         with gr.Column(scale=3, min_width=300):
-            boxes, more, new_seed = settings_column(models)
-            link = save_column()
+            boxes, more, new_seed, link = settings_column(models)
     write_button, stop_button, again_button = buttons
     model, seed = boxes["model"], boxes["seed"]
 
     # writing: the browser picks the prompt and the seed, then the server streams the text
-    prompt, written, opened_link = [gr.Textbox(visible="hidden") for _ in range(3)]
+    prompt, opened_link = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
+    written = gr.JSON(visible="hidden")
     starts = [
         gr.on([write_button.click, text.submit], None, [seed, new_seed], [prompt, seed],
               js="page.write.start"),
         again_button.click(None, [seed, new_seed], [prompt, seed], js="page.write.again"),
-        opened_link.change(None, prompt, None, js="page.write.follow"),
-    ]
+        opened_link.change(None, prompt, None, js="page.write.follow")]
     running = [start.then(MethodType(show, models), [prompt, *boxes.values()], [written, figures],
-                          concurrency_limit=None, **QUIET) for start in starts]
+                          concurrency_limit=None, **settings.QUIET) for start in starts]
     written.change(None, written, link, js="page.write.receive")
     stop_button.click(None, cancels=running)
     for ended in stop_button.click, *(event.failure for event in running):
@@ -69,26 +61,25 @@ def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown, gr.Button]:
     # opening the page, and choosing a model
     gr.context.Context.root_block.load(
         MethodType(read_link, models), opened_link, [opened_link, prompt, more, *boxes.values()],
-        js="() => location.hash.slice(1)", **QUIET)
-    model.change(MethodType(beginning_buttons, models), model, beginnings, **QUIET)
-    settings.offer(MethodType(write, models), "generate")
+        js="() => location.hash.slice(1)", **settings.QUIET)
+    model.change(MethodType(beginning_buttons, models), model, beginnings, **settings.QUIET)
     return text, model, look_button
 
 
 def text_column(models: Models) -> tuple:
     """The text, its buttons, and what the browser shows below them."""
-    text = gr.Textbox(models.beginnings(models.default)[0], label="Text", lines=12, max_lines=12,
-                      max_length=MAX_BYTES, show_label=False, container=False, autoscroll=False,
-                      elem_id="text", placeholder="Write the beginning of a text …")
+    text = gr.Textbox(
+        models.beginnings(models.default)[0], label="Text", lines=12, max_lines=12,
+        max_length=settings.MAX_BYTES, show_label=False, container=False, autoscroll=False,
+        placeholder="Write the beginning of a text …", elem_id="text")
     with gr.Row(elem_id="actions"):
         write_button = gr.Button("Write", variant="primary", elem_id="generate")
         stop_button = gr.Button("Stop", variant="stop", elem_id="stop")
         again_button = gr.Button("Try again", elem_id="again")
-    gr.Markdown(HELP, elem_id="write-help")
+    gr.Markdown(settings.TEXTS["write help"], elem_id="write-help")
     with gr.Row(elem_id="tools"):
         for name in "undo", "redo", "clear":
-            button = gr.Button(name.capitalize(), size="sm", elem_id=name)
-            button.click(js=f"page.write.{name}")
+            gr.Button(name.capitalize(), size="sm", elem_id=name).click(js=f"page.write.{name}")
         look_button = gr.Button("Look inside this text", size="sm", elem_id="look")
         colours = gr.Checkbox(label="Colour by probability", elem_id="colours")
         colours.change(js="page.write.measure")
@@ -102,33 +93,28 @@ def text_column(models: Models) -> tuple:
     return text, (write_button, stop_button, again_button), look_button, figures
 
 
-def settings_column(models: Models) -> tuple[dict[str, gr.Component], gr.Accordion, gr.Checkbox]:
-    """The settings by their names in SETTINGS, the fold that holds most of them, and the box for a
-    new seed."""
+def settings_column(models: Models) -> tuple:
+    """The settings and the link.
+
+    Returns the settings by their names in SETTINGS, the fold that holds most of them, the box for a
+    new seed, and that of the link.
+    """
     boxes = {"model": settings.model_box(models), "temperature": settings.slider("temperature"),
              "length": settings.slider("length")}
     with gr.Accordion("More settings", open=False, elem_id="more") as more:
         boxes |= {name: settings.slider(name) for name in ("top_k", "top_p", "versions", "seed")}
         new_seed = gr.Checkbox(value=True, label="New seed each time", elem_id="new-seed")
-        boxes["stop"] = gr.Textbox(
-            "", label="Stop strings", lines=2, elem_id="stops",
-            info="One per line, \\n for a line break. The text ends before the first one.")
-        boxes["dtype"] = gr.Dropdown(settings.DTYPES, value=models.dtype, label="Precision",
-                                     elem_id="dtype")
-    return {name: boxes[name] for name in SETTINGS}, more, new_seed
-
-
-def save_column() -> gr.Textbox:
-    """The fold with the link and the downloads; returns the box of the link."""
+        boxes["stop"] = gr.Textbox("", label="Stop strings", lines=2, elem_id="stops",
+                                   info=settings.TEXTS["stop"])
+        boxes["dtype"] = gr.Dropdown(DTYPES, value=models.dtype, label="Precision", elem_id="dtype")
     with gr.Accordion("Save or share", open=False, elem_id="save"):
-        link = gr.Textbox(
-            label="Link", buttons=["copy"], interactive=False, max_lines=2, elem_id="link",
-            info="Contains prompt, settings and seed, and writes the same text again.")
+        link = gr.Textbox(label="Link", info=settings.TEXTS["link"], buttons=["copy"],
+                          interactive=False, max_lines=2, elem_id="link")
         with gr.Row():
             for kind in "txt", "json":
                 button = gr.Button(f"Download {kind}", size="sm")
                 button.click(js=f"() => page.write.download('{kind}')")
-    return link
+    return {name: boxes[name] for name in SETTINGS}, more, new_seed, link
 
 
 def beginning_buttons(models: Models, model: str) -> list[gr.Button]:
@@ -154,10 +140,9 @@ def read_link(models: Models, fragment: str) -> list:
         if name == "model":
             return value in models.names
         if name == "dtype":
-            return value in settings.DTYPES
+            return value in DTYPES
         if name == "stop":
-            limit = settings.MAX_STOPS * (settings.MAX_STOP_CHARS + 1)
-            return isinstance(value, str) and len(value) <= limit
+            return isinstance(value, str)
         return settings.in_range(name, value)
 
     taken = {name: request[name] for name in SETTINGS if is_valid(name, request.get(name))}
@@ -167,7 +152,7 @@ def read_link(models: Models, fragment: str) -> list:
     usual = {"dtype": models.dtype, "top_k": settings.TOP_K, "top_p": settings.TOP_P,
              "versions": 1, "stop": ""}
     unusual = any(taken.get(name, value) != value for name, value in usual.items())
-    return [fragment, str(prompt)[:MAX_BYTES], gr.Accordion(open=unusual),
+    return [fragment, str(prompt)[:settings.MAX_BYTES], gr.Accordion(open=unusual),
             *(taken.get(name, gr.skip()) for name in SETTINGS)]
 
 
@@ -179,23 +164,21 @@ def measure_text(models: Models, request: dict) -> dict:
 
     `request` has "text", "model", "dtype" and "colours". The result has "used" and "size" (tokens
     of the context) and "tokens", empty without colours: for each token at the end of the text that
-    the model reads, its "text", its probability "p" (None for the first one) and the "others".
+    the model reads, its "text", "logprob" (None for the first one) and the likeliest ones ("top").
     """
-    text = str(request["text"])[:MAX_BYTES]
-    with show_user_errors():
-        engine = models.engine(str(request["model"]), request["dtype"])
+    text = str(request["text"])[:settings.MAX_BYTES]
+    engine = models.engine(str(request["model"]), request["dtype"])
     text, _ = engine.tokenizer.replace_unknown(text)
     ids = engine.tokenizer.encode(text)
     used = min(len(ids), engine.block_size)
     tokens = []
     if request["colours"] and ids:
-        read = engine.inspect(text if used == len(ids) else ids[-used:], OTHERS)
+        tokens = engine.inspect(text if used == len(ids) else ids[-used:], OTHERS)
         # a character can span tokens: it counts with the one that completes it
         decode = engine.tokenizer.stream_decoder()
-        for token in read:
-            p = None if token["logprob"] is None else math.exp(token["logprob"])
-            others = [(other, math.exp(logprob)) for other, logprob in token["top"]]
-            tokens.append({"text": decode([token["id"]]), "p": p, "others": others})
+        for token in tokens:
+            token["text"] = decode([token["id"]])
+            token["top"] = [(engine.tokenizer.decode([i]), logprob) for i, logprob in token["top"]]
     return {"used": used, "size": engine.block_size, "tokens": tokens}
 
 
@@ -231,38 +214,35 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
         "figures": Length and speed, as a sentence for people.
         "settings": The arguments that give the same result again.
     """
-    with show_user_errors():
-        model, stop = model or models.default, stop or []
-        sampling = settings.validate(
-            prompt, temperature, top_k, top_p, length, seed, versions, stop)
-        if not models.future(model, dtype).done():
-            yield {"text": prompt, "versions": [], "context": {}, "figures": "Loading the model …",
-                   "settings": {}}
-        engine, _ = await models.wait_for(model, dtype)
-        writing = Writing(engine, engine.encode(prompt), sampling, versions)
-        used = {"prompt": prompt, "model": model, "dtype": engine.dtype, "temperature": temperature,
-                "top_k": top_k, "top_p": top_p, "length": length, "seed": sampling.seed,
-                "versions": versions, "stop": stop}
-        async for _ in follow(writing):
-            results = [
-                {"text": writing.texts[i], "tokens": writing.tokens[i],
-                 "reason": writing.reasons[i],
-                 "mean_logprob": writing.mean_logprob(i) if versions > 1 else None}
-                for i in range(versions)
-            ]
-            if versions > 1 and writing.done:
-                results.sort(key=lambda version: version["mean_logprob"], reverse=True)
-            # several versions have a winner only once all have ended
-            best = results[0]["text"] if versions == 1 or writing.done else ""
-            yield {"text": prompt + best, "versions": results, "context": writing.context(),
-                   "figures": writing.figures(), "settings": used}
+    model, stop = model or models.default, stop or []
+    sampling = settings.validate(prompt, temperature, top_k, top_p, length, seed, versions, stop)
+    if not models.future(model, dtype).done():
+        yield {"text": prompt, "versions": [], "context": {}, "figures": "Loading the model …",
+               "settings": {}}
+    engine, _ = await models.wait_for(model, dtype)
+    writing = Writing(engine, engine.encode(prompt), sampling, versions)
+    used = {"prompt": prompt, "model": model, "dtype": engine.dtype, "temperature": temperature,
+            "top_k": top_k, "top_p": top_p, "length": length, "seed": sampling.seed,
+            "versions": versions, "stop": stop}
+    async for _ in follow(writing):
+        results = [
+            {"text": text, "tokens": tokens, "reason": reason,
+             "mean_logprob": logprob / max(1, tokens) if versions > 1 else None}
+            for text, tokens, reason, logprob in zip(
+                writing.texts, writing.tokens, writing.reasons, writing.logprobs)]
+        if versions > 1 and writing.done:
+            results.sort(key=lambda version: version["mean_logprob"], reverse=True)
+        # several versions have a winner only once all have ended
+        best = results[0]["text"] if versions == 1 or writing.done else ""
+        yield {"text": prompt + best, "versions": results, "context": writing.context(),
+               "figures": writing.figures(), "settings": used}
 
 
 async def show(models: Models, prompt: str, *values):
-    """Runs `write` for the page: yields JSON for `page.write.receive`, and the figures."""
+    """Runs `write` for the page: yields what `page.write.receive` takes, and the figures."""
     *values, stop = values
     # one stop string per line, in which \n is a line break
     stops = [line.replace("\\n", "\n") for line in stop.splitlines() if line]
     async for result in write(models, prompt, *values, stops):
         del result["text"]  # the versions have it
-        yield json.dumps(result), result["figures"]
+        yield result, result["figures"]

@@ -18,27 +18,23 @@ from generate import LARGE_MODEL, Dtype, Engine
 from model import GPT
 from tokenizer import Tokenizer
 
-if os.environ.get("SPACES_ZERO_GPU"):
-    import spaces
-    gpu = spaces.GPU(duration=60)  # at most this many seconds of a visitor's quota per call
-else:
-    def gpu(function):
-        return function
-
-
 # --------------------------------------------------------------------------------------------------
 # In the GPU's process
 
 @functools.lru_cache(maxsize=1)  # the process serves several calls, one after another
 def gpu_engine(path: str) -> Engine:
-    model, tokenizer, _ = checkpoint.load_model(path, pick_device("auto"))
-    return Engine(model, tokenizer)
+    return Engine(*checkpoint.load_model(path, pick_device("auto"))[:2])
 
 
-@gpu
 def events(path: str, ids: list[int], n: int, sampling: dict):
     """Yields the events of a request to the model at `path`."""
     yield from gpu_engine(path).submit(ids, n, **sampling)
+
+
+if os.environ.get("SPACES_ZERO_GPU"):
+    import spaces
+    # at most this many seconds of a visitor's quota per call
+    events = spaces.GPU(duration=60)(events)
 
 
 # --------------------------------------------------------------------------------------------------

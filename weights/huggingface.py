@@ -9,18 +9,14 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from common.errors import UserError
-from common.files import read_json, write_atomically, write_json
-from model import GPT, GPTConfig
+from common.files import parse_json, read_json, write_atomically, write_json
+from model import GPT
 from tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from weights.state import DAMAGE, build_model, cast_weight, normalize_names, transpose_conv1d
-
-# what a config.json may say about the training: our key, and its key there (allenporter's too)
-INFO_KEYS = (("train_config", "train_config"), ("step", "step"), ("val_loss", "val_loss_accum"),
-             ("val_loss", "val_loss"))
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
@@ -89,7 +85,7 @@ def huggingface_config(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> 
 # Loading
 
 def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
-    """(GPT in float32, tokenizer, what config.json says about its training) from a model folder.
+    """(GPT in float32, tokenizer, the training's info among other fields) from a model folder.
 
     Raises UserError if a file is missing or damaged, if it is not a GPT-2, or if a setting changes
     what the model computes.
@@ -97,25 +93,24 @@ def load_folder(folder: Path) -> tuple[GPT, Tokenizer, dict]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
     try:
-        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        c = read_json(folder / "config.json")
         state, training = read_safetensors(folder)
         state = normalize_names(state)
         check_config(c, folder)
-        config = GPTConfig(
-            block_size=c.get("n_positions") or c.get("n_ctx") or c["block_size"],
-            vocab_size=c["vocab_size"], n_layer=c["n_layer"], n_head=c["n_head"],
-            n_embd=c["n_embd"], activation=ACTIVATIONS[c.get("activation_function", "gelu_new")])
+        config = {key: c[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        config["block_size"] = c.get("n_positions") or c.get("n_ctx") or c["block_size"]
+        config["activation"] = ACTIVATIONS[c.get("activation_function", "gelu_new")]
         # transpose Conv1D's (in, out) matrices; samkeet's are (out, in) already
-        c_attn = state["transformer.h.0.attn.c_attn.weight"]
-        if c_attn.shape == (config.n_embd, 3 * config.n_embd):
+        rows, columns = state["transformer.h.0.attn.c_attn.weight"].shape
+        if rows < columns:
             state = transpose_conv1d(state)
-    except (*DAMAGE, SafetensorError) as error:
+    except DAMAGE as error:
         raise UserError(f"The files in {folder} are damaged, or they are not a GPT-2 "
                         f"({type(error).__name__}: {error}).") from None
-    tokenizer = read_tokenizer(folder, c)
-    source = training or c  # other programs, and older versions of this one, use config.json
-    info = {ours: source[theirs] for ours, theirs in INFO_KEYS if theirs in source}
-    return build_model(config, state, folder), tokenizer, info
+    model = build_model(config, state, folder)
+    # other programs, and older versions of this one, describe the training in config.json
+    info = training or {"val_loss": c.get("val_loss_accum"), **c}  # allenporter's name, and ours
+    return model, read_tokenizer(folder, c), info
 
 
 def read_tokenizer(folder: Path, c: dict) -> Tokenizer:
@@ -163,7 +158,7 @@ def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
                 checksum = hashlib.file_digest(file, "sha256").hexdigest()
             if checksum != metadata["sha256"]:
                 raise ValueError(f"{name} does not match its checksum")
-        training |= json.loads(metadata.get("training", "{}"))
+        training |= parse_json(metadata.get("training", "{}"))
         state |= load_file(folder / name)
     return state, training
 

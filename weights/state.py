@@ -3,12 +3,14 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from common.errors import UserError
 from model import GPT, GPTConfig
 
 # what reading a damaged file can raise
-DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OSError, RuntimeError)
+DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OSError, RuntimeError,
+          SafetensorError)
 
 # matrices that Hugging Face's GPT-2 keeps in a Conv1D, as (in, out)
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
@@ -46,21 +48,19 @@ def normalize_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return ours
 
 
-def build_model(config: GPTConfig | dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
-    """The model with this configuration and these weights, in float32.
+def build_model(config: dict, state: dict[str, torch.Tensor], source: Path) -> GPT:
+    """The model with these fields of a GPTConfig and these weights, in float32.
 
     Raises UserError if they do not fit each other, or if a weight is not finite.
     """
     try:
-        if not isinstance(config, GPTConfig):
-            config = GPTConfig(**config)
+        config = GPTConfig(**config)
         # count the layers first: a damaged n_layer could ask for a billion of them
         layers = {name.split(".")[2] for name in state if ".h." in name}
-        if len(layers) != config.n_layer:
-            raise ValueError("n_layer differs from the number of layers in the weights")
-        for w in state.values():
-            if not w.is_floating_point() or w.layout != torch.strided or w.device.type != "cpu":
-                raise TypeError("weights are not dense floating-point tensors in memory")
+        is_dense = all(w.is_floating_point() and w.layout == torch.strided and w.is_cpu
+                       for w in state.values())
+        if len(layers) != config.n_layer or not is_dense:
+            raise ValueError
         # build on the meta device, so that no memory is allocated twice
         with torch.device("meta"):
             model = GPT(config)

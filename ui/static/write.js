@@ -203,10 +203,10 @@ page.write = (() => {
         return [run.prompt, newSeed || again ? Math.floor(Math.random() * 2 ** 32) : seed];
     }
 
-    // Takes over what the model has written so far: JSON from ui/write.py. Returns the link.
+    // Takes over what the model has written so far, from ui/write.py. Returns the link.
     function receive(message) {
         if (!run || !message) return run ? '' : end();
-        const {versions, settings, context} = JSON.parse(message);
+        const {versions, settings, context} = message;
         const done = versions.length && versions.every(version => version.reason);
         Object.assign(run, {versions, settings});
         if (context.size) drawGauge(context.used, context.size);
@@ -335,7 +335,9 @@ page.write = (() => {
         tokens = [];
         const length = result.tokens.reduce((sum, token) => sum + token.text.length, 0);
         let start = text.length - length;
-        for (const {text: own, p, others} of start < 0 ? [] : result.tokens) {
+        for (const {text: own, logprob, top} of start < 0 ? [] : result.tokens) {
+            const p = logprob === null ? null : Math.exp(logprob);
+            const others = top.map(([word, logprob]) => [word, Math.exp(logprob)]);
             tokens.push({start, end: start + own.length, p, others});
             start += own.length;
         }
