@@ -121,7 +121,8 @@ class ShardWriter:
         self.auto_split = state.get("ruled", False)  # True if the source leaves the splits to us
         self.split = state.get("split")  # of the growing shard
         self.tokens = state.get("tokens", 0)  # in the growing shard
-        self.starts = [state.get("starts", [])]  # arrays of indices where its documents start
+        # arrays of indices where its documents start
+        self.starts = [np.array(state.get("starts", []), dtype=np.int64)]
         if self.finished:
             if not complete:
                 self.join_parts()  # an earlier process may have failed to
@@ -315,8 +316,9 @@ def read_state(path: Path) -> dict:
 def is_valid_state(state: dict) -> bool:
     """Whether the values from which a writer resumes have the types that `commit` writes."""
     cursor = state.get("cursor", [0, 0, 0])
-    numbers = [*cursor, *state.get("counts", {}).values(), *state.get("starts", []),
-               state.get("tokens", 0)]
+    numbers = [*cursor, *state.get("counts", {}).values(), state.get("tokens", 0)]
+    starts = state.get("starts", [])  # earlier versions wrote them as 0.0, 1200.0, …
     return (len(cursor) == 3 and all(isinstance(n, int) and n >= 0 for n in numbers)
+            and all(0 <= n < 2**63 and n == int(n) for n in starts)
             and state.get("split") in (None, *SPLITS)
             and all(map(is_valid_shard, state.get("shards", []))))
