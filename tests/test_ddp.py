@@ -126,7 +126,8 @@ def test_a_process_connects_to_the_first_only_once_it_listens():
     (2, ["--micro-batch", 3]),
     (4, ["--micro-batch", 1]),
     (2, ["--micro-batch", 2, "--shard"]),
-    (4, ["--micro-batch", 2, "--shard", "--recompute", "off"])])
+    pytest.param(4, ["--micro-batch", 2, "--shard", "--recompute", "off"],
+                 marks=pytest.mark.slow)])
 def test_any_number_of_processes_takes_the_steps_of_one(one, n, arguments):
     several = one.parent / "several"
     command = [*BASE, "--hellaswag", "h.jsonl", "--run", "several", *arguments]
@@ -282,6 +283,7 @@ def allow_no_pt_file():
     checkpoint.MAX_PT_BYTES = 0
 
 
+@pytest.mark.slow
 def test_weights_too_large_for_one_file_stay_in_the_state_and_load_as_one_model(one, tmp_path):
     arguments = [*BASE, "--run", "large", "--shard"]
     assert train_ranks(2, *arguments, prepare_rank=allow_no_pt_file) == [0, 0]
@@ -347,7 +349,9 @@ class FailFirstCall:
 
 
 @pytest.mark.parametrize("function", [
-    "torch.distributed.checkpoint.filesystem.FileSystem.mkdir",  # before the other ranks write
+    # before the other ranks write
+    pytest.param("torch.distributed.checkpoint.filesystem.FileSystem.mkdir",
+                 marks=pytest.mark.slow),
     "torch.save"])  # after they have written
 def test_a_full_disk_costs_a_sharded_run_one_checkpoint(one, function):
     full = one.parent / "full"
@@ -402,7 +406,8 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(one):
     assert (run / "metrics.jsonl").read_text().count('"resume"') == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [
+    signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_no_process_waits_for_a_lost_one_longer_than_wait_s(one, number):
     run = one.parent / "lost"
     process = start(*LONG, "--run", "lost", "--wait-s", 5, launcher=torchrun(2),

@@ -295,6 +295,7 @@ def test_a_kill_at_any_moment_does_not_change_the_output(
     assert contents(killed) == contents(whole)
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_does_not_change_the_output(tmp_path):
     documents = DOCUMENTS * 60
     source = write_corpus(tmp_path / "in", documents, ".parquet")

@@ -74,7 +74,8 @@ def test_transformers_opens_an_export_and_generates_what_we_do(tokenizer, tmp_pa
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("tokenizer", [load_tokenizer("gpt2"), small_bpe()], ids=["gpt2", "bpe"])
+@pytest.mark.parametrize("tokenizer", [
+    pytest.param(load_tokenizer("gpt2"), marks=pytest.mark.slow), small_bpe()], ids=["gpt2", "bpe"])
 def test_an_export_has_the_chat_template_that_it_is_given_and_later_exports_keep_it(
         tokenizer, tmp_path):
     save_run(tmp_path / "log" / "r", tokenizer)

@@ -487,7 +487,8 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(data):
 
 
 @pytest.mark.parametrize(("number", "launcher"), [
-    (signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, torchrun(2))])
+    (signal.SIGTERM, ()), pytest.param(signal.SIGINT, (), marks=pytest.mark.slow),
+    (signal.SIGTERM, torchrun(2))])
 def test_a_signal_saves_the_step_and_resuming_equals_an_uninterrupted_run(data, number, launcher):
     dropout = 0 if launcher else 0.2  # its mask depends on the number of ranks
     options = ["--max-steps", 200, "--dropout", dropout, "--save-every", 1000]
