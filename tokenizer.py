@@ -143,7 +143,8 @@ class BPETokenizer(Tokenizer):
         self.splits_like_gpt2 = splits_like_gpt2(parts)
         ranks = {self.token_bytes[i]: i for i in vocab.values() if i not in self.special_ids}
         merged = [vocab.get("".join(pair)) for pair in read_merges(parts)]
-        complete = None not in merged and len(ranks) == 256 + len(merged)
+        has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+        complete = None not in merged and len(ranks) == 256 + len(merged) and has_all_bytes
         if self.splits_like_gpt2 and complete and merged == sorted(set(merged)):
             self.fast = tiktoken_bpe(ranks)
 

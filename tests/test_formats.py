@@ -307,6 +307,15 @@ def test_a_checkpoint_of_nanogpt_with_a_number_as_its_arguments_is_damaged(gpt, 
         checkpoint.load_model(tmp_path / "ckpt.pt")
 
 
+def test_a_checkpoint_of_nanogpt_with_a_loss_beyond_all_floats_is_damaged(gpt, tmp_path):
+    sizes = {name: getattr(gpt.config, name) for name in
+             ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    torch.save({"model": gpt.state_dict(), "model_args": sizes, "iter_num": 5,
+                "best_val_loss": 10**400}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="is not a checkpoint of this program"):
+        checkpoint.load_model(tmp_path / "ckpt.pt")
+
+
 def test_a_config_with_a_billion_layers_is_not_built(gpt, tmp_path):
     save_huggingface(tmp_path / "x", gpt, load_tokenizer("gpt2"))
     config = json.loads((tmp_path / "x" / "config.json").read_text())

@@ -289,6 +289,14 @@ def test_a_bpe_whose_ids_do_not_follow_its_merges_runs_on_the_tokenizers_library
     assert swapped.decode(swapped.encode(PROSE)) == PROSE
 
 
+def test_a_vocabulary_without_one_of_the_bytes_encodes_the_others():
+    description = json.loads(train_bpe([PROSE], 300).description)
+    vocab = description["model"]["vocab"]
+    vocab["ĀĀ"] = vocab.pop("Ā")  # how tokenizer.json writes byte 0
+    tokenizer = BPETokenizer(json.dumps(description))
+    assert tokenizer.decode(tokenizer.encode("the\0fox")) == "thefox"
+
+
 # --------------------------------------------------------------------------------------------------
 # gigatoken
 

@@ -9,8 +9,8 @@ from common.errors import UserError
 from model import GPT, GPTConfig
 
 # what reading a damaged file can raise
-DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OSError, RuntimeError,
-          SafetensorError)
+DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, OSError,
+          RuntimeError, SafetensorError)
 
 # matrices that Hugging Face's GPT-2 keeps in a Conv1D, as (in, out)
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
