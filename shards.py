@@ -146,17 +146,21 @@ def open_shard(path: Path) -> np.ndarray:
     """Memory-map a shard: `.npy`, llm.c's `.bin`, or raw uint16 as nanoGPT writes it."""
     try:
         if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            shape, dtype, offset = read_npy_header(path)
         else:
             header = np.fromfile(path, dtype=np.int32, count=3)
             known = len(header) == 3 and int(header[0]) in LLMC_DTYPES
             dtype = np.dtype(LLMC_DTYPES[int(header[0])] if known else np.uint16)
             offset = LLMC_HEADER_BYTES if known else 0
+            shape = None  # the rest of the file
             if known and path.stat().st_size != offset + dtype.itemsize * int(header[2]):
                 raise ValueError(f"its header announces {header[2]:,} tokens")
-            tokens = np.memmap(path, dtype=dtype, mode="r", offset=offset)
-        if tokens.ndim != 1 or not len(tokens) or tokens.dtype not in (np.uint16, np.uint32):
-            raise ValueError("expected a 1-D array of uint16 or uint32")
+        # numpy maps no other type safely: one of no bytes ends the process
+        if dtype not in (np.uint16, np.uint32):
+            raise ValueError("expected uint16 or uint32")
+        tokens = np.memmap(path, dtype, "r", offset, shape)
+        if tokens.ndim != 1 or not len(tokens):
+            raise ValueError("expected a 1-D array of tokens")
     except FileNotFoundError:
         raise UserError(f"{path} is missing but listed in the manifest: "
                         "prepare the data again.") from None
@@ -166,6 +170,15 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path} is cut off or not a token shard ({error}): "
                         "prepare the data again.") from None
     return np.asarray(tokens)  # slicing an np.memmap is slow
+
+
+def read_npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Return the array's shape and type, and the position of its first byte."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0,
+               (2, 0): np.lib.format.read_array_header_2_0}
+    with open(path, "rb") as file:
+        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+        return shape, dtype, file.tell()
 
 
 def sample_checksum(folder, manifest: dict) -> str:

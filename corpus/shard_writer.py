@@ -319,6 +319,6 @@ def is_valid_state(state: dict) -> bool:
     numbers = [*cursor, *state.get("counts", {}).values(), state.get("tokens", 0)]
     starts = state.get("starts", [])  # earlier versions wrote them as 0.0, 1200.0, …
     return (len(cursor) == 3 and all(isinstance(n, int) and n >= 0 for n in numbers)
-            and all(0 <= n < 2**63 and n == int(n) for n in starts)
+            and isinstance(starts, list) and all(0 <= n < 2**63 and n == int(n) for n in starts)
             and state.get("split") in (None, *SPLITS)
             and all(map(is_valid_shard, state.get("shards", []))))

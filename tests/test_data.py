@@ -213,6 +213,16 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
         verify(tmp_path)
 
 
+def test_a_shard_whose_elements_have_no_bytes_is_damaged(tmp_path):
+    """numpy would divide by zero and end the process."""
+    header = {"descr": "|V0", "fortran_order": False, "shape": (-1,)}
+    with open(tmp_path / "x_val_000000.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(100))
+    with pytest.raises(UserError, match="not a token shard"):
+        Shards(tmp_path, "val")
+
+
 def test_bad_shards_get_one_sentence(stream, tmp_path):
     with pytest.raises(UserError, match="holds no train shards"):
         Shards(tmp_path, "train")

@@ -596,7 +596,7 @@ def test_a_full_disk_gets_one_sentence_and_the_same_command_resumes(tmp_path, mo
 
 @pytest.mark.parametrize("damage", [
     {"cursor": 5}, {"cursor": [0, 0]}, {"counts": {"tokens": "x"}}, {"tokens": None}, {"split": 3},
-    {"starts": [0.5]}, {"shards": [{}]}, {"shards": 1}], ids=str)
+    {"starts": [0.5]}, {"starts": ""}, {"shards": [{}]}, {"shards": 1}], ids=str)
 def test_a_damaged_state_of_a_preparation_gets_one_sentence(tmp_path, damage):
     def open_writer():
         return ShardWriter(tmp_path, "x", CharTokenizer("ab"), {"name": "x"})
