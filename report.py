@@ -210,8 +210,9 @@ def cost(run: str | Path) -> dict[str, str]:
     # the machine of each line is that of its session
     names = log["device"].ffill()
     devices = [name if isinstance(name, str) else "an unknown device" for name in names]
-    processes = log["processes"].ffill().fillna(1).astype(int)
-    machines = [f"{n} x {device}" for n, device in zip(processes, devices)]
+    is_number = log["processes"].map(lambda n: isinstance(n, int | float))
+    processes = log["processes"].where(is_number).astype(float).ffill().fillna(1)
+    machines = [f"{n:g} x {device}" for n, device in zip(processes, devices)]
     watts = [device.watts if device else math.nan for device in map(find_device, devices)]
     kwh = (processes * watts * elapsed).sum(skipna=False) / 3.6e6
 

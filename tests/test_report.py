@@ -48,10 +48,12 @@ def test_damage_that_is_still_json_is_left_out(fake_run):
     """A name that is not Unicode, and a vocabulary whose size is not a number."""
     with open(fake_run / "metrics.jsonl", "a") as file:
         file.write('\n{"time": 93602, "step": 31, "\\ud800": 1}\n')
+        file.write('{"time": 93603, "step": 30, "event": "resume", "processes": "eight"}\n')
     config = {"batch_tokens": 2**19, "data": "edu_fineweb10B", "vocab_size": [1]}
     (fake_run / "config.json").write_text(json.dumps(config))
     assert report.metrics(fake_run)["step"].max() == 30
     assert set(report.loss(fake_run)["curve"]) == {"training", "validation"}
+    assert report.cost(fake_run)
 
 
 def test_published_curves_accompany_only_runs_on_fineweb_edu(fake_run):

@@ -674,8 +674,7 @@ def run_log(_patch):
             report.samples(run)
         else:
             report.summary(run)
-            for table in report.available_plots(run):
-                table(run)
+            report.tables(run)
         return VALID
     return attempt
 
