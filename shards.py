@@ -53,9 +53,10 @@ class Shards:
         # list the shards: those in the manifest, or those with the names of other projects
         listed = {folder / shard["file"]: shard["tokens"]
                   for shard in manifest.get("shards", ()) if shard["split"] == split}
-        pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
-        found = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
-        self.files = list(listed) if manifest else found
+        self.files = list(listed)
+        if not manifest:
+            pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
+            self.files = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder}.")
         if not self.files:

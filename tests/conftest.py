@@ -212,11 +212,11 @@ def tiny_gpt(vocab_size=32, block_size=16, seed=0, **sizes):
     return model
 
 
-def small_bpe() -> BPETokenizer:
-    """A byte-level BPE with 300 ids that the `tokenizers` library trained; <|endoftext|> is 0."""
+def small_bpe(text: str = PROSE, vocab_size: int = 300) -> BPETokenizer:
+    """A byte-level BPE that the `tokenizers` library trained on the text; <|endoftext|> is 0."""
     bpe = byte_level_bpe({}, [])
-    bpe.train_from_iterator([PROSE], tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+    bpe.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     return BPETokenizer(bpe.to_str())
 

@@ -20,8 +20,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
+from conftest import small_bpe
 from mutations import DEEP, damaged_json, dump_json, mutate, mutate_document
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -39,7 +39,7 @@ from common.files import write_json
 from corpus import reader
 from corpus.shard_writer import ShardWriter
 from model import GPT, GPTConfig
-from tokenizer import BPETokenizer, CharTokenizer, byte_level_bpe, load_tokenizer
+from tokenizer import CharTokenizer, load_tokenizer
 from training import optim, setup, sharding
 from training.config import TrainConfig
 from weights.huggingface import save_huggingface
@@ -93,15 +93,6 @@ TOKENIZER_PARTS = (
      "normalized": True, "special": True})
 
 
-def small_bpe() -> BPETokenizer:
-    """A byte-level BPE with 260 ids."""
-    bpe = byte_level_bpe({}, [])
-    bpe.train_from_iterator([TEXT], tokenizers.trainers.BpeTrainer(
-        vocab_size=260, special_tokens=["<|endoftext|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    return BPETokenizer(bpe.to_str())
-
-
 def use(tokenizer, source: random.Random) -> str:
     """Reads and writes a text with a tokenizer whose files were damaged."""
     text, _ = tokenizer.replace_unknown(TEXT)
@@ -131,7 +122,7 @@ def share_tiktoken(patch):
 
 def bpe_json(patch):
     path = Path("tokenizer.json")
-    content = small_bpe().description.encode()
+    content = small_bpe(TEXT, 260).description.encode()
     document = json.loads(content)
     content = json.dumps(document).encode()
     share_tiktoken(patch)
@@ -157,7 +148,7 @@ def character_json(_patch):
 
 def vocab_and_merges(patch):
     """vocab.json, merges.txt, added_tokens.json, tokenizer_config.json, chat_template.jinja."""
-    bpe = small_bpe()
+    bpe = small_bpe(TEXT, 260)
     vocab = bpe.vocabulary()
     merges = tokenizer_module.format_merges(bpe.merges()).encode()
     added = {"<a>": len(vocab), "<b>": len(vocab) + 1}
@@ -304,6 +295,15 @@ def foreign_pt(patch):
     return attempt
 
 
+def damage(path: Path, content: bytes, source: random.Random):
+    """Writes the damaged content into the file."""
+    if path.suffix == ".json":
+        content = damaged_json(content, json.loads(content), source)
+    else:
+        content = mutate(content, source)
+    path.write_bytes(content)
+
+
 def run_folder(_patch):
     """A run's state.json, optimizer.safetensors, model and best.json, read as a resume does."""
     run = Path("run")
@@ -330,11 +330,7 @@ def run_folder(_patch):
 
     def attempt(source):
         path = source.choice([*files, Path("run/state_00001/state.json")])
-        if path.suffix == ".json":
-            content = damaged_json(files[path], json.loads(files[path]), source)
-        else:
-            content = mutate(files[path], source)
-        path.write_bytes(content)
+        damage(path, files[path], source)
         try:
             return read(path)
         finally:
@@ -368,11 +364,7 @@ def sharded_run(_patch):
 
     def attempt(source):
         path = source.choice([*files, state / "model.json"])
-        if path.suffix == ".json":
-            content = damaged_json(files[path], json.loads(files[path]), source)
-        else:
-            content = mutate(files[path], source)
-        path.write_bytes(content)
+        damage(path, files[path], source)
         try:
             assert_same_weights(checkpoint.load_model("run")[0], expected)
             return VALID
