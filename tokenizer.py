@@ -132,6 +132,8 @@ class BPETokenizer(Tokenizer):
         # read the vocabulary
         vocab = self.vocabulary()
         added = {token["content"] for token in parts["added_tokens"]}
+        if model.get("unk_token") is not None and model["unk_token"] not in vocab:
+            raise ValueError("the unk_token in tokenizer.json is not in its vocabulary")
         self.vocab_size = max(vocab.values()) + 1
         self.eot = vocab.get(END_OF_TEXT, eot)
         self.special_ids = frozenset(vocab[token] for token in added)

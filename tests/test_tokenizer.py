@@ -143,6 +143,7 @@ def test_an_unknown_tokenizer_gets_one_sentence(source):
     '{"model": {"type": "WordLevel", "vocab": {"a": 5, "b": 9}}}',
     SMALL_BPE.description.replace('"continuing_subword_prefix":null',
                                   '"continuing_subword_prefix":"##"'),
+    SMALL_BPE.description.replace('"unk_token":null', '"unk_token":"?!"'),
     SMALL_BPE.description.replace(  # the `tokenizers` library panics
         '"normalizer":null',
         '"normalizer":{"type":"Precompiled","precompiled_charsmap":"AAAA"}')])
