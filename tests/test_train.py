@@ -1130,11 +1130,16 @@ def test_wsd_is_constant_and_then_falls_linearly():
     assert set(rates[10:80]) == {1.0}
     assert rates[90] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
+    half = SCHEDULE | {"decay_ratio": 0.5}
+    rates = [learning_rate(step, schedule="wsd", **half) for step in range(101)]
+    assert set(rates[10:51]) == {1.0}
+    assert rates[75] == pytest.approx(0.55)
 
 
-def test_max_steps_of_wsd_may_change_until_its_decay_begins(data, monkeypatch):
+def test_the_length_of_wsd_may_change_until_its_decay_begins(data, monkeypatch):
     wsd = ["--schedule", "wsd", "--optimizer", "muon"]
-    train_tiny(*wsd, "--max-steps", 10, "--name", "whole")
+    short = ["--max-steps", 10, "--decay-ratio", 0.4]
+    train_tiny(*wsd, *short, "--name", "whole")
     train_step = train.train_step
 
     def interrupted_step(run, x, y, step):
@@ -1145,7 +1150,7 @@ def test_max_steps_of_wsd_may_change_until_its_decay_begins(data, monkeypatch):
     monkeypatch.setattr(train, "train_step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(*wsd, "--max-steps", 1000, "--name", "shortened")
-    train_tiny(*wsd, "--max-steps", 10, "--name", "shortened")
+    train_tiny(*wsd, *short, "--name", "shortened")
     assert_same_run(LOG / "shortened", LOG / "whole", tolerance=0, last_step=10)
     assert report.read_config(LOG / "shortened")["max_steps"] == 10
     with pytest.raises(UserError, match="was started with max_steps 10, and this command has"):

@@ -62,6 +62,7 @@ class TrainConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = 715
     min_lr_ratio: float = 0.1  # Final learning rate of cosine and wsd, as a fraction of the peak.
+    decay_ratio: float = 0.2  # Fraction of the steps over which wsd decays the learning rate.
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -121,7 +122,7 @@ def validate(config: TrainConfig):
                 "weight_decay", "grad_clip", "price")
     check_range(config, "at least 0 and below 1", lambda x: 0 <= x < 1, "beta1", "beta2")
     check_range(config, "above 0", lambda x: x > 0, "wait_s")
-    check_range(config, "above 0 and at most 1", lambda x: 0 < x <= 1, "mfu")
+    check_range(config, "above 0 and at most 1", lambda x: 0 < x <= 1, "decay_ratio", "mfu")
     if config.shard and config.optimizer == "muon":
         raise UserError("Muon needs whole matrices, which --shard divides: use --optimizer adamw "
                         "or leave out --shard.")
@@ -155,12 +156,13 @@ def run_fingerprint(config: TrainConfig, data_checksums: dict, step: int) -> dic
     """The values that must not change when a run resumes from its checkpoint at `step`.
 
     `data_checksums` are those of `checksum_data`. Before the decay of "wsd" begins, the learning
-    rate does not depend on max_steps, so max_steps may still change.
+    rate does not depend on max_steps and decay_ratio, so both may still change.
     """
     fingerprint = {name: value for name, value in as_json(config).items() if name not in MAY_CHANGE}
-    decay_starts = optim.decay_start(config.warmup_steps, config.max_steps)
+    decay_starts = optim.decay_start(config.warmup_steps, config.max_steps, config.decay_ratio)
     if config.schedule == "wsd" and step <= decay_starts:
         fingerprint["max_steps"] = "open"
+        del fingerprint["decay_ratio"]
     return fingerprint | data_checksums
 
 

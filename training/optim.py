@@ -120,7 +120,7 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 # Learning rate
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, max_steps: int,
-                  min_ratio: float) -> float:
+                  min_ratio: float, decay_ratio: float = 0.2) -> float:
     """The learning rate of update `step`, counted from 0.
 
     The warm-up rises linearly to `peak`. After it, the schedules differ:
@@ -128,23 +128,24 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, m
     "constant": stays at the peak.
     "cosine": falls along half a cosine to min_ratio * peak.
     "wsd" (warm-up, stable, decay): stays at the peak, then falls linearly to min_ratio * peak over
-    the last fifth of the steps (Hägele et al. 2024, arXiv 2405.18392).
+    the last decay_ratio of the steps (Hägele et al. 2024, arXiv 2405.18392).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
     if schedule == "wsd":
-        decay_steps = max(1e-9, max_steps - decay_start(warmup_steps, max_steps))
+        decay_starts = decay_start(warmup_steps, max_steps, decay_ratio)
+        decay_steps = max(1e-9, max_steps - decay_starts)
         remaining = min(1.0, (max_steps - step) / decay_steps)  # 1 until the decay, 0 at its end
         return peak * (min_ratio + (1 - min_ratio) * remaining)
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 to 1
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def decay_start(warmup_steps: int, max_steps: int) -> float:
-    """The step at which "wsd" begins to decay. The rates before it do not depend on max_steps."""
-    return max(warmup_steps, 0.8 * max_steps)
+def decay_start(warmup_steps: int, max_steps: int, decay_ratio: float) -> float:
+    """The step at which "wsd" begins to decay. Rates before it do not depend on the last two."""
+    return max(warmup_steps, (1 - decay_ratio) * max_steps)
 
 
 def set_learning_rate(optimizers, lr: float):
