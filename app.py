@@ -30,7 +30,7 @@ from starlette.middleware import Middleware
 import report
 import serve
 from api.guard import Access, Guard
-from common.errors import UserError
+from api.schema import to_request_error
 from engine.packed import use_allowed_cores
 from generate import Dtype
 from ui import about, chat, compare, look, reading, training, write
@@ -71,14 +71,20 @@ class AppConfig:
 
 
 class Page(gr.Blocks):
-    """Gradio's Blocks, which show a visitor the UserError that ended an event."""
+    """Gradio's Blocks, which show a visitor the error that ended an event.
+
+    Gradio would log an error's message, which may quote what the visitor sent.
+    """
 
     async def process_api(self, *arguments, **options):
         try:
             return await super().process_api(*arguments, **options)
-        except UserError as error:
+        except gr.Error as error:  # Gradio's own: a value is out of range, for example
+            error.print_exception = False
+            raise
+        except Exception as error:
             # Gradio reads it as HTML, so what it quotes from the visitor is escaped
-            message = html.escape(str(error), quote=False)
+            message = html.escape(str(to_request_error(error)), quote=False)
             raise gr.Error(message, print_exception=False) from None
 
 

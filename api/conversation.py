@@ -83,10 +83,14 @@ def remove_words(words: Iterable[str], value):
         return {key: remove_words(words, item) for key, item in value.items()}
     if isinstance(value, list):
         return [remove_words(words, item) for item in value]
-    if isinstance(value, str):
-        while any(word in value for word in words):
+    if isinstance(value, str) and any(word in value for word in words):
+        kept = []  # characters
+        for char in value:
+            kept.append(char)
             for word in words:
-                value = value.replace(word, "")
+                if char == word[-1] and kept[-len(word):] == list(word):
+                    del kept[-len(word):]
+        return "".join(kept)
     return value
 
 

@@ -12,6 +12,7 @@ import socket
 from fnmatch import fnmatch
 
 from fastapi import Request
+from starlette._utils import get_route_path
 from starlette.middleware.cors import CORSMiddleware
 
 from api.schema import RequestError, error_answer
@@ -19,6 +20,8 @@ from common.errors import UserError
 
 MAX_BODY_BYTES = 2 * 2**20
 UPLOAD = "/gradio_api/upload"
+# endpoints of Gradio that write files, and that the page does not use
+UNUSED = "/gradio_api/process_recording", "/gradio_api/deep_link"
 MAX_UPLOAD_BYTES = 11_000_000  # a text of 10 MB, and what surrounds it
 ADDRESS = re.compile(r"\[[\da-f:.]+\]|[\d.]+")  # as a Host header shows it
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]", "::1"}
@@ -35,6 +38,10 @@ class Access:
     """Other web sites whose pages may use the API, such as https://example.org."""
     api_key: str | None = None
     """The key that clients of /v1 and /metrics must send. Default: the environment's API_KEY."""
+
+    def __post_init__(self):
+        if self.api_key == "":  # an unset variable in a script must not open the server
+            raise UserError("--api-key must not be empty: leave it out if no key is needed.")
 
 
 class TooLarge(RequestError):
@@ -54,7 +61,8 @@ class Guard:
         self.public = "SPACE_ID" in os.environ
         self.key = access.api_key or os.environ.get("API_KEY")
         name = socket.gethostname().lower()
-        self.names = ["localhost", "*.localhost", host, name, f"{name}.local", *access.allow_host]
+        own = host.lower(), *map(str.lower, access.allow_host)
+        self.names = ["localhost", "*.localhost", name, f"{name}.local", *own]
         self.app = CORSMiddleware(app, allow_origins=self.origins, allow_methods=["*"],
                                   allow_headers=["*"]) if self.origins else app
 
@@ -82,15 +90,14 @@ class Guard:
             raise RequestError(f"{host!r:.100} is not a name of this server: start it with "
                                "--allow-host to allow the name.", 403)
         origin = request.headers.get("origin", "")
-        # a page cannot set X-Forwarded-Host without a preflight request, but a proxy can
-        own = {host, request.headers.get("x-forwarded-host")}
-        same = origin.partition("://")[2] in own
-        if origin and not same and not {origin, "*"} & set(self.origins):
+        if is_foreign(request) and not {origin, "*"} & set(self.origins):
             raise RequestError(f"Pages of {origin!r:.100} may not use this server: start it with "
                                "--allow-origin to allow them.", 403)
 
     def check_body(self, request: Request):
-        path, headers = request.scope["path"], request.headers
+        path, headers = get_route_path(request.scope), request.headers
+        if path.startswith(UNUSED):
+            raise RequestError(f"{path:.100} is switched off.", 404)
         if path.startswith(UPLOAD):  # the text to train on is the only file that the page takes
             try:
                 require_may_train(request)
@@ -105,10 +112,11 @@ class Guard:
 
     def limit(self, request: Request) -> int:
         """Most bytes of the body."""
-        return MAX_UPLOAD_BYTES if request.scope["path"].startswith(UPLOAD) else MAX_BODY_BYTES
+        is_upload = get_route_path(request.scope).startswith(UPLOAD)
+        return MAX_UPLOAD_BYTES if is_upload else MAX_BODY_BYTES
 
     def check_key(self, request: Request):
-        private = request.scope["path"].startswith(("/v1/", "/metrics"))
+        private = get_route_path(request.scope).startswith(("/v1/", "/metrics"))
         if not self.key or not private or request.method == "OPTIONS":
             return
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -137,6 +145,14 @@ def host_name(host: str) -> str:
     return re.sub(r":\d*$", "", host).lower()
 
 
+def is_foreign(request: Request) -> bool:
+    """Whether a page of another site sends the request."""
+    origin = request.headers.get("origin", "")
+    # a page cannot set X-Forwarded-Host without a preflight request, but a proxy can
+    own = {request.headers.get("host", ""), request.headers.get("x-forwarded-host")}
+    return origin != "" and origin.partition("://")[2] not in own
+
+
 def may_train() -> bool:
     """Whether the page lets visitors train. On a Space, which sets SPACE_ID, it must be switched
     on."""
@@ -145,11 +161,11 @@ def may_train() -> bool:
 
 def require_may_train(request: Request):
     """Raises UserError unless training is switched on for everyone, or the request comes from this
-    machine, and not through a proxy."""
+    machine, not through a proxy, and not from a page of another site."""
     if not may_train():
         raise UserError("Training is switched off on this public page.")
     names = {host_name(request.headers.get("host", "")), request.client.host}
     is_local = names <= LOOPBACK and "x-forwarded-for" not in request.headers
-    if not is_local and os.environ.get("ALLOW_TRAINING") != "1":
+    if (not is_local or is_foreign(request)) and os.environ.get("ALLOW_TRAINING") != "1":
         raise UserError("Only this machine's own browser can do this: open the page at "
                         "http://localhost, for example through an SSH tunnel.")

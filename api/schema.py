@@ -14,6 +14,7 @@ from common.errors import UserError
 from engine.scheduler import Busy
 
 MAX_PROMPTS = 128  # in one request
+MAX_N = 128  # texts of a prompt, as OpenAI documents; an engine may allow fewer
 MAX_NEW_TOKENS = 100_000  # in one request, over all texts
 RETRY_AFTER_S = 5  # the clients of a busy server should wait this long
 
@@ -57,7 +58,7 @@ class GenerationRequest(Body):
     top_p: float = pydantic.Field(1.0, gt=0, le=1)
     top_k: int = pydantic.Field(0, ge=-1)  # 0 and -1 turn it off
     repetition_penalty: float = pydantic.Field(1.0, gt=0)
-    n: int = pydantic.Field(1, ge=1)
+    n: int = pydantic.Field(1, ge=1, le=MAX_N)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     stop: str | list[str] = []

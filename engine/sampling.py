@@ -15,6 +15,7 @@ TOP_P_IDS = 512  # top-p first looks at this many likeliest tokens; sorting the 
 MAX_STOPS = 8  # 4, as OpenAI's API takes, and those that end a turn
 MAX_STOP_CHARS = 100  # in one stop string
 MIN_TEMPERATURE = 1e-30  # close enough to greedy, and float32 can still divide by it
+MAX_PENALTY = 1e30  # likewise; a smaller penalty than its inverse counts as that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ def penalize(logits, seen: set[int], penalty: float):
 
     The repetition penalty of CTRL (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, 4.1).
     """
+    penalty = min(max(penalty, 1 / MAX_PENALTY), MAX_PENALTY)
     logits = logits.copy()
     ids = list(seen)
     seen_logits = logits[ids]

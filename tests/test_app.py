@@ -223,6 +223,17 @@ def test_an_error_shows_what_it_quotes_as_text():
     assert caught.value.message == "The name &lt;img src=x onerror=alert(1)&gt; is not valid."
 
 
+@pytest.mark.parametrize("name, data", [
+    ("chat", ["secret"]),  # too few values
+    ("inspect", ["a", "secret"]),  # not one of the choices
+])
+def test_a_failed_event_leaves_nothing_that_a_visitor_sent_in_the_log(url, capfd, name, data):
+    call = f"{url}gradio_api/call/{name}"
+    event = httpx.post(call, json={"data": data}, timeout=20).json()["event_id"]
+    assert '"title": "Error"' in httpx.get(f"{call}/{event}", timeout=20).text
+    assert "secret" not in "".join(capfd.readouterr())
+
+
 def test_a_new_seed_is_drawn_and_the_text_can_be_saved(open_page, bundled):
     page = open_page()
     set_number(page, "length", 30)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -731,6 +732,14 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty):
 def test_the_penalty_covers_prompt_and_sampled_tokens(char_engine):
     ids = ids_of(char_engine, [1, 2, 3], temperature=0, repetition_penalty=1e6, max_new_tokens=13)
     assert len({1, 2, 3, *ids}) == 16, "no token occurs twice while there are others"
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-45, 1e45, 1e308])
+def test_the_largest_and_smallest_penalties_leave_a_distribution(penalty):
+    logits = np.array([-2, -1, 0, 1, 2], np.float32)
+    penalized = penalize(logits, {0, 1, 2, 3, 4}, penalty)
+    assert np.isfinite(penalized).all()
+    assert 0 <= sample(penalized, 0.5) < 5
 
 
 def test_temperature_0_takes_the_likeliest_token():

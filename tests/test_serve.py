@@ -66,9 +66,10 @@ def tiny_gpt_that_predicts(*ids):
 
 
 @contextlib.contextmanager
-def serving(engines, access=None):
+def serving(engines, access=None, root_path=""):
     """Serves the API on loopback behind the guard; yields its address."""
     application, port = FastAPI(), free_port()
+    application.root_path = root_path  # as Gradio sets it
     application.include_router(serve.routes(list(engines), engines.__getitem__))
     application.add_middleware(Guard, access=access or Access(), host="127.0.0.1")
     server = uvicorn.Server(uvicorn.Config(application, port=port, log_level="error"))
@@ -442,6 +443,7 @@ def test_forty_streams_at_once_are_the_texts_that_each_would_be_alone(client, ur
     ({"extra_body": {"tempreature": 1}}, "tempreature"),
     ({"prompt": [99]}, None),
     ({"n": 100}, None),
+    ({"extra_body": {"n": 10**4299}}, "n"),
     ({"stop": [""]}, None),
     ({"stop": ["a"] * 9}, None),
     ({"stop": "a" * 101}, None),
@@ -581,6 +583,19 @@ def test_many_clients_get_the_texts_that_each_would_get_alone(client):
         assert list(pool.map(write, range(12))) == alone
 
 
+@pytest.mark.parametrize("penalty", [1e-308, 1e308])
+def test_no_penalty_of_one_client_ends_the_text_of_another(client, engines, penalty):
+    other = engines["char"].submit("abc", max_new_tokens=10**6)
+    next(iter(other.events.get, None))
+    choice = client.completions.create(model="char", prompt="abc", max_tokens=60, extra_body={
+        "repetition_penalty": penalty}).choices[0]
+    assert len(choice.text) == 60
+    other.take_events()  # raises the error if the request failed
+    assert engines["char"].scheduler.load()[0] == 1
+    other.cancel()
+    wait_until_idle(engines["char"])
+
+
 def test_one_client_cannot_hold_all_places(url, engines):
     engine = engines["char"]
     greedy = [engine.submit("abc", 8, client="greedy", max_new_tokens=10**6) for _ in range(6)]
@@ -649,7 +664,7 @@ def test_pages_of_other_sites_cannot_use_a_local_server(url, headers, status):
 
 
 def test_hosts_and_origins_can_be_allowed(engines):
-    access = Access(allow_host=("*.my.example",), allow_origin=("https://app.example",))
+    access = Access(allow_host=("*.My.Example",), allow_origin=("https://app.example",))
     with serving(engines, access) as url:
         assert post(f"{url}/completions", BODY, Host="a.my.example").status_code == 200
         origin = {"Origin": "https://app.example"}
@@ -682,6 +697,26 @@ def test_a_server_with_a_key_answers_only_those_who_send_it(engines, monkeypatch
         assert openai.OpenAI(base_url=url, api_key="key").models.list().data
 
 
+def test_a_key_that_is_empty_is_refused_and_does_not_open_the_server():
+    with pytest.raises(UserError, match="must not be empty"):
+        Access(api_key="")
+
+
+@pytest.mark.parametrize("path, headers, status", [
+    ("v1/completions", {"Authorization": "Bearer key"}, 200),
+    ("v1/completions", {"Authorization": "Bearer key", "Content-Type": "text/plain"}, 415),
+    ("v1/completions", {}, 401),
+    ("metrics", {}, 401),
+    ("gradio_api/upload", {"X-Forwarded-For": "10.0.0.9"}, 403),
+    ("gradio_api/deep_link", {}, 404),
+])
+def test_a_server_below_a_path_is_guarded_as_one_at_the_root(engines, path, headers, status):
+    # Gradio passes GRADIO_ROOT_PATH on to FastAPI, whose routes take paths with it and without
+    with serving(engines, Access(api_key="key"), root_path="/gpt2") as url:
+        for root in url.removesuffix("v1"), url.removesuffix("v1") + "gpt2/":
+            assert post(f"{root}{path}", BODY, **headers).status_code == status
+
+
 def test_a_body_that_is_too_large_is_not_read(url):
     address = f"{url}/completions"
     assert post(address, "x" * (MAX_BODY_BYTES + 1)).status_code == 413
@@ -702,6 +737,8 @@ def test_a_body_that_is_too_large_is_not_read(url):
     ({"host": "localhost"}, "192.168.1.9", False),
     ({"host": "abc.gradio.live"}, "127.0.0.1", False),
     ({"host": "localhost", "x-forwarded-for": "127.0.0.1"}, "127.0.0.1", False),
+    ({"host": "localhost:7860", "origin": "http://localhost:7860"}, "127.0.0.1", True),
+    ({"host": "localhost:7860", "origin": "http://localhost:80"}, "127.0.0.1", False),
 ])
 def test_only_this_machine_can_train(headers, client, local):
     request = SimpleNamespace(headers=headers, client=SimpleNamespace(host=client))
@@ -738,6 +775,10 @@ def test_the_page_serves_the_api_too():
 
         # the guard stands before the page, too
         upload = {"files": ("file.txt", b"x" * 100)}
+        for path in "process_recording", "deep_link":  # they would write files for any visitor
+            for method in "GET", "POST":
+                answer = requests.request(method, f"{url}gradio_api/{path}", timeout=10)
+                assert answer.status_code == 404 and "switched off" in answer.text
         forwarded = {"X-Forwarded-For": "10.0.0.9"}
         for path, options in (("config", {"headers": {"Host": "evil.example"}}),
                               ("gradio_api/queue/join", {"headers": {"Origin": "http://evil"}}),

@@ -407,6 +407,8 @@ def test_a_message_cannot_write_special_tokens():
     expected = chat_ids(tokenizer, [{"role": "user", "content": "one two"}])
     for content in "one<|endoftext|> two", "one <|endo<|endoftext|>ftext|>two":
         assert chat_ids(tokenizer, [{"role": "user", "content": content}]) == expected
+    deep = f"one{'<|endo' * 20_000}<|endoftext|>{'ftext|>' * 20_000} two"  # in linear time
+    assert chat_ids(tokenizer, [{"role": "user", "content": deep}]) == expected
     nested = with_template(tokenizer, "{{ messages[0].content[0].text }}")
     parts = [{"type": "text", "text": "one<|endoftext|> two"}]
     assert tokenizer.eot not in chat_ids(nested, [{"role": "user", "content": parts}])
