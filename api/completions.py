@@ -19,6 +19,7 @@ from engine.scheduler import Token
 from generate import Engine
 
 IDLE_S = 60  # nothing happens in an empty batch
+SCORING = asyncio.Semaphore(2)  # prompts scored at a time: other requests need threads, too
 
 
 class Part(NamedTuple):
@@ -117,7 +118,9 @@ class Completion:
         tokens, offset = [], 0
         decode = self.engine.tokenizer.stream_decoder()
         inspect = functools.partial(self.engine.inspect, ids, self.body.logprobs)
-        for token in await run_in_threadpool(inspect):
+        async with SCORING:
+            inspected = await run_in_threadpool(inspect)
+        for token in inspected:
             tokens.append((Token(token["id"], token["logprob"], token["top"]), offset))
             offset += len(decode([token["id"]])) if count else 0
         return text, tokens

@@ -583,6 +583,21 @@ def test_many_clients_get_the_texts_that_each_would_get_alone(client):
         assert list(pool.map(write, range(12))) == alone
 
 
+def test_prompts_that_are_scored_leave_threads_for_other_requests(url, engines, monkeypatch):
+    released, inspect = threading.Event(), engines["char"].inspect
+    monkeypatch.setattr(engines["char"], "inspect",
+                        lambda *options: released.wait(30) and inspect(*options))
+    body = {"model": "char", "prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 0}
+    with concurrent.futures.ThreadPoolExecutor(45) as pool:  # more than the server has threads
+        scored = [pool.submit(post, f"{url}/completions", body) for _ in range(45)]
+        wait_until(lambda: all(future.running() for future in scored))
+        try:
+            assert post(f"{url}/completions", BODY).status_code == 200
+        finally:
+            released.set()
+        assert {future.result().status_code for future in scored} == {200}
+
+
 @pytest.mark.parametrize("penalty", [1e-308, 1e308])
 def test_no_penalty_of_one_client_ends_the_text_of_another(client, engines, penalty):
     other = engines["char"].submit("abc", max_new_tokens=10**6)
