@@ -26,7 +26,7 @@ def describe(config: TrainConfig, model: GPT, train_loader: DataLoader | None,
     processes = config.nproc or processes
     device = find_device(device_name)  # None for a CPU or an unknown GPU
     if config.gpu and not device:
-        raise UserError(f"No data sheet found for {config.gpu!r}: choose --gpu from "
+        raise UserError(f"No data sheet of {config.gpu!r} found: choose --gpu from "
                         f"{', '.join(DEVICES)}.")
     sequences = config.batch_tokens // config.block_size
     if sequences % processes:
