@@ -1,6 +1,6 @@
 """The web page: write, chat and look inside a model in the browser.
 
-    python app.py                                            # opens http://127.0.0.1:7860
+    python app.py                                            # http://127.0.0.1:7860
     python app.py --model log/shakespeare-char-cpu --port 8000
 
 Each tab is a file in ui/. All tabs share the sampling engines of `Models`, and so does OpenAI's API
@@ -51,12 +51,12 @@ API = {"generate": write.write, "chat": chat.chat, "compare": compare.compare,
 
 @dataclasses.dataclass
 class AppConfig:
-    """Opens the page."""
+    """Serves the page."""
 
     # A Hugging Face Space sets these environment variables.
     model: str | None = os.environ.get("MODEL")
-    """bundled[:name], a run folder, a .pt file, a Hugging Face folder or Hub id. Default: the
-    newest run, or `bundled` if there is none."""
+    """bundled[:name], a run folder, a .pt file, a Hugging Face folder or a Hub id. Default: the
+    newest run, or the bundled model if there is none."""
     host: str = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     """Address to listen on; 0.0.0.0 accepts connections from other machines."""
     port: int = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
@@ -65,8 +65,8 @@ class AppConfig:
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA. On a CPU it is int8 for models of 20 million parameters or more,
-    float32 for smaller ones."""
+    """auto is bfloat16 on CUDA (float16 on older GPUs); on a CPU int8 for models with 20 million
+    parameters or more, and float32 for smaller ones."""
     access: tyro.conf.OmitArgPrefixes[Access] = dataclasses.field(default_factory=Access)
 
 

@@ -4,10 +4,10 @@
     python evaluate.py -m gpt2 --tasks lambada_openai,arc_easy,piqa
     python evaluate.py --tasks my_task --task-folder my_tasks    # your own, without a network
 
-`lm-eval ls tasks` lists the tasks. One of your own is a YAML file, see docs/evaluation.md.
+`lm-eval ls tasks` lists the tasks. A task of your own is a YAML file, see docs/evaluation.md.
 
-Beside the harness's table this prints centered accuracies, which are 0 for guessing and 1 for a
-perfect model, and their mean. That is how CORE adds up its tasks (Li et al. 2024, "DataComp-LM",
+Besides the harness's table this prints centered accuracies, which are 0 for guessing and 1 for a
+perfect model, and their mean. CORE combines its tasks in this way (Li et al. 2024, "DataComp-LM",
 arXiv 2406.11794).
 """
 import dataclasses

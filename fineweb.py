@@ -3,7 +3,7 @@
     python fineweb.py                                  # streams sample-10BT from the Hub
     python fineweb.py --source fineweb-edu/            # a local copy: parquet, jsonl or text
     python fineweb.py --subset sample-100BT            # also sample-350BT or CC-MAIN-2024-10
-    python fineweb.py --pretokenized                   # copies published tokens
+    python fineweb.py --pretokenized                   # downloads published tokens
     torchrun --nproc_per_node=4 fineweb.py             # each process takes a part of the files
 
 The first shard is for validation. Run the same command again to resume. prepare.py does the work.

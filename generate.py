@@ -233,8 +233,8 @@ class ModelConfig:
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"
     """auto, cuda, mps or cpu."""
     dtype: Dtype = "auto"
-    """auto is bfloat16 on CUDA; on a CPU int8 for models with 20 million parameters or more, and
-    float32 for smaller ones."""
+    """auto is bfloat16 on CUDA (float16 on older GPUs); on a CPU int8 for models with 20 million
+    parameters or more, and float32 for smaller ones."""
 
     def load(self, auto_on_cpu: Dtype = "auto") -> tuple[Engine, dict]:
         """(the model's engine, its info as `load_model` returns it).

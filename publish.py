@@ -51,7 +51,7 @@ def export(model: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path],
     """Writes a model as a Hugging Face folder, for `transformers`, or as llama.cpp's GGUF file.
 
     Args:
-        model: A run folder, a .pt file, or any other name of a model.
+        model: A run folder, a .pt file, or another name of a model, as for generate.py.
         folder: The folder to write.
         to: hf, or gguf for llama.cpp, Ollama and others.
         dtype: The precision of the stored matrices; q8_0 (8 bits, in blocks) is for gguf only.
@@ -91,10 +91,10 @@ def upload(model: tyro.conf.Positional[str], repository: tyro.conf.Positional[st
     """Exports a model and uploads it to the Hugging Face Hub, to the account of `hf auth login`.
 
     Args:
-        model: A run folder, a .pt file, or any other name of a model.
+        model: A run folder, a .pt file, or another name of a model, as for generate.py.
         repository: The name of the repository on the Hub, such as me/my-gpt2.
         dtype: The precision of the stored matrices.
-        private: Make the repository private if it is new.
+        private: Make a new repository private.
         push: Send the files; without it, they are only listed.
     """
     try:

@@ -6,7 +6,7 @@
     report.plot(frame).savefig("loss.png")
 
 A frame holds one or more curves. Each point has the number of tokens seen so far, so that runs
-with different batch sizes compare.
+with different batch sizes can be compared.
 """
 import contextlib
 import json

@@ -5,7 +5,7 @@
         --json '{"model": "bundled", "prompt": "Once", "seed": 1, "stream": true}'
 
 The endpoints are `/v1/completions`, `/v1/chat/completions`, `/v1/models`, `/health` and `/metrics`;
-docs/api.md says what they add to OpenAI's. They are made of the files in api/.
+docs/api.md says how they differ from OpenAI's. The files in api/ implement them.
 """
 import asyncio
 import dataclasses

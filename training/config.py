@@ -32,8 +32,8 @@ class TrainConfig:
     """Model to start from, with its weights and sizes: bundled, a run, a file, a folder or a Hub
     id."""
     order: Order = "shuffled"
-    """shuffled: each epoch has the sequences in a new order. documents: it first puts the documents
-    in a new order, so that the sequences change too. sequential: the order of the text."""
+    """shuffled: each epoch has the sequences in a new order. documents: each epoch first puts the
+    documents in a new order, so the sequences change too. sequential: the order of the text."""
     seed: int = 1337
 
     # the model
@@ -60,6 +60,7 @@ class TrainConfig:
     embedding_rate: float = 1.0
     """Learning rate of the embeddings, as a multiple of --learning-rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate after the warm-up. wsd stays constant, then decays over the last steps."""
     warmup_steps: int = 715
     min_lr_ratio: float = 0.1  # Final learning rate of cosine and wsd, as a fraction of the peak.
     decay_ratio: float = 0.2  # Fraction of the steps over which wsd decays the learning rate.

@@ -79,9 +79,9 @@ STORIES_BUNDLED = replace(
 # Small talk, from the storyteller's weights.
 CHAT_BUNDLED = replace(
     STORIES_BUNDLED, name="chat-bundled",
-    data=Path("data/chat_bpe-4096"), order="shuffled", init_from="bundled:stories", dropout=0.1,
-    max_steps=880, learning_rate=4e-3, warmup_steps=20,
-    eval_every=100, save_every=100, sample_every=300, sample_prompt="User: Hi! How are you?")
+    data=Path("data/chat_bpe-4096"), order="shuffled", init_from="bundled:stories",
+    batch_tokens=16 * 512, max_steps=640, learning_rate=5e-3, warmup_steps=20, decay_ratio=0.8,
+    eval_every=100, save_every=50, sample_every=300, sample_prompt="User: Hi! How are you?")
 
 PRESETS = {preset.name: preset for preset in (
     GPT2_124M, SHAKESPEARE_CHAR, SHAKESPEARE_CHAR_CPU, SHAKESPEARE_BUNDLED,
