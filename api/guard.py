@@ -165,7 +165,8 @@ def require_may_train(request: Request):
     if not may_train():
         raise UserError("Training is switched off on this public page.")
     names = {host_name(request.headers.get("host", "")), request.client.host}
-    is_local = names <= LOOPBACK and "x-forwarded-for" not in request.headers
+    forwarded = any(f"x-forwarded-{name}" in request.headers for name in ("for", "host"))
+    is_local = names <= LOOPBACK and not forwarded
     if (not is_local or is_foreign(request)) and os.environ.get("ALLOW_TRAINING") != "1":
         raise UserError("Only this machine's own browser can do this: open the page at "
                         "http://localhost, for example through an SSH tunnel.")

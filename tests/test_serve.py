@@ -754,6 +754,7 @@ def test_a_body_that_is_too_large_is_not_read(url):
     ({"host": "localhost", "x-forwarded-for": "127.0.0.1"}, "127.0.0.1", False),
     ({"host": "localhost:7860", "origin": "http://localhost:7860"}, "127.0.0.1", True),
     ({"host": "localhost:7860", "origin": "http://localhost:80"}, "127.0.0.1", False),
+    ({"host": "localhost", "origin": "http://evil", "x-forwarded-host": "evil"}, "::1", False),
 ])
 def test_only_this_machine_can_train(headers, client, local):
     request = SimpleNamespace(headers=headers, client=SimpleNamespace(host=client))
