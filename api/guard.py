@@ -12,7 +12,6 @@ import socket
 from fnmatch import fnmatch
 
 from fastapi import Request
-from starlette._utils import get_route_path
 from starlette.middleware.cors import CORSMiddleware
 
 from api.schema import RequestError, error_answer
@@ -95,7 +94,7 @@ class Guard:
                                "--allow-origin to allow them.", 403)
 
     def check_body(self, request: Request):
-        path, headers = get_route_path(request.scope), request.headers
+        path, headers = route_path(request), request.headers
         if path.startswith(UNUSED):
             raise RequestError(f"{path:.100} is switched off.", 404)
         if path.startswith(UPLOAD):  # the text to train on is the only file that the page takes
@@ -112,11 +111,11 @@ class Guard:
 
     def limit(self, request: Request) -> int:
         """Most bytes of the body."""
-        is_upload = get_route_path(request.scope).startswith(UPLOAD)
+        is_upload = route_path(request).startswith(UPLOAD)
         return MAX_UPLOAD_BYTES if is_upload else MAX_BODY_BYTES
 
     def check_key(self, request: Request):
-        private = get_route_path(request.scope).startswith(("/v1/", "/metrics"))
+        private = route_path(request).startswith(("/v1/", "/metrics"))
         if not self.key or not private or request.method == "OPTIONS":
             return
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -143,6 +142,13 @@ def bounded(receive, limit: int):
 def host_name(host: str) -> str:
     """The name or address in a Host header, without the port."""
     return re.sub(r":\d*$", "", host).lower()
+
+
+def route_path(request: Request) -> str:
+    """The path that the routes match: without the root path of a server behind a proxy."""
+    path = request.scope["path"]
+    below = path.removeprefix(request.scope.get("root_path", ""))
+    return below if below.startswith("/") else path
 
 
 def is_foreign(request: Request) -> bool:
