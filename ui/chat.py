@@ -21,7 +21,7 @@ from ui.models import Models
 from ui.stream import Writing, follow
 
 LENGTH = 120  # tokens of a reply, by default
-REPETITION_PENALTY = 1.15  # small models repeat themselves in a conversation; 1 is off
+REPETITION_PENALTY = 1.05  # against repetition; a higher one also leaves the subject; 1 is off
 ATTEMPTS = 3  # to get a reply that is not empty
 MAX_NAME = 40  # characters
 YOU, IT = SPEAKERS  # names in a transcript
