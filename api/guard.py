@@ -19,9 +19,9 @@ from common.errors import UserError
 
 MAX_BODY_BYTES = 2 * 2**20
 UPLOAD = "/gradio_api/upload"
+MAX_UPLOAD_BYTES = 11_000_000  # a text of 10 MB, and what surrounds it
 # endpoints of Gradio that write files, and that the page does not use
 UNUSED = "/gradio_api/process_recording", "/gradio_api/deep_link"
-MAX_UPLOAD_BYTES = 11_000_000  # a text of 10 MB, and what surrounds it
 ADDRESS = re.compile(r"\[[\da-f:.]+\]|[\d.]+")  # as a Host header shows it
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]", "::1"}
 
@@ -172,7 +172,7 @@ def require_may_train(request: Request):
         raise UserError("Training is switched off on this public page.")
     names = {host_name(request.headers.get("host", "")), request.client.host}
     forwarded = any(f"x-forwarded-{name}" in request.headers for name in ("for", "host"))
-    is_local = names <= LOOPBACK and not forwarded
-    if (not is_local or is_foreign(request)) and os.environ.get("ALLOW_TRAINING") != "1":
+    is_local = names <= LOOPBACK and not forwarded and not is_foreign(request)
+    if not is_local and os.environ.get("ALLOW_TRAINING") != "1":
         raise UserError("Only this machine's own browser can do this: open the page at "
                         "http://localhost, for example through an SSH tunnel.")

@@ -144,7 +144,10 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, m
 
 
 def decay_start(warmup_steps: int, max_steps: int, decay_ratio: float) -> float:
-    """The step at which "wsd" begins to decay. Rates before it do not depend on the last two."""
+    """The step at which "wsd" begins to decay.
+
+    Before it, the learning rate depends on neither max_steps nor decay_ratio.
+    """
     return max(warmup_steps, (1 - decay_ratio) * max_steps)
 
 

@@ -30,13 +30,15 @@ from pathlib import Path
 import checkpoint
 import report
 from common.errors import UserError
+from training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MIN_CHARS = 5_000
 TOKENS_PER_PARAMETER = 1.5  # to read in the time; a model with more parameters learns less
 MEASURE_S = 3  # of training, to know the speed
 MAX_STEPS_PER_S = 200  # ends a training whose server was killed
-DECAY = 0.25  # steps of the decay for each step before it: "wsd" decays in the last fifth
+# steps of the decay of "wsd" for each step before it
+DECAY = TrainConfig.decay_ratio / (1 - TrainConfig.decay_ratio)
 POLL_S = 0.2
 
 # Options of train.py, and the time of a token, as a multiple of the first size's on two cores.
