@@ -31,11 +31,11 @@ CHAT_LINES = Path(__file__).with_name("chat_lines.txt")
 def main(name: tyro.conf.Positional[str], data: tyro.conf.Positional[Path],
          examples: tyro.conf.Positional[Path | None] = None, prompt: str = "",
          text: Path | None = None, against: str = "bundled:edu", corpus: Path | None = None,
-         temperature: float = 0.7, top_p: float = 0.9, repetition_penalty: float = 1.0,
-         max_new_tokens: int = 150):
+         temperature: float = 0.7, top_k: int | None = None, top_p: float = 0.9,
+         repetition_penalty: float = 1.0, max_new_tokens: int = 150):
     model, tokenizer, info = load_model(f"bundled:{name}")
     engine = Engine(model, tokenizer)
-    settings = {"temperature": temperature, "top_p": top_p,
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p,
                 "repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
     lines = ["| figure | value |", "| --- | --- |", *loss_rows(info, data)]
     if text:
@@ -97,31 +97,53 @@ def hellaswag_rows(engine: Engine, examples: list[dict]) -> Iterator[str]:
 def sample_lines(engine: Engine, prompt: str, settings: dict) -> list[str]:
     """Ten samples, or ten conversations with a model that has a chat template."""
     if engine.tokenizer.chat_template:
-        kind, how = "conversations", ""
+        title = f"Ten conversations, not selected: {describe(settings)}."
         samples = conversations(engine, settings)
     else:
         start = f"after `{prompt}`" if prompt else "without a prompt"
-        kind, how = "samples", f", seeds 0 to 9, {start}"
+        title = f"Ten samples, not selected: {describe(settings)}, seeds 0 to 9, {start}."
         samples = (engine.generate(prompt, seed=seed, **settings)[0] for seed in range(10))
-    if settings["repetition_penalty"] != 1:
-        how = f", repetition penalty {settings['repetition_penalty']}{how}"
-    lines = ["", f"Ten {kind}, not selected: temperature {settings['temperature']}, "
-             f"top-p {settings['top_p']}, at most {settings['max_new_tokens']} tokens{how}."]
+    lines = ["", title]
     for number, sample in enumerate(samples):
         lines += ["", f"{number}.", "", *(f"    {line}" for line in sample.splitlines())]
     return lines
 
 
+def describe(settings: dict) -> str:
+    """The settings as text, without those that change nothing."""
+    parts = [f"temperature {settings['temperature']}"]
+    if settings["top_k"]:
+        parts.append(f"top-k {settings['top_k']}")
+    if settings["top_p"] < 1:
+        parts.append(f"top-p {settings['top_p']}")
+    parts.append(f"at most {settings['max_new_tokens']} tokens")
+    if settings["repetition_penalty"] != 1:
+        parts.append(f"repetition penalty {settings['repetition_penalty']}")
+    return ", ".join(parts)
+
+
 def conversations(engine: Engine, settings: dict) -> Iterator[str]:
-    """Conversations in which the user says the lines of chat_lines.txt, one paragraph each."""
-    for seed, paragraph in enumerate(CHAT_LINES.read_text().strip().split("\n\n")):
-        messages = []
-        for line in paragraph.splitlines():
-            messages.append({"role": "user", "content": line})
-            ids = chat_ids(engine.tokenizer, messages)
-            (reply,) = engine.generate(ids, seed=seed, **settings)
-            messages.append({"role": "assistant", "content": reply.strip()})
+    """A conversation for each paragraph of chat_lines.txt."""
+    for seed, lines in enumerate(chat_lines()):
+        messages = converse(engine, lines, seed, settings)
         yield "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def chat_lines() -> list[list[str]]:
+    """What the user says, for each conversation."""
+    paragraphs = CHAT_LINES.read_text(encoding="utf-8").strip().split("\n\n")
+    return [paragraph.splitlines() for paragraph in paragraphs]
+
+
+def converse(engine: Engine, lines: list[str], seed: int, settings: dict) -> list[dict[str, str]]:
+    """The messages of a conversation in which the user says these lines."""
+    messages = []
+    for line in lines:
+        messages.append({"role": "user", "content": line})
+        ids = chat_ids(engine.tokenizer, messages)
+        (reply,) = engine.generate(ids, seed=seed, **settings)
+        messages.append({"role": "assistant", "content": reply.strip()})
+    return messages
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import on_gpu, run
+from benchmarks import on_gpu, repetition, run
+from benchmarks.bundled import describe
 from benchmarks.ratio import parse_ratio, print_ratio
 from benchmarks.recipes import tokens_to
 from benchmarks.scaling import Law, fit
@@ -40,6 +41,23 @@ def test_a_printed_ratio_is_parsed_back(capsys):
         "= int8, 8 streams: 9.85 times transformers in float32; 9.60 to 10.10, target 8\n")
     assert parse_ratio(line) == ("int8, 8 streams: times transformers in float32", 9.85)
     assert parse_ratio("round 1: 9.85 MB/s") is None
+
+
+def test_a_card_names_only_the_settings_that_change_something():
+    settings = {"temperature": 0.8, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
+                "max_new_tokens": 120}
+    assert describe(settings) == "temperature 0.8, top-k 50, at most 120 tokens"
+    settings |= {"top_k": None, "top_p": 0.9, "repetition_penalty": 1.05}
+    assert describe(settings) == (
+        "temperature 0.8, top-p 0.9, at most 120 tokens, repetition penalty 1.05")
+
+
+def test_repeated_pairs_and_turns_with_a_word_of_the_user_are_counted():
+    turns = ["Do you like dogs?", "Dogs are good, dogs are", "Me, too.", "I like what you like"]
+    messages = [{"role": role, "content": turn}
+                for role, turn in zip(["user", "assistant"] * 2, turns)]
+    # of 8 pairs "dogs are" comes again; only the first reply has a word that is not common
+    assert repetition.count([messages]) == (1 / 8, 1 / 2)
 
 
 @pytest.mark.slow
