@@ -3,8 +3,7 @@
     python -m benchmarks.internals_time               # 200 tokens; --tokens N for another number
 
 The time is that of a new text: all layers traced, the logit lens of the columns that the page
-shows, and the contributions to one logit (target: 2 s on two cores). The lens of all tokens, which
-the page does not need, is timed too. Medians over --rounds.
+shows, and the contributions to one logit (target: 2 s on two cores). Medians over --rounds.
 """
 import itertools
 import statistics
@@ -26,15 +25,15 @@ def main(tokens: int = 200, rounds: int = 5):
 
     measure(model, ids)  # the first run allocates memory
     times = [measure(model, ids) for _ in range(rounds)]
-    trace_s, lens_s, contributions_s, whole_lens_s = map(statistics.median, zip(*times))
+    trace_s, lens_s, contributions_s = map(statistics.median, zip(*times))
     print(f"{tokens} tokens of GPT-2 124M, {torch.get_num_threads()} threads: "
           f"{trace_s + lens_s + contributions_s:.2f} s")
     print(f"trace {trace_s:.2f} s, lens of {LENS_COLUMNS} tokens {lens_s:.2f} s, "
-          f"contributions {contributions_s:.3f} s; lens of all tokens {whole_lens_s:.2f} s")
+          f"contributions {contributions_s:.3f} s")
 
 
 def measure(model: GPT, ids: list[int]) -> list[float]:
-    """Seconds for the trace, the page's lens, the contributions, and the lens of all tokens."""
+    """Seconds for the trace, the page's lens and the contributions."""
     wte = model.transformer.wte.weight
     times = [time.perf_counter()]
     trace = trace_tokens(model, ids)
@@ -42,10 +41,6 @@ def measure(model: GPT, ids: list[int]) -> list[float]:
     trace.lens(list(range(len(ids) - LENS_COLUMNS, len(ids)))).topk(1)
     times.append(time.perf_counter())
     trace.contributions(-1, wte[ids[-1]] - wte.mean(0))
-    times.append(time.perf_counter())
-    # in slices: all logits of the 13 layers at once would take half a gigabyte per 200 tokens
-    for rows in torch.arange(len(ids)).split(LENS_COLUMNS):
-        trace.lens(rows.tolist()).topk(1)
     times.append(time.perf_counter())
     return [after - before for before, after in itertools.pairwise(times)]
 

@@ -8,8 +8,7 @@ iterations of 768 characters. Both train on the first 90% of the characters. The
 each program and includes its imports and its own evaluations, each over 20 batches.
 
 Afterwards, off the clock, nanoGPT's last model is scored on the whole validation split. Our run is
-repeated, which on a CPU gives the same weights, and scored on the whole split every 50 steps. With
---longer N the preset also runs for N steps, to show how far its loss falls.
+repeated, which on a CPU gives the same weights, and scored on the whole split every 50 steps.
 """
 import pickle
 import re
@@ -43,8 +42,7 @@ GOAL = 1.88  # the loss that nanoGPT's README reports for this run
 Curve = list[tuple[float, float]]  # seconds since the program's start, validation loss
 
 
-def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path], rounds: int = 1,
-         longer: int = 0):
+def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path], rounds: int = 1):
     """Time both `rounds` times, one after the other; the table has the medians."""
     for path in checkout / "train.py", text:
         if not path.exists():
@@ -58,18 +56,14 @@ def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path],
         for i in range(rounds):
             timed.append(train(folder, f"timed{i}"))
             nanogpt_curves.append(train_nanogpt(checkout.resolve(), folder))
-        if longer:
-            timed_longer = train(folder, "long", "--max-steps", str(longer))
 
         # off the clock
         print("nanoGPT's last model on the whole split:", score_nanogpt(folder))
-        curves = [scored(folder, seconds) for seconds in timed]
-        columns = {"nanoGPT": nanogpt_curves, "shakespeare-char-cpu": curves}
-        if longer:
-            columns[f"with --max-steps {longer}"] = [
-                scored(folder, timed_longer, "--max-steps", str(longer))]
+        losses = score_ours(folder)
+        curves = [pd.concat([seconds, losses], axis=1, join="inner").to_numpy()
+                  for seconds in timed]
 
-    print_table(columns)
+    print_table({"nanoGPT": nanogpt_curves, "shakespeare-char-cpu": curves})
     whole_run = np.median([curve[-1][0] for curve in nanogpt_curves])
     goal = np.median([seconds_to(GOAL, curve) for curve in curves])
     print(f"nanoGPT's run takes {whole_run:.0f} s; ours reaches {GOAL} after {goal:.0f} s, "
@@ -154,15 +148,12 @@ def train(folder: Path, name: str, *options: str) -> pd.Series:
     return log.groupby("step")["time"].max() - began
 
 
-def scored(folder: Path, seconds: pd.Series, *options: str) -> Curve:
-    """The timed run's losses on the whole split, from a repetition scored every 50 steps."""
-    name = "-".join(["scored", *options]).replace("--", "")
-    if not (folder / "log" / name).exists():
-        train(folder, name, "--eval-every", "50", "--eval-tokens", str(10**9),
-              "--micro-batch", "128", *options)
-    log = metrics(folder / "log" / name).dropna(subset="val_loss")
-    losses = log.set_index("step")["val_loss"]
-    return [(seconds[step], loss) for step, loss in losses.items() if step in seconds]
+def score_ours(folder: Path) -> pd.Series:
+    """The losses of a repeated run on the whole split, by step."""
+    train(folder, "scored", "--eval-every", "50", "--eval-tokens", str(10**9),
+          "--micro-batch", "128")
+    log = metrics(folder / "log" / "scored").dropna(subset="val_loss")
+    return log.set_index("step")["val_loss"]
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ Each round runs each way once, on all cores of this machine:
   reading and encoding   pyarrow and json read the text, then gigatoken encodes it, in memory
   build-nanogpt's pool   as its fineweb.py: a pool of half the cores, documents through its pipes
   tokenizers             Hugging Face's encode_batch on all cores, the text in memory
-  datatrove              its DocumentTokenizer, a process per core, if it is installed
 
-The last three encode the first PART_BYTES of the text only, because they are slow.
+The last two encode the first PART_BYTES of the text only, because they are slow.
 """
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -28,7 +26,7 @@ import numpy as np
 import tokenizers
 
 import prepare
-from benchmarks.ratio import print_ratio
+from benchmarks.ratio import divide, print_ratio
 from corpus import reader, sources
 from tokenizer import RANKS, load_tokenizer
 
@@ -56,8 +54,6 @@ def main():
         "build-nanogpt's pool": (part_mb, lambda: time_pool(part)),
         "tokenizers": (part_mb, lambda: time_huggingface(part)),
     }
-    if importlib.util.find_spec("datatrove"):
-        ways["datatrove"] = (part_mb, lambda: time_datatrove(part))
     speeds = {name: [] for name in ways}  # MB/s
     for number in range(ROUNDS):
         for name, (way_mb, way) in ways.items():
@@ -67,7 +63,7 @@ def main():
     for name in ways:
         print(f"{name:20} {statistics.median(speeds[name]):6.1f} MB/s")
         if name != "prepare.py":
-            ratios = [ours / other for ours, other in zip(speeds["prepare.py"], speeds[name])]
+            ratios = divide(speeds["prepare.py"], speeds[name])
             unit = "of" if name == "reading and encoding" else "times"
             print_ratio("text to shards by prepare.py", ratios, f"{unit} {name}")
     print_ratio("time that prepare.py predicts", estimates, "times its time")
@@ -140,27 +136,6 @@ def time_huggingface(documents: list[str]) -> float:
         for encoding in tokenizer.encode_batch(documents[first:first + 1000]):
             np.array(encoding.ids, dtype=np.uint16)
     return time.perf_counter() - began
-
-
-def time_datatrove(documents: list[str]) -> float:
-    from datatrove.executor import LocalPipelineExecutor  # noqa: PLC0415 (optional)
-    from datatrove.pipeline.readers import JsonlReader  # noqa: PLC0415
-    from datatrove.pipeline.tokens import DocumentTokenizer  # noqa: PLC0415
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        load_tokenizer("gpt2").save(folder)
-        (folder / "in").mkdir()
-        for i in range(CORES):
-            lines = (json.dumps({"id": "", "text": text}) + "\n" for text in documents[i::CORES])
-            (folder / "in" / f"{i}.jsonl").write_text("".join(lines))
-        pipeline = [JsonlReader(str(folder / "in"), compression=None),
-                    DocumentTokenizer(str(folder / "out"), shuffle_documents=False,
-                                      tokenizer_name_or_path=str(folder / "tokenizer.json"),
-                                      eos_token="<|endoftext|>")]
-        began = time.perf_counter()
-        LocalPipelineExecutor(pipeline, tasks=CORES, workers=CORES,
-                              logging_dir=str(folder / "logs")).run()
-        return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ that a drift of the machine affects all of them. Prints medians, and ratios with
 """
 import ast
 import dataclasses
-import json
 import multiprocessing
 import statistics
 import sys
@@ -108,7 +107,6 @@ def print_results(config: Config, times: dict[Way, list[float]], peaks: dict[Way
               f"peak {peaks[way] / 1e9:6.2f} GB, loss {losses[way]:.3f}")
         if way != OURS:
             print_ratio("training step, compiled", divide(seconds, times[OURS]), f"times {way}")
-    print(json.dumps({str(way): seconds for way, seconds in times.items()}))
 
 
 def flops_per_token(size: str) -> int:
