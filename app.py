@@ -115,8 +115,10 @@ def offer(page: gr.Blocks, function: Callable, name: str):
 
 
 def connect(page: gr.Blocks, models: Models, tabs: gr.Tabs, built: dict[str, tuple]):
-    """Connects the tabs: a text of Write is looked into, a model of Training joins all lists, which
-    are also made anew whenever the page opens."""
+    """Connects the tabs: Write opens its text in Look inside, and Training its model in Write.
+
+    The lists of models are refreshed when a model has been trained, and whenever the page opens.
+    """
     text, model, look_button = built["Write"]
     look_text, look_model = built["Look inside"]
     write_button, trained = built["Training"]

@@ -61,13 +61,13 @@ def build(models: Models):
             [*texts, figures])
     connect(start_all, stop_all, MethodType(rows, models), [prompt, run, *sliders], table)
 
-    # list the runs again whenever the page opens: one may have saved its first checkpoint
     def update_runs():
         runs = checkpoint.list_runs()
         return (gr.Dropdown(runs, value=runs[0] if runs else None),
                 gr.Column(visible=bool(runs)), gr.Markdown(visible=not runs))
 
-    gr.context.Context.root_block.load(update_runs, None, [run, column, no_run], **settings.QUIET)
+    # without triggers: when the page opens, as a run may have saved its first checkpoint
+    gr.on(fn=update_runs, outputs=[run, column, no_run], **settings.QUIET)
 
 
 def connect(start: gr.Button, stop: gr.Button, write, inputs: list, outputs):

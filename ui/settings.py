@@ -58,7 +58,7 @@ def slider(name: str, tab: str = "", **changes) -> gr.Slider | gr.Number:
 def model_box(models: Models, tab: str = "", value: str | None = None) -> gr.Dropdown:
     """The list of models, with a line about the selected one as soon as it is loaded."""
     def describe(name: str):
-        return gr.Dropdown(models.list_names(), info=models.describe(name))
+        return gr.Dropdown(info=models.describe(name))
 
     box = gr.Dropdown(models.names, value=value or models.default, label="Model",
                       info="Loading …", elem_id=f"{tab}model")
