@@ -14,9 +14,9 @@ from ui.settings import ASSETS, QUIET
 def build(models: Models):
     """Lays out the tab and connects its events."""
     with gr.Row():
-        with gr.Column(scale=2, min_width=320):
+        with gr.Column(scale=2):
             gr.Markdown((ASSETS / "about.md").read_text(encoding="utf-8"))
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(scale=3):
             model = gr.Dropdown(
                 models.names, value=models.default, label="Model", elem_id="about-model")
             summary = gr.Markdown(elem_id="about-card")

@@ -26,10 +26,10 @@ def build(models: Models, chosen: list[gr.Component]):
         with gr.Tab("Attention"):
             gr.Markdown(TEXTS["attention"])
             with gr.Row():
-                with gr.Column(scale=5, min_width=320):
+                with gr.Column(scale=5):
                     heads = gr.HTML(js_on_load="page.chooseHead(element, trigger)",
                                     elem_id="layers-heads")
-                with gr.Column(scale=4, min_width=320):
+                with gr.Column(scale=4):
                     with gr.Row():
                         box = {"minimum": 1, "maximum": 12, "step": 1, "min_width": 140}
                         layer = gr.Slider(value=3, label="Layer", elem_id="layers-layer", **box)
