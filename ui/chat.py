@@ -33,11 +33,11 @@ NOTHING_SAID = "The model had nothing to say. Try again, or say something else."
 def build(models: Models):
     """Lays out the tab and connects its events."""
     with gr.Row():
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5):
             note = gr.Markdown("Loading the model …", elem_id="chat-note")
             gr.HTML(settings.HTML.conversation(), apply_default_css=False)
             message = gr.Textbox(label="Your message", placeholder="Hello! How was your day?",
-                                 lines=1, max_lines=6, max_length=settings.MAX_BYTES,
+                                 max_lines=6, max_length=settings.MAX_BYTES,
                                  submit_btn="Send", elem_id="say")
             stop_button = gr.Button("Stop", variant="stop", elem_id="chat-stop")
         with gr.Column(scale=3, min_width=300):

@@ -21,10 +21,8 @@ REFRESH_TOKENS = 4  # update the fork on the page after this many tokens
 
 SAMPLE_POSITION = 13  # the second "fox" for the default model
 
-# the colour of a token, by the probability that the model gave it: (label, lowest one, colour)
-CLASSES = (("above 50%", 0.5, "#5eead4"), ("10 to 50%", 0.1, "#bef264"),
-           ("1 to 10%", 0.01, "#fde047"), ("0.1 to 1%", 0.001, "#fdba74"),
-           ("below 0.1%", 0.0, "#fca5a5"))
+# a token's colour, by the class of its probability
+COLOURS = dict(zip(reading.CLASSES, ("#5eead4", "#bef264", "#fde047", "#fdba74", "#fca5a5")))
 
 # --------------------------------------------------------------------------------------------------
 # The page
@@ -38,20 +36,19 @@ def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown]:
     tour.build(models, model)
     with gr.Row():
         # the whole text
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5):
             text = gr.Textbox(reading.SAMPLE, label="Text", info=TEXTS["text"], lines=4,
                               max_lines=10, max_length=reading.MAX_TEXT, elem_id="look-text")
             summary = plain_box("Summary", "look-summary")
             tokens = gr.HighlightedText(
                 label="Tokens, coloured by their probability. Click one to look at it.",
-                color_map={label: colour for label, _, colour in CLASSES},
-                show_legend=True, elem_id="look-tokens")
+                color_map=COLOURS, show_legend=True, elem_id="look-tokens")
             chosen_mark = gr.HTML()  # the style that marks the chosen token
             with gr.Row():
                 sliders = [slider(name, "look-", min_width=180, buttons=[], info=None)
                            for name in SAMPLING]
         # one position: the most likely tokens, and the text that continues from one of them
-        with gr.Column(scale=4, min_width=320):
+        with gr.Column(scale=4):
             position = gr.Number(SAMPLE_POSITION, label="Position", info=TEXTS["position"],
                                  precision=0, elem_id="look-position")
             token = plain_box("Token", "look-token")
@@ -100,8 +97,7 @@ def inspect(models: Models, text: str, model: str):
         label = None
         # the first token has no probability if the vocabulary has no <|endoftext|> to precede it
         if token["logprob"] is not None:
-            p = math.exp(token["logprob"])
-            label = next(label for label, lowest, _ in CLASSES if p >= lowest)
+            label = list(COLOURS)[reading.class_of(token["logprob"])]
             scored.append((token["logprob"], len(engine.tokenizer.decode_bytes([i]))))
         line_end = "\n" if token["text"].endswith("\n") else ""
         spans.append((reading.in_text(engine, i) + line_end, label))

@@ -1,5 +1,6 @@
 """A visitor's text as a model reads it: its tokens, their names on the page, and a trace."""
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ MAX_TEXT = 4_000  # characters
 # for events of Look inside: while one request runs, remember only the last change
 LATEST = {"show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "look",
           "trigger_mode": "always_last"}
+# classes of a token by the probability that the model gave it: label and lowest probability
+CLASSES = {"above 50%": 0.5, "10 to 50%": 0.1, "1 to 10%": 0.01, "0.1 to 1%": 0.001,
+           "below 0.1%": 0.0}
 MAX_TOKENS = 256  # traced at a time: the attention of T tokens takes T * T numbers for each head
 
 
@@ -39,6 +43,11 @@ def in_text(engine: Engine, token: int) -> str:
     """A token's text within a coloured text: the colour shows a space, so it need not be marked."""
     name = visible(engine, token)
     return name.replace("␣", " ") if name.strip("␣") else name
+
+
+def class_of(logprob: float) -> int:
+    """The index of a token's class in CLASSES."""
+    return next(i for i, lowest in enumerate(CLASSES.values()) if math.exp(logprob) >= lowest)
 
 
 class Place(NamedTuple):

@@ -11,6 +11,7 @@ import gradio as gr
 from common.files import parse_json
 from ui import settings
 from ui.models import DTYPES, Models
+from ui.reading import CLASSES, class_of
 from ui.stream import Writing, follow
 
 # the arguments of `write` that follow the prompt
@@ -30,7 +31,7 @@ def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown, gr.Button]:
     with gr.Row(elem_id="beginnings"):
         beginnings = beginning_buttons(models, models.default)
     with gr.Row():
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5):
             text, buttons, look_button, figures = text_column(models)
         with gr.Column(scale=3, min_width=300):
             boxes, more, new_seed, link = settings_column(models)
@@ -88,8 +89,8 @@ def text_column(models: Models) -> tuple:
     def measure(request: dict) -> dict:
         return measure_text(models, request)
 
-    gr.HTML(js_on_load="page.write.open(element, server)", server_functions=[measure],
-            elem_id="notebook")
+    gr.HTML(settings.HTML.notebook(CLASSES), js_on_load="page.write.open(element, server)",
+            server_functions=[measure])
     return text, (write_button, stop_button, again_button), look_button, figures
 
 
@@ -164,7 +165,8 @@ def measure_text(models: Models, request: dict) -> dict:
 
     `request` has "text", "model", "dtype" and "colours". The result has "used" and "size" (tokens
     of the context) and "tokens", empty without colours: for each token at the end of the text that
-    the model reads, its "text", "logprob" (None for the first one) and the likeliest ones ("top").
+    the model reads, its "text", "logprob" (None for the first one), "colour" (a class of
+    probability) and the likeliest ones ("top").
     """
     text = str(request["text"])[:settings.MAX_BYTES]
     engine = models.engine(str(request["model"]), request["dtype"])
@@ -178,6 +180,8 @@ def measure_text(models: Models, request: dict) -> dict:
         decode = engine.tokenizer.stream_decoder()
         for token in tokens:
             token["text"] = decode([token["id"]])
+            if token["logprob"] is not None:
+                token["colour"] = class_of(token["logprob"])
             token["top"] = [(engine.tokenizer.decode([i]), logprob) for i, logprob in token["top"]]
     return {"used": used, "size": engine.block_size, "tokens": tokens}
 

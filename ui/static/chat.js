@@ -8,6 +8,7 @@
   const {element} = page;
   const KEY = "chats";
   const MAX_CHATS = 200;
+  const NAMES = {user: "You", assistant: "Model"};
   let talk = empty();
   let chats = [];  // the newest first
   let editing = null;  // index of the turn that is being edited
@@ -98,10 +99,9 @@
 
   // Saves the open conversation as a file.
   function save(kind) {
-    const names = {user: "You", assistant: "Model"};
     const content = kind == "json"
       ? JSON.stringify({title: titleOf(talk), messages: talk.turns}, null, 2)
-      : talk.turns.map(turn => `${names[turn.role]}:\n${turn.content}\n`).join("\n");
+      : talk.turns.map(turn => `${NAMES[turn.role]}:\n${turn.content}\n`).join("\n");
     page.download(`${titleOf(talk)}.${kind}`, content);
   }
 
@@ -111,7 +111,6 @@
   function drawTurn(turn, i) {
     if (i === editing) return drawEditor(turn, i);
     const last = i == talk.turns.length - 1;
-    const name = turn.role == "user" ? "You" : "Model";
     const text = element("div", {className: "text"}, turn.content || "…");
     const tools = element("div", {className: "tools"});
     if (!talk.ask) {
@@ -124,7 +123,8 @@
                      button("Continue", () => ask(talk.turns, "continue"), "Continue this reply"));
       }
     }
-    const box = element("article", {className: `turn ${turn.role}`, ariaLabel: name}, text, tools);
+    const box = element("article", {
+      className: `turn ${turn.role}`, ariaLabel: NAMES[turn.role]}, text, tools);
     if (i < talk.left_out) box.classList.add("left-out");
     return box;
   }
@@ -181,9 +181,7 @@
     if (talk.ask && !figures.includes(" · ")) {  // it waits
       status.replaceChildren(figures);
     } else if (talk.context) {
-      const gauge = element("meter", {
-        max: talk.context, value: talk.used, ariaLabel: "Context used"});
-      status.replaceChildren(gauge, ` ${talk.used} of ${talk.context} tokens of the model's `
+      status.replaceChildren(page.gauge(talk.used, talk.context), ` ${talk.used} of ${talk.context} tokens of the model's `
         + `context used. ${notices.join(" ")}`);
     } else {
       status.replaceChildren();

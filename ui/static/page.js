@@ -8,6 +8,15 @@ window.page = {
         return element;
     },
 
+    // A bar that shows how much of the model's context is used.
+    gauge(used, size) {
+        const part = page.element('i');
+        part.style.width = `${100 * used / size}%`;
+        return page.element('span', {
+            className: 'bar', role: 'meter', ariaLabel: 'Tokens used',
+            ariaValueNow: used, ariaValueMax: size}, part);
+    },
+
     // Saves a text as a file.
     download(name, text) {
         const address = URL.createObjectURL(new Blob([text], {type: 'text/plain'}));

@@ -8,10 +8,8 @@ page.write = (() => {
     const TYPING_MS = 800;   // letters typed within this time are undone together
     const SAVE_MS = 200;     // store the notebook after this pause,
     const MEASURE_MS = 400;  // and measure the text after this one
-    // a token's colour, by its probability: the lower bound of each class
-    const CLASSES = [[0.5, 'above 50%'], [0.1, '10 to 50%'], [0.01, '1 to 10%'],
-                     [0.001, '0.1 to 1%'], [0, 'below 0.1%']];
     const {element, count} = page;
+    const find = id => document.getElementById(id);
 
     // The text in the box. A position is an index into JavaScript's string.
     const doc = {
@@ -22,9 +20,10 @@ page.write = (() => {
     let run = null;      // the writing in progress: {prompt, end, seen, settings, versions}
     let last = null;     // the settings of the last writing, for the link and the download
     let branches = [];   // the newest first: {id, name, text, made, from, note, settings}
-    let tokens = [];     // of the text, when it is coloured: {start, end, p, others}
+    let tokens = [];     // of the text, when it is coloured: {start, end, p, colour, others}
     let past = [], future = [], typedAt = 0;  // for undo and redo
-    let box, mirror, server, parts;           // elements, and the server's functions
+    let box, mirror, server;                  // two elements, and the server's functions
+    const parts = {};                         // elements below the box, by class
 
     // ---------------------------------------------------------------------------------------------
     // The text and who wrote it
@@ -102,9 +101,7 @@ page.write = (() => {
             const names = [];
             if (made < doc.made.length && doc.made[made][0] <= start) names.push('made');
             const here = tokens[token];
-            if (here && here.start <= start && here.p !== null) {
-                names.push(`p${CLASSES.findIndex(([bound]) => here.p >= bound)}`);
-            }
+            if (here && here.start <= start && here.p !== null) names.push(`p${here.colour}`);
             const text = doc.text.slice(start, places[i + 1]);
             const span = element('span', {className: names.join(' ')}, text);
             span.dataset.start = start;
@@ -112,29 +109,23 @@ page.write = (() => {
         });
         mirror.replaceChildren(...spans, '\n');
         mirror.scrollTop = box.scrollTop;
-        parts.undo.disabled = !past.length;
-        parts.redo.disabled = !future.length;
-        parts.again.disabled = doc.from === null;
-        parts.actions.toggleAttribute('data-writing', run !== null);
+        find('undo').disabled = !past.length;
+        find('redo').disabled = !future.length;
+        find('again').disabled = doc.from === null;
+        find('actions').toggleAttribute('data-writing', run !== null);
     }
 
     function drawGauge(used, size) {
-        const left = size - used;
-        parts.gauge.hidden = false;
-        parts.bar.firstChild.style.width = `${100 * used / size}%`;
-        parts.bar.ariaValueNow = used;
-        parts.bar.ariaValueMax = size;
         const number = value => value.toLocaleString('en');
-        parts.used.textContent = left > 0
-            ? `${count(used, 'token')} of ${number(size)} used, ${number(left)} left`
-            : `The model reads only the last ${count(size, 'token')}.`;
+        parts.gauge.replaceChildren(page.gauge(used, size), used < size
+            ? `${count(used, 'token')} of ${number(size)} used, ${number(size - used)} left`
+            : `The model reads only the last ${count(size, 'token')}.`);
     }
 
     // ---------------------------------------------------------------------------------------------
     // Undo, and what stays after a reload
 
-    const snapshot = () =>
-        ({text: doc.text, made: doc.made.map(part => [...part]), from: doc.from});
+    const snapshot = () => structuredClone(doc);
 
     // Keeps the text as it is now, for undo.
     function remember() {
@@ -257,10 +248,7 @@ page.write = (() => {
         show();
     }
 
-    function stop() {
-        document.querySelector('#stop').click();
-        end();
-    }
+    const stop = () => find('stop').click();  // which calls `end`
 
     function describe(version, settings) {
         const note = `${settings.model} · ${count(version.tokens, 'token')}`;
@@ -283,7 +271,7 @@ page.write = (() => {
         parts.branches.hidden = !branches.length;
         parts.branches.querySelector('summary').textContent =
             `Branches: ${count(branches.length, 'text')} that the model wrote`;
-        parts.list.replaceChildren(...branches.map((branch, i) => {
+        parts.branches.querySelector('div').replaceChildren(...branches.map((branch, i) => {
             const number = branches.length - i;
             const name = element('input', {
                 value: branch.name, placeholder: `Branch ${number}`, maxLength: 60,
@@ -335,10 +323,10 @@ page.write = (() => {
         tokens = [];
         const length = result.tokens.reduce((sum, token) => sum + token.text.length, 0);
         let start = text.length - length;
-        for (const {text: own, logprob, top} of start < 0 ? [] : result.tokens) {
+        for (const {text: own, logprob, colour, top} of start < 0 ? [] : result.tokens) {
             const p = logprob === null ? null : Math.exp(logprob);
             const others = top.map(([word, logprob]) => [word, Math.exp(logprob)]);
-            tokens.push({start, end: start + own.length, p, others});
+            tokens.push({start, end: start + own.length, p, colour, others});
             start += own.length;
         }
         draw();
@@ -388,44 +376,29 @@ page.write = (() => {
             splice(0, doc.text.length, text);
         }
         show();
-        document.querySelector('#generate').click();
+        find('generate').click();
     }
 
-    // Builds what stands below the box, once all of the page is there.
+    // Connects the box and what stands below it (views.html), once all of the page is there.
     function open(place, functions) {
         server = functions;
         box = document.querySelector('#text textarea');
         const needed = ['undo', 'redo', 'again', 'actions', 'stop', 'colours', 'model'];
-        if (!box || !needed.every(id => document.getElementById(id))) {
-            return requestAnimationFrame(() => open(place, functions));
-        }
+        if (!box || !needed.every(find)) return requestAnimationFrame(() => open(place, functions));
         mirror = element('div', {className: 'mirror', ariaHidden: 'true'});
         box.before(mirror);
         box.classList.add('mirrored');
-        const find = id => document.getElementById(id);
-        parts = {
-            undo: find('undo'), redo: find('redo'), again: find('again'), actions: find('actions'),
-            bar: element('div', {className: 'bar', role: 'meter', ariaLabel: 'Tokens used'},
-                         element('i')),
-            used: element('span'),
-            gauge: element('div', {className: 'gauge', hidden: true}),
-            legend: element('p', {className: 'legend', hidden: true}, 'Probability of each token:',
-                ...CLASSES.map(([, label], i) => element('span', {className: `p${i}`}, label)),
-                'Click a word, or press Alt+↓ in it, to see what else it could have been.'),
-            versions: element('div', {className: 'versions'}),
-            list: element('div'),
-            branches: element('details', {className: 'branches'}, element('summary')),
-            others: element('div', {className: 'others', popover: 'auto'}),
-        };
-        parts.gauge.append(parts.bar, parts.used);
-        parts.branches.append(parts.list, element('button', {
-            onclick: () => { branches = []; drawBranches(); save(); }}, 'Delete all branches'),
-            element('small', {}, 'Text and branches are kept in this browser only.'));
-        place.replaceChildren(
-            parts.gauge, parts.legend, parts.versions, parts.branches, parts.others);
+        for (const name of ['gauge', 'legend', 'versions', 'branches', 'others']) {
+            parts[name] = place.querySelector(`.${name}`);
+        }
 
         window.addEventListener('pagehide', store);
         find('stop').addEventListener('click', end);  // at once; Gradio's own event comes later
+        parts.branches.querySelector(':scope > button').addEventListener('click', () => {
+            branches = [];
+            drawBranches();
+            save();
+        });
         box.addEventListener('input', typed);
         box.addEventListener('scroll', () => { mirror.scrollTop = box.scrollTop; });
         box.addEventListener('click', ask);
@@ -458,10 +431,8 @@ page.write = (() => {
         follow(prompt) {
             if (run) stop();
             remember();
-            replace({text: prompt, made: [], from: null});
             run = {prompt, end: prompt.length, seen: 0, versions: []};
-            doc.from = prompt.length;
-            show();
+            replace({text: prompt, made: [], from: prompt.length});
         },
 
         // Saves the text as a file: "txt", or "json" with the settings that made it.
