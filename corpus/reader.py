@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -144,9 +145,14 @@ def file_sizes(files: list[str]) -> list[int]:
 
 
 def estimate_content_bytes(files: list[str], sizes: list[int]) -> int:
-    """Estimate how many bytes `read` yields, from the largest file."""
-    size, path = max(zip(sizes, files))
-    return round(sum(sizes) * content_ratio(path, size))
+    """Estimate how many bytes `read` yields, from the largest file of each format."""
+    totals = Counter()  # by suffix
+    largest = {}
+    for size, path in sorted(zip(sizes, files)):
+        suffix = os.path.splitext(path)[1]
+        totals[suffix] += size
+        largest[suffix] = path, size
+    return round(sum(total * content_ratio(*largest[suffix]) for suffix, total in totals.items()))
 
 
 def content_ratio(path: str, size: int) -> float:
@@ -173,7 +179,8 @@ def read_file(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
     if val_share:
         return read_single_text(path, cursor, val_share)
     if kind_of(path) == ".txt":
-        return read_text_file(path, cursor)
+        blocks = skip_leading_blank(text_blocks(path))
+        return read_blocks(blocks, cursor, 0, True)  # as one document
     return read_documents(path, cursor)
 
 
@@ -187,12 +194,6 @@ def read_single_text(path: str, cursor: Cursor, val_share: float) -> Iterator[Pa
     splits = [("val", cut, length), ("train", 0, cut)]
     for number, (split, begin, end) in islice(enumerate(splits), cursor[1], None):
         yield from read_blocks(read_range(path, begin, end), cursor, number, True, split)
-
-
-def read_text_file(path: str, cursor: Cursor) -> Iterator[Passage]:
-    """Yield a text file as one document."""
-    if cursor[1] == 0:
-        yield from read_blocks(skip_leading_blank(text_blocks(path)), cursor, 0, True)
 
 
 def read_blocks(blocks: Iterator[str], cursor: Cursor, number: int, intact: bool,
