@@ -54,7 +54,7 @@ def from_nanogpt(content: dict, path: Path) -> tuple[dict, dict, Tokenizer, dict
     nanoGPT computes the exact GELU, and may train without biases, which are zeros here. Raises
     UserError if the model has a character tokenizer and its meta.pkl is not found.
     """
-    arguments = content["model_args"]
+    arguments = dict(content["model_args"])
     config = {name: arguments[name] for name in SIZES} | {"activation": "gelu"}
     info = {"step": content["iter_num"], "val_loss": float(content["best_val_loss"])}
     state = normalize_names(content["model"])
