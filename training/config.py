@@ -173,6 +173,5 @@ def run_description(config: TrainConfig, manifest: dict) -> dict:
 
 
 def as_json(config: TrainConfig) -> dict:
-    """The configuration with paths as strings."""
-    fields = dataclasses.asdict(config).items()
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields}
+    """The configuration with its path as a string."""
+    return dataclasses.asdict(config) | {"data": str(config.data)}
