@@ -163,9 +163,11 @@ def content_ratio(path: str, size: int) -> float:
                 column = file.schema_arrow.names.index("text")
                 groups = map(file.metadata.row_group, range(file.num_row_groups))
                 return sum(group.column(column).total_uncompressed_size for group in groups) / size
-        if codec_of(path):
-            raw, stream = open_stream(path)
-            return len(stream.read(16 * BLOCK_BYTES)) / max(1, raw.tell())
+        codec = codec_of(path)
+        if codec:
+            with open_file(path) as file:
+                content = pa.CompressedInputStream(file, codec).read(16 * BLOCK_BYTES)
+                return len(content) / max(1, file.tell())
     except (OSError, ValueError):
         pass  # the file is damaged, which `read` will report
     return 1.0
@@ -212,7 +214,7 @@ def read_documents(path: str, cursor: Cursor) -> Iterator[Passage]:
     if is_parquet:
         contents = parquet_rows(path, cursor[1])
     else:
-        contents = islice(open_stream(path)[1], cursor[1], None)
+        contents = islice(open_stream(path), cursor[1], None)
     for number, content in enumerate(contents, cursor[1]):
         text, intact = decode(content) if is_parquet else parse_line(path, content, number)
         size = len(content)
@@ -316,21 +318,21 @@ def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
                 skip = max(0, skip - len(column))
 
 
-def open_stream(path: str) -> tuple[io.IOBase, io.BufferedReader]:
-    """Open a file. Returns it, and the stream of its decompressed content."""
-    raw = open_file(path)
+def open_stream(path: str) -> io.BufferedReader:
+    """Open a file as the stream of its decompressed content."""
+    file = open_file(path)
     codec = codec_of(path)
-    if codec and not raw.read(1):
+    if codec and not file.read(1):
         raise UserError(f"{path} is empty, which a compressed file cannot be: download it again.")
-    raw.seek(0)
-    content = pa.CompressedInputStream(raw, codec) if codec else raw
-    return raw, io.BufferedReader(content, BLOCK_BYTES)
+    file.seek(0)
+    content = pa.CompressedInputStream(file, codec) if codec else file
+    return io.BufferedReader(content, BLOCK_BYTES)
 
 
 def text_blocks(path: str) -> Iterator[str]:
     """Yield a text file in blocks of about BLOCK_BYTES characters, cut between tokens."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    _, stream = open_stream(path)
+    stream = open_stream(path)
     rest = ""
     position = 0  # bytes read
     while data := stream.read(BLOCK_BYTES):
