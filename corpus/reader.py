@@ -28,7 +28,7 @@ from tokenizer import without_surrogates
 BLOCK_BYTES = 2**20  # bytes to read, or characters to tokenize, at a time
 LONG_DOCUMENT_BYTES = 4 * BLOCK_BYTES  # a longer document is cut into passages of one block
 VAL_SHARE = 0.1  # by default, the last 10% of a single text's characters are for validation
-SAMPLE_BYTES = 10**8  # at most so much text trains a tokenizer
+SAMPLE_BYTES = 10**8  # a tokenizer is trained on at most this much text
 MIN_TEXT_CHARS = 100  # each split needs a token and the one that follows
 RETRY_WAITS_S = (1, 2, 4, 8, 16, 32)  # after a temporary failure
 TEMPORARY_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
@@ -165,9 +165,8 @@ def content_ratio(path: str, size: int) -> float:
                 return sum(group.column(column).total_uncompressed_size for group in groups) / size
         codec = codec_of(path)
         if codec:
-            with open_file(path) as file:
-                content = pa.CompressedInputStream(file, codec).read(16 * BLOCK_BYTES)
-                return len(content) / max(1, file.tell())
+            with open_file(path) as file, pa.CompressedInputStream(file, codec) as content:
+                return len(content.read(16 * BLOCK_BYTES)) / max(1, file.tell())
     except (OSError, ValueError):
         pass  # the file is damaged, which `read` will report
     return 1.0
