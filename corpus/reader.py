@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -146,13 +145,14 @@ def file_sizes(files: list[str]) -> list[int]:
 
 def estimate_content_bytes(files: list[str], sizes: list[int]) -> int:
     """Estimate how many bytes `read` yields, from the largest file of each format."""
-    totals = Counter()  # by suffix
-    largest = {}
-    for size, path in sorted(zip(sizes, files)):
+    ratios = {}  # by suffix
+    content_bytes = 0.0
+    for size, path in sorted(zip(sizes, files), reverse=True):
         suffix = os.path.splitext(path)[1]
-        totals[suffix] += size
-        largest[suffix] = path, size
-    return round(sum(total * content_ratio(*largest[suffix]) for suffix, total in totals.items()))
+        if suffix not in ratios:
+            ratios[suffix] = content_ratio(path, size)
+        content_bytes += ratios[suffix] * size
+    return round(content_bytes)
 
 
 def content_ratio(path: str, size: int) -> float:
