@@ -55,14 +55,14 @@ class Meter:
         # add up time and tokens
         is_logged = (step + 1) % config.log_every == 0 or step + 1 == config.max_steps
         if is_logged or pause_follows:
-            loss.item()  # waits for the device
+            loss = loss.item()  # waits for the device
         self.seconds += time.perf_counter() - self.started
         self.tokens += config.batch_tokens
         if not is_logged:
             return
 
         # log the mean loss of all ranks
-        mean_loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
+        mean_loss = ddp.sum_over_ranks(world, loss)[0] / world.size
         if self.run.log:
             self.write(step + 1, mean_loss, grad_norm.item(), lr, progress)
         # float16 halves its scale at a skipped update; 1 is the scale of the other precisions
