@@ -42,7 +42,7 @@ from tokenizer import CharTokenizer, Tokenizer, code_points, load_tokenizer, tra
 
 COMMIT_INTERVAL_S = 1.0  # after the sample for the estimate, a kill loses at most this much work
 SAMPLE_S = 2.0  # how long the first batches are measured to estimate the time of all
-SAMPLE_TOKENS = 2**26  # at most so many are measured, and kept until the estimate is printed
+SAMPLE_TOKENS = 2**26  # at most this many are measured, and kept until the estimate is printed
 DISK_BYTES_PER_S = 2e8  # assumed in the estimate for writing and hashing shards
 
 

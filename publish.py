@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -147,18 +148,19 @@ def write_folder(folder: Path, gpt: GPT, tokenizer: Tokenizer, info: dict, dtype
     run = source_run(info)
     if run:
         info = {**info, "train_config": report.read_config(run)}
-    card = model_card(gpt, tokenizer, info, run, address)
 
-    training_info = {key: info[key] for key in ("train_config", "step", "val_loss") if key in info}
-    save_huggingface(folder, gpt, tokenizer, getattr(torch, dtype), **training_info)
-
+    # the plots and the card
     path = folder / "README.md"
     if path.exists() and MARK.encode() not in path.read_bytes():
         print(f"{path} was written by hand and is kept.")
-        return
-    path.write_text(card, encoding="utf-8")
-    if run:
-        report.save_plots(run, folder)
+    else:
+        plots = report.save_plots(run, folder) if run else []
+        card = model_card(gpt, tokenizer, info, run, address, plots)
+        path.write_text(card, encoding="utf-8")
+
+    # the weights
+    training_info = {key: info[key] for key in ("train_config", "step", "val_loss") if key in info}
+    save_huggingface(folder, gpt, tokenizer, getattr(torch, dtype), **training_info)
 
 
 def count_parameters(gpt: GPT, tokenizer: Tokenizer) -> int:
@@ -177,10 +179,12 @@ def source_run(info: dict) -> Path | None:
     return path.parent if has_run else None
 
 
-def model_card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, address: str) -> str:
+def model_card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, address: str,
+               plots: Sequence[Path] = ()) -> str:
     """The card's text: what the model is and, if known, how it was trained and with what results.
 
-    `info` is from `load_model`. Its `train_config` may be missing or from another program.
+    `info` is from `load_model`. Its `train_config` may be missing or from another program. `plots`
+    are image files beside the card.
     """
     config = info.get("train_config", {})
     corpus = as_dict(config.get("corpus"))
@@ -190,7 +194,6 @@ def model_card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, add
     # results: (metric, dataset, value) for the Hub's metadata, and a table for people
     results = []
     figures = {}
-    plots = []
     samples = []
     if "val_loss" in info:
         results.append(("cross_entropy_nats_per_token", data or "its text", info["val_loss"]))
@@ -198,7 +201,6 @@ def model_card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, add
     if run:
         step = info["step"]
         figures = {"these weights": f"step {step:,}", **report.summary(run)}
-        plots = [f"{name}.png" for name in report.tables(run)]
         samples = report.samples(run).query("step <= @step").tail(1).to_dict("records")
         scores = report.hellaswag(run).query("curve == 'HellaSwag' and step == @step")
         for accuracy in scores["hellaswag"].tail(1):
@@ -220,8 +222,8 @@ def model_card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, add
     card = hub.ModelCard.from_template(
         metadata, template_path=CARD_TEMPLATE, mark=MARK_LINE, name=name, address=address,
         c=gpt.config, tokenizer=tokenizer, parameters=count_parameters(gpt, tokenizer),
-        figures=figures, plots=plots, samples=samples, data=data, source=source, corpus=corpus,
-        recipe=json.dumps(recipe, indent=1))
+        figures=figures, plots=[path.name for path in plots], samples=samples,
+        data=data, source=source, corpus=corpus, recipe=json.dumps(recipe, indent=1))
     return card.content
 
 

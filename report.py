@@ -116,14 +116,10 @@ def hellaswag(run: str | Path) -> pd.DataFrame:
     return add_published_curves(run, curve(metrics(run), "hellaswag", "hellaswag", "HellaSwag"))
 
 
-def throughput(run: str | Path) -> pd.DataFrame:
-    """Training throughput in tokens per second."""
-    return curve(metrics(run), "tokens_per_s", "throughput", "training")
-
-
 def tables(run: str | Path) -> dict[str, pd.DataFrame]:
     """The tables of a run by name, loss, hellaswag and throughput, without those that are empty."""
-    frames = {"loss": loss(run), "hellaswag": hellaswag(run), "throughput": throughput(run)}
+    throughput = curve(metrics(run), "tokens_per_s", "throughput", "training")
+    frames = {"loss": loss(run), "hellaswag": hellaswag(run), "throughput": throughput}
     return {name: frame for name, frame in frames.items() if len(frame)}
 
 
@@ -210,8 +206,7 @@ def cost(run: str | Path) -> dict[str, str]:
     # the machine of each line is that of its session
     names = log["device"].ffill()
     devices = [name if isinstance(name, str) else "an unknown device" for name in names]
-    is_number = log["processes"].map(lambda n: isinstance(n, int | float))
-    processes = log["processes"].where(is_number).astype(float).ffill().fillna(1)
+    processes = pd.to_numeric(log["processes"], errors="coerce").ffill().fillna(1)
     machines = [f"{n:g} x {device}" for n, device in zip(processes, devices)]
     watts = [device.watts if device else math.nan for device in map(find_device, devices)]
     kwh = (processes * watts * elapsed).sum(skipna=False) / 3.6e6

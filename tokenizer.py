@@ -42,9 +42,9 @@ class Tokenizer:
     """The interface that all kinds share."""
     kind: str
     vocab_size: int  # ids are 0 to vocab_size-1
-    eot: int | None  # the id of <|endoftext|>
-    special_ids: frozenset[int]  # ids that `encode` never returns
-    splits_like_gpt2: bool  # True for a BPE that splits text into words as GPT-2 does
+    eot: int | None = None  # the id of <|endoftext|>
+    special_ids: frozenset[int] = frozenset()  # ids that `encode` never returns
+    splits_like_gpt2: bool = False  # True for a BPE that splits text into words as GPT-2 does
     chat_template: str | None = None  # a Jinja template, as in Hugging Face's tokenizers
 
     def encode(self, text: str) -> list[int]:
@@ -329,9 +329,6 @@ class CharTokenizer(Tokenizer):
     Any other character becomes a space, or is dropped if `chars` has no space.
     """
     kind = "char"
-    eot = None
-    special_ids = frozenset()
-    splits_like_gpt2 = False
 
     def __init__(self, chars: str):
         if len(set(chars)) != len(chars) or not chars:

@@ -162,10 +162,7 @@ def train_step(run: TrainingRun, x, y, step: int):
         grad_norm = grad_norm.full_tensor()
 
     # set the learning rate
-    lr = optim.learning_rate(
-        step, peak=config.learning_rate, schedule=config.schedule, min_ratio=config.min_lr_ratio,
-        warmup_steps=config.warmup_steps, max_steps=config.max_steps,
-        decay_ratio=config.decay_ratio)
+    lr = optim.learning_rate(step, config)
     optim.set_learning_rate(run.optimizers, lr)
 
     # update the weights; the optimizers read found_inf on the device, so the CPU need not wait,

@@ -53,7 +53,7 @@ def take_steps(gpu: SimulatedGPU, world: ddp.World, config: TrainConfig) -> dict
         gpu.collectives.clear()
         with gpu.without_syncs():
             train.train_step(run, x, x, step)
-    planned = plan.bytes_held(config, run.model, world.size, True, "cuda")
+    planned = plan.bytes_held(config, run.model, config.micro_batch, world.size, True, "cuda")
     return {"memory": sum(planned.values()),
             "communication": plan.bytes_sent(config, run.model, world.size)}
 

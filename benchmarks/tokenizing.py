@@ -103,7 +103,7 @@ def read_bare(path: Path) -> list[str]:
                 for rows in table.iter_batches(columns=["text"]):
                     documents += rows.column(0).to_pylist()
         else:
-            _, stream = reader.open_stream(file)
+            stream = reader.open_stream(file)
             documents += [json.loads(line)["text"] for line in stream]
     return documents
 

@@ -18,7 +18,7 @@ class Device(NamedTuple):
 # From the makers' data sheets: A100 (2021), H100 and H200 (2024, SXM and PCIe), GH200 (96 GB), B200
 # (2024, on an HGX board), A10, A10G (AWS G5), L4, L40S, RTX 6000 Ada, MI300X; T4 and V100 (float16,
 # as they have no bfloat16). GeForce: white papers of Ampere GA102, Ada and RTX Blackwell. RTX PRO
-# 6000: an eighth of the sheet's FP4 figure, which counts sparsity. The first name that fits counts.
+# 6000: an eighth of the sheet's FP4 figure, which counts sparsity. The first matching name counts.
 DEVICES = {
     "A100-SXM4-80GB": Device(312e12, 2.039e12, 80e9, 400, 300e9),
     "A100 80GB PCIe": Device(312e12, 1.935e12, 80e9, 300, 25e9),

@@ -1,4 +1,4 @@
-"""UserError: a mistake of the user, told in one sentence. Only bugs end in a traceback."""
+"""UserError: a mistake that the user can fix, reported in one sentence instead of a traceback."""
 from collections.abc import Callable
 
 MAX_MESSAGE = 600  # characters

@@ -1,4 +1,4 @@
-"""How a program ends: with one sentence after a user's mistake, with one word after Ctrl-C.
+"""Reports a user's mistake in one sentence, and Ctrl-C in one word, instead of a traceback.
 
 Programs import this module before the slow ones, so that Ctrl-C is quiet from the start.
 """

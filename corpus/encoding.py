@@ -88,15 +88,15 @@ def encode_batch(encoder: BatchEncoder, batch: list[reader.Passage]) -> EncodedB
         counts["bytes"] += len(texts[-1])
         counts["repaired"] += passage.is_start and not passage.intact
 
-    # mark where documents start, and close the other places
+    # replace the placeholders by <|endoftext|> where documents start, and remove the others
     ids, places = encoder.encode_batch(texts)
     is_start = np.array(is_start, dtype=bool)
     has_mark = tokenizer.eot is not None
     if has_mark:
         ids[places] = tokenizer.eot
-    is_closed = ~(is_start & has_mark)
-    tokens = np.delete(ids, places[is_closed])
-    starts = (places - np.cumsum(is_closed) + is_closed)[is_start]
+    is_removed = ~(is_start & has_mark)
+    tokens = np.delete(ids, places[is_removed])
+    starts = (places - np.cumsum(is_removed) + is_removed)[is_start]
     last = batch[-1]
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     return EncodedBatch(tokens.astype(dtype), starts, last.split, last.cursor,

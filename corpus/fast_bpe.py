@@ -29,10 +29,10 @@ for first, last in DOUBTFUL:
 
 # tiktoken cannot encode a million blanks in a row, and its ids then depend on where it is cut
 BLANKS = 2**18
-RENEW_BYTES = 10**9  # gigatoken never forgets a word: start afresh after so much text
+RENEW_BYTES = 10**9  # gigatoken caches every word: replace it after this much text
 CHECKED_STRIDE = 61  # the comparison at the start takes every 61st code point
 SEPARATOR = b"<|next text|>"  # gigatoken gives it the id after the vocabulary's last
-FREE = 0  # the id at a free place
+PLACEHOLDER = 0  # the id in front of each text
 
 # for the first two bytes of a character in UTF-8: whether a character in DOUBTFUL starts with them
 IS_DOUBTFUL_START = np.zeros((256, 256), dtype=bool)
@@ -61,7 +61,7 @@ class BatchEncoder:
             ours, _ = self.encode_with_gigatoken([text.encode() for text in texts])
         except ImportError:
             return "gigatoken is not installed (pip install gigatoken)"
-        except Exception as error:  # whatever a later version may raise
+        except Exception as error:  # a later version may raise anything
             return f"gigatoken failed ({type(error).__name__}: {error})"
         theirs, _ = join(self.tokenizer.encode_batch(texts))
         if not np.array_equal(ours, theirs):
@@ -71,7 +71,7 @@ class BatchEncoder:
     def encode_batch(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Encode texts given in UTF-8.
 
-        Returns the ids of all texts in one array, and the indices of a free place before each.
+        Returns the ids of all texts in one array, and the index of a placeholder before each.
         """
         if not self.uses_gigatoken:
             return join(self.tokenizer.encode_batch(list(map(decode, texts))))
@@ -101,16 +101,16 @@ class BatchEncoder:
         if seen_bytes < RENEW_BYTES:
             self.idle.append((bpe, seen_bytes))
         places = np.flatnonzero(ids == self.tokenizer.vocab_size)
-        ids[places] = FREE
+        ids[places] = PLACEHOLDER
         return ids, places
 
 
 def join(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the arrays of ids as one, and the indices of a free place before each."""
-    free = np.full(1, FREE, dtype=np.uint32)
+    """Return the arrays of ids as one, and the index of a placeholder before each."""
+    placeholder = np.full(1, PLACEHOLDER, dtype=np.uint32)
     ends = np.cumsum([1 + len(array) for array in arrays], dtype=np.int64)
-    ids = [part for array in arrays for part in (free, array)]
-    return np.concatenate([free[:0], *ids]), np.concatenate([[0], ends])[:len(arrays)]
+    ids = [part for array in arrays for part in (placeholder, array)]
+    return np.concatenate([placeholder[:0], *ids]), np.concatenate([[0], ends])[:len(arrays)]
 
 
 def split(ids: np.ndarray, places: np.ndarray) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ from tokenizer import without_surrogates
 BLOCK_BYTES = 2**20  # bytes to read, or characters to tokenize, at a time
 LONG_DOCUMENT_BYTES = 4 * BLOCK_BYTES  # a longer document is cut into passages of one block
 VAL_SHARE = 0.1  # by default, the last 10% of a single text's characters are for validation
-SAMPLE_BYTES = 10**8  # at most so much text trains a tokenizer
+SAMPLE_BYTES = 10**8  # a tokenizer is trained on at most this much text
 MIN_TEXT_CHARS = 100  # each split needs a token and the one that follows
 RETRY_WAITS_S = (1, 2, 4, 8, 16, 32)  # after a temporary failure
 TEMPORARY_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
@@ -144,9 +144,15 @@ def file_sizes(files: list[str]) -> list[int]:
 
 
 def estimate_content_bytes(files: list[str], sizes: list[int]) -> int:
-    """Estimate how many bytes `read` yields, from the largest file."""
-    size, path = max(zip(sizes, files))
-    return round(sum(sizes) * content_ratio(path, size))
+    """Estimate how many bytes `read` yields, from the largest file of each format."""
+    ratios = {}  # by suffix
+    content_bytes = 0.0
+    for size, path in sorted(zip(sizes, files), reverse=True):
+        suffix = os.path.splitext(path)[1]
+        if suffix not in ratios:
+            ratios[suffix] = content_ratio(path, size)
+        content_bytes += ratios[suffix] * size
+    return round(content_bytes)
 
 
 def content_ratio(path: str, size: int) -> float:
@@ -157,9 +163,10 @@ def content_ratio(path: str, size: int) -> float:
                 column = file.schema_arrow.names.index("text")
                 groups = map(file.metadata.row_group, range(file.num_row_groups))
                 return sum(group.column(column).total_uncompressed_size for group in groups) / size
-        if codec_of(path):
-            raw, stream = open_stream(path)
-            return len(stream.read(16 * BLOCK_BYTES)) / max(1, raw.tell())
+        codec = codec_of(path)
+        if codec:
+            with open_file(path) as file, pa.CompressedInputStream(file, codec) as content:
+                return len(content.read(16 * BLOCK_BYTES)) / max(1, file.tell())
     except (OSError, ValueError):
         pass  # the file is damaged, which `read` will report
     return 1.0
@@ -173,7 +180,8 @@ def read_file(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
     if val_share:
         return read_single_text(path, cursor, val_share)
     if kind_of(path) == ".txt":
-        return read_text_file(path, cursor)
+        blocks = skip_leading_blank(text_blocks(path))
+        return read_blocks(blocks, cursor, 0, True)  # as one document
     return read_documents(path, cursor)
 
 
@@ -187,12 +195,6 @@ def read_single_text(path: str, cursor: Cursor, val_share: float) -> Iterator[Pa
     splits = [("val", cut, length), ("train", 0, cut)]
     for number, (split, begin, end) in islice(enumerate(splits), cursor[1], None):
         yield from read_blocks(read_range(path, begin, end), cursor, number, True, split)
-
-
-def read_text_file(path: str, cursor: Cursor) -> Iterator[Passage]:
-    """Yield a text file as one document."""
-    if cursor[1] == 0:
-        yield from read_blocks(skip_leading_blank(text_blocks(path)), cursor, 0, True)
 
 
 def read_blocks(blocks: Iterator[str], cursor: Cursor, number: int, intact: bool,
@@ -211,7 +213,7 @@ def read_documents(path: str, cursor: Cursor) -> Iterator[Passage]:
     if is_parquet:
         contents = parquet_rows(path, cursor[1])
     else:
-        contents = islice(open_stream(path)[1], cursor[1], None)
+        contents = islice(open_stream(path), cursor[1], None)
     for number, content in enumerate(contents, cursor[1]):
         text, intact = decode(content) if is_parquet else parse_line(path, content, number)
         size = len(content)
@@ -315,21 +317,21 @@ def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
                 skip = max(0, skip - len(column))
 
 
-def open_stream(path: str) -> tuple[io.IOBase, io.BufferedReader]:
-    """Open a file. Returns it, and the stream of its decompressed content."""
-    raw = open_file(path)
+def open_stream(path: str) -> io.BufferedReader:
+    """Open a file as the stream of its decompressed content."""
+    file = open_file(path)
     codec = codec_of(path)
-    if codec and not raw.read(1):
+    if codec and not file.read(1):
         raise UserError(f"{path} is empty, which a compressed file cannot be: download it again.")
-    raw.seek(0)
-    content = pa.CompressedInputStream(raw, codec) if codec else raw
-    return raw, io.BufferedReader(content, BLOCK_BYTES)
+    file.seek(0)
+    content = pa.CompressedInputStream(file, codec) if codec else file
+    return io.BufferedReader(content, BLOCK_BYTES)
 
 
 def text_blocks(path: str) -> Iterator[str]:
     """Yield a text file in blocks of about BLOCK_BYTES characters, cut between tokens."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    _, stream = open_stream(path)
+    stream = open_stream(path)
     rest = ""
     position = 0  # bytes read
     while data := stream.read(BLOCK_BYTES):

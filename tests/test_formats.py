@@ -301,10 +301,12 @@ def test_opcodes_in_a_wrong_order_are_damage(tmp_path, content):
         checkpoint.load_model(tmp_path / "x.pt")
 
 
-def test_a_checkpoint_of_nanogpt_with_a_number_as_its_arguments_is_damaged(gpt, tmp_path):
+def test_a_checkpoint_of_nanogpt_with_a_number_as_its_arguments_is_damaged(
+        gpt, tmp_path, recwarn):
     torch.save({"model": gpt.state_dict(), "model_args": torch.tensor(3)}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="is not a checkpoint of this program"):
         checkpoint.load_model(tmp_path / "ckpt.pt")
+    assert not recwarn.list
 
 
 def test_a_checkpoint_of_nanogpt_with_a_loss_beyond_all_floats_is_damaged(gpt, tmp_path):

@@ -117,6 +117,16 @@ def test_val_share_uses_the_last_documents_for_validation(command, command_here,
         assert read_split(tmp_path / out, "val") == expected_stream(DOCUMENTS[177:])
 
 
+def test_the_size_of_a_folder_with_several_formats_is_estimated_from_each(tmp_path):
+    text = PROSE * 20
+    (tmp_path / "large.txt").write_text(text)
+    with gzip.open(tmp_path / "small.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": text}) + "\n")
+    files = [str(path) for path in tmp_path.iterdir()]
+    estimate = reader.estimate_content_bytes(files, reader.file_sizes(files))
+    assert estimate == pytest.approx(2 * len(text.encode()), rel=0.1)
+
+
 def test_val_share_counts_the_rows_of_parquet_by_their_footers(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "in", [*DOCUMENTS, ""], ".parquet")
     files = sources.local_source("in", source).files

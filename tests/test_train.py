@@ -1112,26 +1112,28 @@ def test_embeddings_have_their_own_learning_rate(name):
     assert set(rates.values()) == {0.5}
 
 
-SCHEDULE = {"peak": 1.0, "warmup_steps": 10, "max_steps": 100, "min_ratio": 0.1}
+def learning_rates(schedule: str, **options) -> list[float]:
+    config = TrainConfig(schedule=schedule, learning_rate=1.0, warmup_steps=10, max_steps=100,
+                         min_lr_ratio=0.1, **options)
+    return [learning_rate(step, config) for step in range(101)]
 
 
 def test_cosine_warms_up_and_falls_to_its_minimum():
-    rates = [learning_rate(step, schedule="cosine", **SCHEDULE) for step in range(101)]
+    rates = learning_rates("cosine")
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[55] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(99, schedule="constant", **SCHEDULE) == 1.0
+    assert learning_rates("constant")[99] == 1.0
 
 
 def test_wsd_is_constant_and_then_falls_linearly():
-    rates = [learning_rate(step, schedule="wsd", **SCHEDULE) for step in range(101)]
+    rates = learning_rates("wsd")
     assert rates[9] == 1
     assert set(rates[10:80]) == {1.0}
     assert rates[90] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
-    half = SCHEDULE | {"decay_ratio": 0.5}
-    rates = [learning_rate(step, schedule="wsd", **half) for step in range(101)]
+    rates = learning_rates("wsd", decay_ratio=0.5)
     assert set(rates[10:51]) == {1.0}
     assert rates[75] == pytest.approx(0.55)
 

@@ -160,8 +160,7 @@ def run_fingerprint(config: TrainConfig, data_checksums: dict, step: int) -> dic
     rate does not depend on max_steps and decay_ratio, so both may still change.
     """
     fingerprint = {name: value for name, value in as_json(config).items() if name not in MAY_CHANGE}
-    decay_starts = optim.decay_start(config.warmup_steps, config.max_steps, config.decay_ratio)
-    if config.schedule == "wsd" and step <= decay_starts:
+    if config.schedule == "wsd" and step <= optim.decay_start(config):
         fingerprint["max_steps"] = "open"
         del fingerprint["decay_ratio"]
     return fingerprint | data_checksums
@@ -174,6 +173,5 @@ def run_description(config: TrainConfig, manifest: dict) -> dict:
 
 
 def as_json(config: TrainConfig) -> dict:
-    """The configuration with paths as strings."""
-    fields = dataclasses.asdict(config).items()
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields}
+    """The configuration with its path as a string."""
+    return dataclasses.asdict(config) | {"data": str(config.data)}

@@ -53,19 +53,16 @@ class Meter:
         self.max_skipped_in_a_row = torch.maximum(self.max_skipped_in_a_row, self.skipped_in_a_row)
 
         # add up time and tokens
+        is_logged = (step + 1) % config.log_every == 0 or step + 1 == config.max_steps
+        if is_logged or pause_follows:
+            loss = loss.item()  # waits for the device
+        self.seconds += time.perf_counter() - self.started
         self.tokens += config.batch_tokens
-        if pause_follows:
-            loss.item()  # waits for the device
-        last_step = step + 1 == config.max_steps
-        if (step + 1) % config.log_every and not last_step:
-            self.seconds += time.perf_counter() - self.started
+        if not is_logged:
             return
 
-        # average the loss over the ranks, which waits for the device
-        mean_loss = ddp.sum_over_ranks(world, loss.item())[0] / world.size
-        self.seconds += time.perf_counter() - self.started
-
-        # log
+        # log the mean loss of all ranks
+        mean_loss = ddp.sum_over_ranks(world, loss)[0] / world.size
         if self.run.log:
             self.write(step + 1, mean_loss, grad_norm.item(), lr, progress)
         # float16 halves its scale at a skipped update; 1 is the scale of the other precisions

@@ -119,36 +119,39 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 # Learning rate
 
-def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, max_steps: int,
-                  min_ratio: float, decay_ratio: float = 0.2) -> float:
-    """The learning rate of update `step`, counted from 0.
+def learning_rate(step: int, config) -> float:
+    """The learning rate of update `step`, counted from 0, in a run with this TrainConfig.
 
-    The warm-up rises linearly to `peak`. After it, the schedules differ:
+    The warm-up rises linearly to the peak, `learning_rate`. After it, the schedules differ:
 
     "constant": stays at the peak.
-    "cosine": falls along half a cosine to min_ratio * peak.
-    "wsd" (warm-up, stable, decay): stays at the peak, then falls linearly to min_ratio * peak over
-    the last decay_ratio of the steps (Hägele et al. 2024, arXiv 2405.18392).
+    "cosine": falls along half a cosine to min_lr_ratio * peak.
+    "wsd" (warm-up, stable, decay): stays at the peak, then falls linearly to min_lr_ratio * peak
+    over the last decay_ratio of the steps (Hägele et al. 2024, arXiv 2405.18392).
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if schedule == "constant":
+    peak = config.learning_rate
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
         return peak
-    if schedule == "wsd":
-        decay_starts = decay_start(warmup_steps, max_steps, decay_ratio)
-        decay_steps = max(1e-9, max_steps - decay_starts)
-        remaining = min(1.0, (max_steps - step) / decay_steps)  # 1 until the decay, 0 at its end
-        return peak * (min_ratio + (1 - min_ratio) * remaining)
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))  # 0 to 1
-    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    # how far the rate is above its minimum, from 1 at the peak to 0 at the end
+    if config.schedule == "wsd":
+        decay_steps = max(1e-9, config.max_steps - decay_start(config))
+        height = min(1.0, (config.max_steps - step) / decay_steps)
+    else:
+        steps = max(1, config.max_steps - config.warmup_steps)
+        progress = min(1.0, (step - config.warmup_steps) / steps)
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
 
 
-def decay_start(warmup_steps: int, max_steps: int, decay_ratio: float) -> float:
+def decay_start(config) -> float:
     """The step at which "wsd" begins to decay.
 
     Before it, the learning rate depends on neither max_steps nor decay_ratio.
     """
-    return max(warmup_steps, (1 - decay_ratio) * max_steps)
+    return max(config.warmup_steps, (1 - config.decay_ratio) * config.max_steps)
 
 
 def set_learning_rate(optimizers, lr: float):

@@ -5,7 +5,6 @@
 All figures are estimates, computed from the model's sizes and the data sheets in
 common/devices.py.
 """
-import dataclasses
 import math
 
 from common.devices import DEVICES, KG_CO2E_PER_KWH, Device, find_device
@@ -69,8 +68,7 @@ def describe_memory(config: TrainConfig, model: GPT, processes: int, device: Dev
     is_auto = config.micro_batch == "auto"
     share = config.batch_tokens // config.block_size // processes  # of a batch, in sequences
     sequences = share if is_auto else min(config.micro_batch, max(1, share))
-    config = dataclasses.replace(config, micro_batch=sequences)
-    held = bytes_held(config, model, processes, is_half, "cuda" if device else "cpu")
+    held = bytes_held(config, model, sequences, processes, is_half, "cuda" if device else "cpu")
     total = sum(held.values())
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in held.items())
     text = (f"memory per process: {parts} with a micro-batch of {sequences} sequences; "
@@ -83,9 +81,9 @@ def describe_memory(config: TrainConfig, model: GPT, processes: int, device: Dev
     return text
 
 
-def bytes_held(config: TrainConfig, model: GPT, processes: int, is_half: bool,
+def bytes_held(config: TrainConfig, model: GPT, sequences: int, processes: int, is_half: bool,
                device: str) -> dict[str, float]:
-    """Peak memory of one process by kind, for a micro-batch of config.micro_batch sequences.
+    """Peak memory of one process by kind, for a micro-batch of this many sequences.
 
     `is_half` says whether matrix products are in bfloat16 or float16.
     """
@@ -95,7 +93,7 @@ def bytes_held(config: TrainConfig, model: GPT, processes: int, is_half: bool,
             "gradients": weights / parts,
             "optimizer": optimizer_bytes(config, model) / parts,
             "activations (estimate)": activation_bytes(
-                model, config.micro_batch * config.block_size, is_half,
+                model, sequences * config.block_size, is_half,
                 config.recompute_activations, device, config.shard)}
 
 
@@ -111,8 +109,8 @@ def activation_bytes(model: GPT, tokens: int, is_half: bool, recomputed: bool = 
                      device: str = "cpu", sharded: bool = False) -> int:
     """Peak memory of a step for `tokens` tokens, without weights, gradients and optimizer state.
 
-    The formula counts what autograd keeps, with C = n_embd and V = vocab_size. Tests compare it
-    with the peak measured on a CPU and counted on simulated GPUs.
+    This counts the tensors that autograd keeps, with C = n_embd and V = vocab_size. Tests compare
+    it with the peak measured on a CPU and counted on simulated GPUs.
     """
     sizes = model.config
     C, V, n_layer = sizes.n_embd, sizes.vocab_size, sizes.n_layer
@@ -120,24 +118,25 @@ def activation_bytes(model: GPT, tokens: int, is_half: bool, recomputed: bool = 
     residual_size = 2 if is_half and sharded else 4  # autocast keeps the residual stream float32
     rows = LOGIT_ROWS[device]
 
-    # A block keeps 2 C numbers of the residual stream per token and 14 C others. Dropout keeps two
-    # masks of C bytes. Heads larger than 256 have no fused attention on CUDA, so T scores per token
-    # and head take about 10 bytes each.
+    # Per token, a block keeps 2 C numbers of the residual stream and 14 C others; dropout adds two
+    # masks of C bytes. CUDA has no fused attention for heads larger than 256: such a head also
+    # keeps T scores per token, of about 10 bytes each.
     block = tokens * C * (2 * residual_size + 14 * size)
     if sizes.dropout:
         block += tokens * 2 * C
     if C // sizes.n_head > 256:
         block += tokens * sizes.block_size * sizes.n_head * 10
 
-    # The loss keeps 3 V float32 numbers per token. In chunks it keeps 2 V for some rows (and a copy
-    # in half precision), and the gradients of the hidden states and of the head.
+    # The loss keeps 3 V float32 numbers per token. Computed in chunks, it keeps 2 V for each row of
+    # one chunk, with a copy in half precision, and the gradients of the hidden states and the head.
     if tokens <= rows:
         loss = tokens * 12 * V
     else:
         loss = rows * V * (10 if is_half else 8) + tokens * C * size + 4 * V * C
 
-    # The input and the output of the last LayerNorm, and with recomputation each block's input. The
-    # backward pass then computes only one block, or the loss, at a time.
+    # The model keeps the input and the output of the last LayerNorm. With recomputation it also
+    # keeps each block's input; the backward pass then needs the memory of one block, or of the
+    # loss, at a time.
     kept = tokens * C * (residual_size + size)
     if recomputed:
         kept += tokens * C * residual_size * n_layer
@@ -145,9 +144,9 @@ def activation_bytes(model: GPT, tokens: int, is_half: bool, recomputed: bool = 
         kept += n_layer * block
         block = 0
 
-    # A sharded model holds the gathered embeddings. During the blocks' backward pass it also holds
-    # their gradients, the weights of two blocks, and one block's gradients in both precisions.
-    # Other models hold autocast's copies of the weights.
+    # A sharded model holds the gathered embeddings and, during the blocks' backward pass, their
+    # gradients, the weights of two blocks, and one block's gradients in both precisions. Any other
+    # model in half precision holds autocast's copies of the weights.
     if sharded:
         loss += size * count(model.transformer.wte, model.transformer.wpe)
         block += 2 * size * count(model.transformer.wte, model.transformer.wpe)

@@ -325,10 +325,9 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
     On a GPU this tries one. On other devices it requires that the plan's estimate be below 80% of
     the memory; for sharded models too, as the other ranks would hang if one ran out of memory.
     """
-    config = dataclasses.replace(config, micro_batch=sequences)
     if world.device.type != "cuda" or config.shard:
         is_half = compute_dtype(config, world.device) != torch.float32
-        sizes = plan.bytes_held(config, model, world.size, is_half, world.device.type)
+        sizes = plan.bytes_held(config, model, sequences, world.size, is_half, world.device.type)
         return sum(sizes.values()) < 0.8 * ddp.memory_bytes(world.device)
     reserved = idx = None
     try:

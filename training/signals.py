@@ -11,8 +11,9 @@ import ddp
 class StopSignals(contextlib.ExitStack):
     """Records SIGTERM and SIGINT (Ctrl-C) in `world.received_signal` from `start` on.
 
-    They do not end the process: `ddp.check_signals` tells the training loop. A second Ctrl-C raises
-    KeyboardInterrupt at once. Leaving the `with` block restores the previous handlers.
+    The process does not end: the training loop learns of the signal from `ddp.check_signals`. A
+    second Ctrl-C raises KeyboardInterrupt at once. Leaving the `with` block restores the previous
+    handlers.
     """
 
     def __init__(self, world: ddp.World):

@@ -139,7 +139,7 @@ def check_config(c: dict, folder: Path):
 
 
 def read_safetensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The weights, from one file or from those that the index names, and what they say of training.
+    """The weights, from one file or all files that the index names, and the training's info.
 
     Raises ValueError if a file does not match the checksum in its header.
     """

@@ -54,7 +54,7 @@ def from_nanogpt(content: dict, path: Path) -> tuple[dict, dict, Tokenizer, dict
     nanoGPT computes the exact GELU, and may train without biases, which are zeros here. Raises
     UserError if the model has a character tokenizer and its meta.pkl is not found.
     """
-    arguments = content["model_args"]
+    arguments = dict(content["model_args"])
     config = {name: arguments[name] for name in SIZES} | {"activation": "gelu"}
     info = {"step": content["iter_num"], "val_loss": float(content["best_val_loss"])}
     state = normalize_names(content["model"])
@@ -87,13 +87,13 @@ def unpickle(path: Path) -> dict:
             entries = archive.infolist()
             # torch does not compress: an archive that unpacks to more than its size is a zip bomb
             is_bomb = sum(entry.file_size for entry in entries) > path.stat().st_size
-            # from an entry that is marked as a folder, torch.load reads nothing, without an error
+            # torch.load silently reads nothing from an entry that is marked as a folder
             is_stored = all(entry.compress_type == zipfile.ZIP_STORED
                             and not entry.external_attr & FOLDER for entry in entries)
-            # nor does it look at the checksums, as testzip does
+            # testzip verifies the checksums, which torch.load does not
             if is_bomb or not is_stored or archive.testzip():
                 raise zipfile.BadZipFile
-        # allow one class, GPTConfig, whatever module the other program has it in
+        # allow one class, GPTConfig, from any module
         classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         configs = [(ForeignConfig, name) for name in classes
                    if name.rpartition(".")[2] == "GPTConfig"]
