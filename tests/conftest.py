@@ -57,6 +57,11 @@ TINY = ["--data", "data/prose_char", "--n-layer", "1", "--n-head", "2", "--n-emb
 RANK_VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 
 
+def pytest_collection_modifyitems(items):
+    """Starts with the slowest test, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.name != "test_the_notebook_runs_and_its_claims_hold")
+
+
 # --------------------------------------------------------------------------------------------------
 # Running programs
 
