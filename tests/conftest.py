@@ -118,12 +118,12 @@ def fork(function, *arguments) -> multiprocessing.Process:
     """Starts `function(*arguments)` in a process that saves the time of the imports.
 
     It is forked from a server that has imported torch and our modules but computed nothing. The
-    server has not imported huggingface_hub, which reads the environment only once.
+    server must not import pyarrow, which starts a thread, nor huggingface_hub, which reads the
+    environment only once.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([
-        "conftest", "prepare", "report", "torch._dynamo", "torch.distributed.fsdp",
-        "torch.distributed.checkpoint"])
+        "conftest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
     process = context.Process(target=function, args=arguments)
     with pytest.MonkeyPatch.context() as patch:
         # where the server finds these modules: before Python 3.12, it does not know sys.path
