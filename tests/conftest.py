@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -51,6 +52,14 @@ TINY = ["--data", "data/prose_char", "--n-layer", "1", "--n-head", "2", "--n-emb
         "--block-size", "16", "--batch-tokens", "128", "--micro-batch", "4", "--max-steps", "6",
         "--warmup-steps", "2", "--eval-every", "2", "--save-every", "2", "--sample-every", "6",
         "--log-every", "1", "--device", "cpu", "--dtype", "float32"]
+
+# what torchrun tells a process
+RANK_VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+
+
+def pytest_collection_modifyitems(items):
+    """Starts with the slowest test, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.name != "test_the_notebook_runs_and_its_claims_hold")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,25 +114,90 @@ def command_here(monkeypatch):
     return run
 
 
+def fork(function, *arguments) -> multiprocessing.Process:
+    """Starts `function(*arguments)` in a process that saves the time of the imports.
+
+    It is forked from a server that has imported torch and our modules but computed nothing. The
+    server must not import pyarrow, which starts a thread, nor huggingface_hub, which reads the
+    environment only once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([
+        "conftest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+    process = context.Process(target=function, args=arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        # where the server finds these modules: before Python 3.12, it does not know sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        process.start()
+    return process
+
+
+def run_program(line: list[str], environment: dict[str, str], outputs: list, prepare=None):
+    """Does what `python line…` does. For `fork`.
+
+    Appends stdout and stderr to the two files `outputs`, and calls `prepare` first.
+    """
+    os.environ |= environment
+    for number, path in zip((1, 2), outputs):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    if prepare:
+        prepare()
+    sys.argv = line
+    runpy.run_path(line[0], run_name="__main__")
+
+
+def limit_files(limit: int):
+    """Makes writing fail in files of more than `limit` bytes, as if the disk were full."""
+    import resource  # noqa: PLC0415 (not on Windows)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+@pytest.fixture
+def command_forked(tmp_path):
+    """Does what `command` does in a process that saves the time of the imports."""
+    def run(program, *arguments, check=True, environment=(), prepare=None):
+        line = [str(ROOT / program), *map(str, arguments)]
+        outputs = [tmp_path / "stdout.txt", tmp_path / "stderr.txt"]
+        process = fork(run_program, line, dict(environment), outputs, prepare)
+        process.join(timeout=300)
+        stdout, stderr = (path.read_text(encoding="utf-8") for path in outputs)
+        for path in outputs:
+            path.unlink()
+        assert not check or process.exitcode == 0, stderr
+        return subprocess.CompletedProcess(line, process.exitcode, stdout, stderr)
+    return run
+
+
+def start_ranks(n: int, program: str, *arguments, prepare=None) -> list[multiprocessing.Process]:
+    """Does what `torchrun --nproc_per_node=n program …` does, without its start-up time.
+
+    Calls `prepare` in each rank first. The output of rank i is in rank-i.txt.
+    """
+    line = [str(ROOT / program), *map(str, arguments)]
+    port = free_port()
+    ranks = []
+    for i in range(n):
+        variables = zip(RANK_VARIABLES, (str(i), str(n), str(i), "127.0.0.1", str(port)))
+        output = Path(f"rank-{i}.txt")
+        output.unlink(missing_ok=True)
+        ranks.append(fork(run_program, line, dict(variables), [output, output], prepare))
+    return ranks
+
+
+def run_ranks(n: int, program: str, *arguments, prepare=None) -> list[int]:
+    """Starts the ranks, waits until they end and returns their exit codes."""
+    ranks = start_ranks(n, program, *arguments, prepare=prepare)
+    deadline = time.monotonic() + 120
+    for process in ranks:
+        process.join(timeout=max(0, deadline - time.monotonic()))
+    return [process.exitcode for process in ranks]
+
+
 def torchrun(n: int, *options: str) -> tuple[str, ...]:
     """torchrun's arguments for n processes. Without the --, it would take --run for --run-path."""
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *options, "--")
-
-
-# runs a program that fails when a file of it exceeds a size, as if the disk were full
-FILE_SIZE_LIMIT = """
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def limit_files(limit: int) -> tuple[str, ...]:
-    """A launcher of programs whose files may have `limit` bytes."""
-    return "-c", FILE_SIZE_LIMIT.format(limit=limit)
 
 
 def wait_until(condition, process: subprocess.Popen | None = None, seconds=120):

@@ -2,7 +2,6 @@
 import errno
 import functools
 import json
-import multiprocessing
 import os
 import pkgutil
 import re
@@ -11,21 +10,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-
-from common.program import report_user_errors
 
 import pytest
 import torch
 from conftest import (
     PROSE,
+    RANK_VARIABLES,
     ROOT,
     TINY,
     assert_same_run,
+    fork,
     free_port,
     losses,
     metrics,
+    run_ranks,
+    start_ranks,
     torchrun,
     train_here,
     wait_until,
@@ -37,54 +37,21 @@ import ddp
 import hellaswag
 import prepare
 import publish
-import train
 from common.errors import UserError
 from engine import likelihood
 
-VARIABLES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 BASE = ["shakespeare-char", *TINY, "--dropout", "0"]
 LONG = [*BASE, "--max-steps", "300", "--save-every", "20", "--eval-every", "20",
         "--sample-every", "300"]
 
-# forks processes from one that has imported everything but computed nothing
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([
-    "prepare", "train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
-
 
 def train_ranks(n: int, *arguments, prepare_rank=None) -> list[int]:
-    """Does what `torchrun --nproc_per_node=n train.py …` does, without its start-up time.
-
-    `prepare_rank` is called in each rank first. Returns the exit codes; the output of rank i is in
-    rank-i.txt.
-    """
-    port = free_port()
-    arguments = [str(argument) for argument in arguments]
-    ranks = [FORKS.Process(target=train_rank, args=(i, n, port, arguments, prepare_rank))
-             for i in range(n)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + 120
-    for process in ranks:
-        process.join(timeout=max(0, deadline - time.monotonic()))
-    return [process.exitcode for process in ranks]
-
-
-def train_rank(i: int, n: int, port: int, arguments: list[str], prepare_rank):
-    os.environ |= dict(zip(VARIABLES, (str(i), str(n), str(i), "127.0.0.1", str(port))))
-    output = os.open(f"rank-{i}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    torch.set_num_threads(1)
-    if prepare_rank:
-        prepare_rank()
-    with report_user_errors():
-        train.main(arguments)
+    return run_ranks(n, "train.py", *arguments, prepare=prepare_rank)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with data, HellaSwag, a short run `one` and a longer one `whole`, by one process."""
+    """A folder with data, HellaSwag and a short run `one` by one process."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -93,7 +60,6 @@ def runs(tmp_path_factory):
         prepare.main(prepare.PrepareConfig("prose.txt"))
         write_hellaswag(Path("h.jsonl"))
         train_here(*BASE, "--hellaswag", "h.jsonl", "--run", "one")
-        train_here(*LONG, "--run", "whole")
     return folder
 
 
@@ -104,12 +70,19 @@ def one(runs, tmp_path):
     return tmp_path / "log" / "one"
 
 
+@pytest.fixture
+def whole(one):
+    """The folder of a longer run by one process."""
+    train_here(*LONG, "--run", "whole")
+    return one.parent / "whole"
+
+
 # --------------------------------------------------------------------------------------------------
 # The same steps
 
 def test_a_process_connects_to_the_first_only_once_it_listens():
     """torch's own connection waits more than twice as long as its timeout."""
-    environment = dict(zip(VARIABLES, ("1", "2", "1", "127.0.0.1", str(free_port()))))
+    environment = dict(zip(RANK_VARIABLES, ("1", "2", "1", "127.0.0.1", str(free_port()))))
     connections = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "TCPStore", lambda *arguments, **options:
@@ -196,9 +169,7 @@ def test_leaving_the_world_ends_gloos_threads_while_the_wrapped_model_lives(tmp_
     # a thread of gloo that outlives the group can hang the process at its exit
     monkeypatch.chdir(tmp_path)
     port = free_port()
-    ranks = [FORKS.Process(target=exit_with_a_wrapped_model, args=(i, port)) for i in range(2)]
-    for process in ranks:
-        process.start()
+    ranks = [fork(exit_with_a_wrapped_model, i, port) for i in range(2)]
     for process in ranks:
         process.join(timeout=60)
     assert [process.exitcode for process in ranks] == [3, 3]
@@ -209,7 +180,7 @@ def test_leaving_the_world_ends_gloos_threads_while_the_wrapped_model_lives(tmp_
 
 
 def exit_with_a_wrapped_model(i: int, port: int):
-    os.environ |= dict(zip(VARIABLES, (str(i), "2", str(i), "127.0.0.1", str(port))))
+    os.environ |= dict(zip(RANK_VARIABLES, (str(i), "2", str(i), "127.0.0.1", str(port))))
     with open(f"threads-{i}.txt", "w") as output:
         try:
             with ddp.join_world("cpu") as world:
@@ -264,11 +235,11 @@ def rewind(run: Path, step: int):
     assert checkpoint.newest(run) == step
 
 
-def test_a_sharded_run_resumes_unsharded_and_sharded(command, one):
+def test_a_sharded_run_resumes_unsharded_and_sharded(one):
     mixed = one.parent / "mixed"
     arguments = [*BASE, "--run", "mixed"]
     sharded = ["--shard", "--micro-batch", 2]
-    command("train.py", *arguments, *sharded, launcher=torchrun(2))
+    assert train_ranks(2, *arguments, *sharded) == [0] * 2
 
     rewind(mixed, 4)
     train_here(*arguments)
@@ -368,14 +339,14 @@ def test_a_full_disk_costs_a_sharded_run_one_checkpoint(one, function):
 # --------------------------------------------------------------------------------------------------
 # Lost processes
 
-def start(*arguments, launcher, output=subprocess.DEVNULL) -> subprocess.Popen:
+def start(*arguments, launcher) -> subprocess.Popen:
     """Starts train.py under a torchrun, in a session of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if "--nnodes=2" in launcher:
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as in examples/
     command = [sys.executable, *launcher, ROOT / "train.py", *map(str, arguments)]
-    return subprocess.Popen(command, start_new_session=True, env=environment, stdout=output,
-                            stderr=subprocess.STDOUT, encoding="utf-8")
+    return subprocess.Popen(command, start_new_session=True, env=environment,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def workers(launcher: subprocess.Popen) -> dict[int, int]:
@@ -394,15 +365,15 @@ def has_saved(run: Path, step: int) -> bool:
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_run_whose_process_was_killed(one):
-    run = one.parent / "restarted"
+def test_torchrun_restarts_a_run_whose_process_was_killed(whole):
+    run = whole.parent / "restarted"
     process = start(*LONG, "--run", "restarted", launcher=torchrun(2, "--max-restarts=2"))
     for step, rank in (40, 1), (120, 0):
         wait_until(lambda step=step, rank=rank: has_saved(run, step) and rank in workers(process),
                    process)
         os.kill(workers(process)[rank], signal.SIGKILL)
     assert process.wait(timeout=120) == 0
-    assert_same_run(one.parent / "whole", run, tolerance=2e-3, last_step=300)
+    assert_same_run(whole, run, tolerance=2e-3, last_step=300)
     assert (run / "metrics.jsonl").read_text().count('"resume"') == 2
 
 
@@ -410,30 +381,26 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(one):
     signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_no_process_waits_for_a_lost_one_longer_than_wait_s(one, number):
     run = one.parent / "lost"
-    process = start(*LONG, "--run", "lost", "--wait-s", 5, launcher=torchrun(2),
-                    output=subprocess.PIPE)
-    wait_until(lambda: has_saved(run, 20), process)
-    pids = workers(process)
-    os.kill(pids[1], number)
-    if number == signal.SIGSTOP:
-        wait_until(lambda: not is_running(pids[0]), seconds=60)
-        os.kill(pids[1], signal.SIGKILL)  # as torchrun would after 30 seconds
-    output = process.communicate(timeout=100)[0]
-    assert process.returncode
-    if number == signal.SIGSTOP:
-        assert "error: Process 0 of 2 lost contact" in output
-    assert "Traceback" not in re.sub(r"(?s)torch.distributed.elastic.*", "", output)
+    ranks = start_ranks(2, "train.py", *LONG, "--run", "lost", "--wait-s", 5)
+    wait_until(lambda: has_saved(run, 20))
+    os.kill(ranks[1].pid, number)
+    ranks[0].join(timeout=60)
+    ranks[1].kill()
+    assert ranks[0].exitcode == 2
+    output = Path("rank-0.txt").read_text()
+    assert "error: Process 0 of 2 lost contact" in output
+    assert "Traceback" not in output
     assert checkpoint.newest(run) >= 20
 
 
 @pytest.mark.slow
-def test_a_torchrun_that_was_killed_can_join_the_run_again(one):
+def test_a_torchrun_that_was_killed_can_join_the_run_again(whole):
     port = free_port()
     launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
                 "--max-restarts=3", "--rdzv-backend=c10d",
                 f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run",
                 "--rdzv-conf=keep_alive_interval=1", "--local-addr=127.0.0.1", "--")
-    run = one.parent / "nodes"
+    run = whole.parent / "nodes"
     first = start(*LONG, "--run", "nodes", launcher=launcher)
     wait_until(lambda: is_listening(port), first)  # the first to start serves the rendezvous
     second = start(*LONG, "--run", "nodes", launcher=launcher)
@@ -447,7 +414,7 @@ def test_a_torchrun_that_was_killed_can_join_the_run_again(one):
     second = start(*LONG, "--run", "nodes", launcher=launcher)
     assert first.wait(timeout=200) == 0
     assert second.wait(timeout=60) == 0
-    assert_same_run(one.parent / "whole", run, tolerance=2e-3, last_step=300)
+    assert_same_run(whole, run, tolerance=2e-3, last_step=300)
 
 
 def is_listening(port: int) -> bool:
@@ -502,10 +469,10 @@ def test_an_error_on_the_main_process_ends_the_others_with_one_sentence(one):
 @pytest.mark.parametrize("variables", [
     {"RANK": "1"},
     {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
-    dict(zip(VARIABLES, ("2", "2", "0", "localhost", "1"))),
-    dict(zip(VARIABLES, ("one", "2", "0", "localhost", "1")))])
+    dict(zip(RANK_VARIABLES, ("2", "2", "0", "localhost", "1"))),
+    dict(zip(RANK_VARIABLES, ("one", "2", "0", "localhost", "1")))])
 def test_incomplete_torchrun_variables_get_one_sentence(monkeypatch, variables):
-    for name in VARIABLES:
+    for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert ddp.torchrun_variables() == (0, 1, 0)
     for name, value in variables.items():
@@ -515,7 +482,7 @@ def test_incomplete_torchrun_variables_get_one_sentence(monkeypatch, variables):
 
 
 def test_a_missing_gpu_gets_one_sentence(monkeypatch):
-    for name, value in zip(VARIABLES, ("2", "4", "2", "localhost", "1")):
+    for name, value in zip(RANK_VARIABLES, ("2", "4", "2", "localhost", "1")):
         monkeypatch.setenv(name, value)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no device 'cuda'"):

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import PROSE, REVISION, tiny_gpt, torchrun
-from test_ddp import FORKS
+from conftest import PROSE, REVISION, fork, run_ranks, tiny_gpt, torchrun
 
 import fineweb
 import prepare
@@ -106,11 +105,11 @@ def test_every_document_is_written_once_from_any_kind_of_file(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", [".parquet", ".jsonl.gz", ".txt"])
-def test_val_share_uses_the_last_documents_for_validation(command, command_here, tmp_path, form):
+def test_val_share_uses_the_last_documents_for_validation(command_here, tmp_path, form):
     source = write_corpus(tmp_path / "in", DOCUMENTS, form)
     arguments = [source, "--val-share", "0.41", "--shard-tokens", "10000", "--out"]
     command_here("prepare.py", *arguments, "one")
-    command("prepare.py", *arguments, "three", launcher=torchrun(3))
+    assert run_ranks(3, "prepare.py", *arguments, "three") == [0] * 3
     for out in "one", "three":
         assert sorted(stream(tmp_path / out)) == sorted(expected_stream(DOCUMENTS))
         assert read_split(tmp_path / out, "train") == expected_stream(DOCUMENTS[:177])
@@ -314,9 +313,7 @@ def test_kill_9_at_random_moments_does_not_change_the_output(tmp_path):
     rng = random.Random(0)
     kills = 0
     while True:
-        process = FORKS.Process(
-            target=prepare.main, args=[dataclasses.replace(config, out=tmp_path / "killed")])
-        process.start()
+        process = fork(prepare.main, dataclasses.replace(config, out=tmp_path / "killed"))
         process.join(timeout=rng.uniform(0.1, 0.3) * 1.5**kills)
         if process.exitcode is not None:
             break

@@ -1,5 +1,6 @@
 """Exports, model cards, uploads and downloads."""
 import base64
+import functools
 import json
 import re
 
@@ -201,17 +202,18 @@ def upload_hub(start_server):
     return start_server(Handler), files, settings
 
 
-def test_an_upload_sends_nothing_without_push(command, command_here, upload_hub, tmp_path):
+def test_an_upload_sends_nothing_without_push(
+        command, command_forked, command_here, upload_hub, tmp_path):
     address, files, settings = upload_hub
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
                    "HF_TOKEN": "hf_right"}
 
-    def upload(*arguments, **options):
+    def upload(*arguments, run=command_forked, **options):
         options = {"environment": environment, **options}
-        return command("publish.py", "upload", "bundled:shakespeare", *arguments, **options)
+        return run("publish.py", "upload", "bundled:shakespeare", *arguments, **options)
 
     # without --push, the files are listed
-    listing = upload("me/fox").stdout
+    listing = upload("me/fox", run=command).stdout
     assert "model.safetensors" in listing and f"in total, for {address}/me/fox" in listing
     assert "Nothing was sent" in listing and not files
 
@@ -275,36 +277,38 @@ def download_hub(start_server, tmp_path):
     return start_server(Handler), tmp_path / "hf", offsets
 
 
-def generate_with(command, address, cache, name="me/fox", **options):
+def generate_with(run, address, cache, name="me/fox", **options):
     """Runs generate.py with a model of the Hub at `address`."""
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
-    return command("generate.py", "-m", name, "-p", "Hello", "--max-new-tokens", 3, "--seed", 1,
-                   check=False, environment=environment, **options)
+    return run("generate.py", "-m", name, "-p", "Hello", "--max-new-tokens", 3, "--seed", 1,
+               check=False, environment=environment, **options)
 
 
-def test_an_interrupted_download_resumes_and_later_needs_no_network(command, download_hub):
+def test_an_interrupted_download_resumes_and_later_needs_no_network(command_forked, download_hub):
     address, cache, offsets = download_hub
-    done = generate_with(command, address, cache)
+    done = generate_with(command_forked, address, cache)
     assert done.returncode == 0 and done.stdout.startswith("Hello")
     assert len(offsets) == 2 and offsets[1] > 0
-    assert generate_with(command, f"http://127.0.0.1:{free_port()}", cache).stdout == done.stdout
+    offline = generate_with(command_forked, f"http://127.0.0.1:{free_port()}", cache)
+    assert offline.stdout == done.stdout
 
 
-def test_a_model_that_cannot_be_downloaded_gets_one_sentence(command, download_hub):
+def test_a_model_that_cannot_be_downloaded_gets_one_sentence(command_forked, download_hub):
     address, cache, _ = download_hub
     for name, used_address, sentence in (
             ("me/wolf", address, "has no model of that name"),
             ("me/fox", f"http://127.0.0.1:{free_port()}", "the Hub cannot be reached"),
             ("a/b/c", address, "not a valid id of a model")):
-        done = generate_with(command, used_address, cache, name)
+        done = generate_with(command_forked, used_address, cache, name)
         assert done.returncode == 2 and sentence in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
 
 
-def test_a_disk_that_becomes_full_gets_one_sentence(command, download_hub):
+def test_a_disk_that_becomes_full_gets_one_sentence(command_forked, download_hub):
     address, cache, offsets = download_hub
     offsets.append(0)  # this Hub does not close the connection
-    done = generate_with(command, address, cache, launcher=limit_files(15_000_000))
+    done = generate_with(command_forked, address, cache,
+                         prepare=functools.partial(limit_files, 15_000_000))
     assert done.returncode == 2 and "became full" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert generate_with(command, address, cache).returncode == 0
+    assert generate_with(command_forked, address, cache).returncode == 0

@@ -25,10 +25,12 @@ from conftest import (
     ROOT,
     TINY,
     assert_same_run,
+    fork,
     hub_model,
     limit_files,
     losses,
     metrics,
+    run_program,
     tiny_gpt,
     torchrun,
     train_here,
@@ -472,14 +474,17 @@ def test_ctrl_c_during_imports_prints_no_traceback(command, tmp_path, program):
 
 
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(data):
-    options = ["--max-steps", 400, "--dropout", 0.2, "--save-every", 20]
+    options = ["--max-steps", 400, "--dropout", 0.2, "--eval-every", 10, "--save-every", 20,
+               "--sample-every", 100]
     train_tiny(*options, "--name", "whole")
     run = LOG / "killed"
+    line = [str(ROOT / "train.py"), "shakespeare-char", *TINY, *map(str, options), "--name=killed"]
     for kill_after in 20, 80:
-        process = start_tiny(*options, "--name", "killed")
-        wait_until(lambda n=kill_after: max(checkpoint.saved_steps(run), default=0) >= n, process)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        process = fork(run_program, line, {}, [os.devnull, os.devnull])
+        wait_until(lambda n=kill_after: max(checkpoint.saved_steps(run), default=0) >= n)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "tra')  # a line that the process did not finish
     train_tiny(*options, "--name", "killed")
@@ -491,7 +496,8 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(data):
     (signal.SIGTERM, torchrun(2))])
 def test_a_signal_saves_the_step_and_resuming_equals_an_uninterrupted_run(data, number, launcher):
     dropout = 0 if launcher else 0.2  # its mask depends on the number of ranks
-    options = ["--max-steps", 200, "--dropout", dropout, "--save-every", 1000]
+    options = ["--max-steps", 200, "--dropout", dropout, "--save-every", 1000,
+               "--sample-every", 100]
     train_tiny(*options, "--name", "whole")
     run = LOG / "stopped"
 
@@ -636,9 +642,10 @@ def test_a_run_resumes_after_it_died_while_saving(data, monkeypatch, n_renames):
     20_000,  # bytes, less than the model's file
     30_000,  # less than the optimizer's state only
 ])
-def test_training_continues_on_a_full_disk_until_the_last_checkpoint(data, command, limit):
-    result = command("train.py", "shakespeare-char", *TINY, launcher=limit_files(limit),
-                     check=False)
+def test_training_continues_on_a_full_disk_until_the_last_checkpoint(
+        data, command_forked, limit):
+    result = command_forked("train.py", "shakespeare-char", *TINY, check=False,
+                            prepare=functools.partial(limit_files, limit))
     assert result.returncode == 2
     assert result.stderr.count("training continues") == 2  # at steps 2 and 4
     assert "step 6 could not be written" in result.stderr.splitlines()[-1]
@@ -744,9 +751,9 @@ def test_a_diverged_run_is_a_user_error(data):
         train_tiny("--learning-rate", "1e30")
 
 
-def test_two_processes_cannot_train_the_same_run(data, command):
+def test_two_processes_cannot_train_the_same_run(data, command_forked):
     with runlog.locked(RUN):
-        result = command("train.py", "shakespeare-char", *TINY, check=False)
+        result = command_forked("train.py", "shakespeare-char", *TINY, check=False)
     assert result.returncode == 2
     assert "Another process is training" in result.stderr
     assert not RUN.exists()
@@ -1238,7 +1245,8 @@ def test_an_exported_model_generates_the_same_text_as_its_run(saved_run, tmp_pat
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_a_model_in_the_layout_of_gpt2_is_downloaded_from_the_hub(command, web, tmp_path):
+def test_a_model_in_the_layout_of_gpt2_is_downloaded_from_the_hub(
+        command_forked, web, tmp_path):
     # a folder with the Hub's names of GPT-2's weights: no prefix, and a mask in each block
     folder = tmp_path / "hub"
     save_huggingface(folder, tiny_gpt(vocab_size=50257), load_tokenizer("gpt2"))
@@ -1255,12 +1263,12 @@ def test_a_model_in_the_layout_of_gpt2_is_downloaded_from_the_hub(command, web, 
     model, tokenizer, _ = checkpoint.load_model(folder)
     (continuation,) = Engine(model, tokenizer).generate("Hello", temperature=0, max_new_tokens=5)
     for environment in online, {**online, "HF_HUB_OFFLINE": "1"}:
-        result = command("generate.py", "-m", "gpt2", "-p", "Hello", "--temperature", 0,
-                         "--max-new-tokens", 5, environment=environment)
+        result = command_forked("generate.py", "-m", "gpt2", "-p", "Hello", "--temperature", 0,
+                                "--max-new-tokens", 5, environment=environment)
         assert result.stdout == f"Hello{continuation}\n"
 
-    result = command("generate.py", "-m", "nobody/nothing", "-p", "x", environment=online,
-                     check=False)
+    result = command_forked("generate.py", "-m", "nobody/nothing", "-p", "x", environment=online,
+                            check=False)
     assert_one_line_error(result, ".*Hub has no model of that name")
 
 

@@ -11,9 +11,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 from faults import Soak
-from test_ddp import free_port
 
 pytestmark = pytest.mark.soak
 

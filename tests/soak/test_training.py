@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROSE, TINY, assert_same_run, train_here
+from conftest import PROSE, TINY, assert_same_run, fork, start_ranks, train_here
 from faults import Soak
-from test_ddp import FORKS, free_port, train_rank
 
 import checkpoint
 import prepare
@@ -63,13 +62,7 @@ def start(name: str, n: int) -> list:
     """Starts the run on n processes, as torchrun does."""
     for path in Path().glob("rank-*.txt"):
         path.unlink()
-    port = free_port()
-    arguments = [*map(str, RUN), "--name", name]
-    ranks = [FORKS.Process(target=train_rank, args=(i, n, port, arguments, None))
-             for i in range(n)]
-    for rank in ranks:
-        rank.start()
-    return ranks
+    return start_ranks(n, "train.py", *RUN, "--name", name)
 
 
 def finish(name: str, n: int):
@@ -120,7 +113,7 @@ def test_killed_preparation_continues_to_the_same_shards():
         for _ in range(2):  # the first one also waits for imports
             shutil.rmtree(f"whole {tokenizer}", ignore_errors=True)
             started_at = time.monotonic()
-            process = start_preparation(tokenizer, f"whole {tokenizer}")
+            process = fork(prepare_text, tokenizer, f"whole {tokenizer}")
             process.join()
             assert process.exitcode == 0
             seconds[tokenizer] = time.monotonic() - started_at
@@ -129,7 +122,7 @@ def test_killed_preparation_continues_to_the_same_shards():
             tokenizer = soak.random.choice(list(seconds))
             kills = 0
             while True:
-                process = start_preparation(tokenizer, "killed")
+                process = fork(prepare_text, tokenizer, "killed")
                 # a little later each time: on a busy machine, the start may take longer
                 process.join(timeout=soak.random.uniform(0, seconds[tokenizer]) * 1.1**kills)
                 if process.exitcode is not None:
@@ -141,12 +134,6 @@ def test_killed_preparation_continues_to_the_same_shards():
             assert contents("killed") == contents(f"whole {tokenizer}")
             soak.count("SIGKILL of prepare.py", "the same shards after a restart", kills)
             shutil.rmtree("killed")
-
-
-def start_preparation(tokenizer: str, out: str):
-    process = FORKS.Process(target=prepare_text, args=(tokenizer, out))
-    process.start()
-    return process
 
 
 def prepare_text(tokenizer: str, out: str):
