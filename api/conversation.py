@@ -129,14 +129,11 @@ def fit_prompt(engine: Engine, messages: list[dict[str, str]], user: str, model:
         prompt, tokens = build_prompt(engine.tokenizer, kept, user, model)
         return prompt if tokens + length <= engine.block_size else None
 
-    def fits(left_out: int) -> bool:
-        return prompt_without(left_out) is not None
-
     # a shortened conversation with a chat template starts with the user
     beginnings = [i for i, turn in enumerate(turns) if i == 0 or turn["role"] == "user"
                   or engine.tokenizer.chat_template is None]
     # the fewer messages, the shorter the prompt: a binary search encodes few prompts
-    first = bisect.bisect_left(beginnings[:-1], True, key=fits)
+    first = bisect.bisect_left(beginnings[:-1], True, key=lambda i: prompt_without(i) is not None)
     left_out = beginnings[first]
     prompt = prompt_without(left_out)
     if prompt is None:
