@@ -147,12 +147,15 @@ def main(config: AppConfig, **launch_options) -> gr.Blocks:
     """Starts the server and returns the page; `launch_options` go to Gradio's `launch`."""
     serve.check_port(config.host, config.port)
     use_allowed_cores()
+    access = config.access
+    if access.allow_host or access.allow_origin:
+        # a reverse proxy's visitors can look like this machine's own
+        os.environ.setdefault("ALLOW_TRAINING", "0")
     models = Models(config.model, config.device, config.dtype)
     page = build(models)
     models.load_in_background()
     page.queue(max_size=64)
     api = serve.routes(models.names, models.engine)
-    access = config.access
     if config.share:  # the public link is a name below gradio.live
         access = dataclasses.replace(access, allow_host=(*access.allow_host, "*.gradio.live"))
     guard = Middleware(Guard, access=access, host=config.host)

@@ -102,6 +102,13 @@ class Engine:
     # ----------------------------------------------------------------------------------------------
     # Prompts
 
+    @functools.cached_property
+    def max_chars(self) -> int:
+        """A text with more characters than this cannot fit into the context."""
+        token_ids = range(self.tokenizer.vocab_size)
+        longest = max(len(self.tokenizer.decode_bytes([i])) for i in token_ids)  # in bytes
+        return longest * self.block_size
+
     def encode(self, prompt: str) -> tuple[list[int], list[str]]:
         """(token ids for the model, notices about the parts of the prompt that it does not see).
 

@@ -24,7 +24,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from api import metrics
-from api.completions import ChatCompletion, Completion
+from api.completions import ChatCompletion, Completion, Turns
 from api.guard import Access, Guard
 from api.schema import ChatRequest, CompletionRequest, RequestError, error_answer
 from checkpoint import describe, list_bundled
@@ -44,7 +44,7 @@ GENERATE = {"completions": (CompletionRequest, Completion),
 
 def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
     """The API for the models in `names`; `engine(name)` gives a model's engine."""
-    router = APIRouter()
+    router, turns = APIRouter(), Turns()
     created = int(time.time())
 
     def describe_model(name: str) -> dict:
@@ -81,7 +81,7 @@ def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
             model_engine = await run_in_threadpool(engine, name)
             metrics.engines[name] = model_engine
             client = http.client.host if http.client else None
-            completion = await run_in_threadpool(kind, model_engine, body, client)
+            completion = await run_in_threadpool(kind, model_engine, body, turns, client)
             response = await respond(http, completion)
         except Exception as error:
             response = error_answer(error)

@@ -5,7 +5,8 @@ import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
@@ -13,13 +14,27 @@ from fastapi.concurrency import run_in_threadpool
 from api import metrics, schema
 from api.conversation import SPEAKERS, fit_prompt, turn_ends
 from common.errors import UserError
-from engine.likelihood import encode
 from engine.reader import Piece, PieceStream, Reader
 from engine.scheduler import Token
 from generate import Engine
 
 IDLE_S = 60  # nothing happens in an empty batch
-SCORING = asyncio.Semaphore(2)  # prompts scored at a time: other requests need threads, too
+SCORED = 2  # prompts at a time: other requests need threads, too
+
+
+class Turns:
+    """Scores a few prompts at a time; the clients take turns."""
+
+    def __init__(self):
+        self.places = asyncio.Semaphore(SCORED)
+        # a client waits for places with as many prompts as there are places; its others wait here
+        self.clients = weakref.WeakValueDictionary()  # client -> Semaphore
+
+    async def score(self, client: str | None, inspect: Callable[[], list[dict]]) -> list[dict]:
+        """The result of `inspect`, which runs in a thread."""
+        own = self.clients.setdefault(client, asyncio.Semaphore(SCORED))
+        async with own, self.places:
+            return await run_in_threadpool(inspect)
 
 
 class Part(NamedTuple):
@@ -41,26 +56,21 @@ class Completion:
     """A text completion in progress: `n` choices for each prompt. Raises UserError, and Busy.
 
     Choice i belongs to prompt i // n. The request ends when the object is garbage-collected, for
-    example because the client has disconnected. Requests of one `client` share its places.
+    example because the client has disconnected. Requests of one `client` share its places, and
+    `turns` gives the clients their turns to have prompts scored.
     """
     id_prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, engine: Engine, body: schema.GenerationRequest, client: str | None = None):
+    def __init__(self, engine: Engine, body: schema.GenerationRequest, turns: Turns,
+                 client: str | None = None):
         self.engine, self.body, self.n = engine, body, body.n
+        self.turns, self.client = turns, client
         self.started_at = time.perf_counter()
         self.completion_tokens = 0
         self.head = {"id": f"{self.id_prefix}-{uuid.uuid4().hex}", "object": self.whole_object,
                      "created": int(time.time()), "model": body.model}
         self.options = body.sampling()
         self.prompts = self.read_prompts()  # token ids
-
-        # bound what one request can ask for
-        tokens = len(self.prompts) * self.n * self.options["max_new_tokens"]
-        if len(self.prompts) > schema.MAX_PROMPTS or tokens > schema.MAX_NEW_TOKENS:
-            raise UserError(
-                f"A request can have at most {schema.MAX_PROMPTS} prompts and generate at most "
-                f"{schema.MAX_NEW_TOKENS:,} tokens, but this one has {len(self.prompts):,} prompts "
-                f"and asks for {tokens:,} tokens.")
 
         # submit the prompts; if one fails, cancel the others
         requests = []
@@ -80,27 +90,45 @@ class Completion:
     def read_prompts(self) -> list[list[int]]:
         """The prompts' token ids. Completes the options."""
         self.options["logprobs"] = self.body.logprobs
-        return [self.fit(self.encode(prompt)) for prompt in self.body.prompts()]
+        prompts = self.body.prompts()
+        self.check_size(len(prompts))
+        return [self.encode(prompt) for prompt in prompts]
+
+    def check_size(self, prompts: int):
+        """Raises UserError if the request asks for too much."""
+        tokens = prompts * self.n * self.options["max_new_tokens"]
+        if prompts > schema.MAX_PROMPTS or tokens > schema.MAX_NEW_TOKENS:
+            raise UserError(
+                f"A request can have at most {schema.MAX_PROMPTS} prompts and generate at most "
+                f"{schema.MAX_NEW_TOKENS:,} tokens, but this one has {prompts:,} prompts "
+                f"and asks for {tokens:,} tokens.")
 
     def encode(self, prompt: str | list[int]) -> list[int]:
-        tokenizer = self.engine.tokenizer
+        """The prompt's ids, cut to their end if the request says so. Raises ContextExceeded."""
+        tokenizer, context = self.engine.tokenizer, self.engine.block_size
+        kept, max_chars = self.body.truncate_prompt_tokens, self.engine.max_chars
         if isinstance(prompt, str):
-            return encode(tokenizer, prompt) or self.engine.empty_prompt()
-        if not all(0 <= i < tokenizer.vocab_size for i in prompt):
+            text, _ = tokenizer.replace_unknown(prompt)
+            # encoding takes time, so do not encode what cannot fit
+            if kept is None and len(text) > max_chars:
+                raise self.context_exceeded(f"{len(text):,} characters")
+            # twice the most that fits, because where a text begins can change its first tokens
+            ids = tokenizer.encode(text[-2 * max_chars:]) or self.engine.empty_prompt()
+        elif all(0 <= i < tokenizer.vocab_size for i in prompt):
+            ids = prompt
+        else:
             raise UserError("The token ids of a prompt must be from 0 to "
                             f"{tokenizer.vocab_size - 1}.")
-        return prompt
-
-    def fit(self, ids: list[int]) -> list[int]:
-        """The ids, cut to their end if the request says so. Raises ContextExceeded."""
-        context, kept = self.engine.block_size, self.body.truncate_prompt_tokens
         if kept is not None:
             ids = ids[-min(kept if kept > 0 else context, context):]
         if len(ids) > context:
-            raise schema.ContextExceeded(
-                f"This model's context is {context:,} tokens, but the prompt has {len(ids):,}: "
-                "shorten it, or set truncate_prompt_tokens to -1 to keep only its end.")
+            raise self.context_exceeded(f"{len(ids):,}")
         return ids
+
+    def context_exceeded(self, size: str) -> schema.ContextExceeded:
+        return schema.ContextExceeded(
+            f"This model's context is {self.engine.block_size:,} tokens, but the prompt has "
+            f"{size}: shorten it, or set truncate_prompt_tokens to -1 to keep only its end.")
 
     async def echo(self, prompt: int) -> tuple[str, list[tuple[Token, int]]]:
         """What precedes the choices of a prompt, if `echo` is set: its text and tokens.
@@ -118,9 +146,7 @@ class Completion:
         tokens, offset = [], 0
         decode = self.engine.tokenizer.stream_decoder()
         inspect = functools.partial(self.engine.inspect, ids, self.body.logprobs)
-        async with SCORING:
-            inspected = await run_in_threadpool(inspect)
-        for token in inspected:
+        for token in await self.turns.score(self.client, inspect):
             tokens.append((Token(token["id"], token["logprob"], token["top"]), offset))
             offset += len(decode([token["id"]])) if count else 0
         return text, tokens
@@ -244,10 +270,11 @@ class ChatCompletion(Completion):
         self.options["max_new_tokens"] = self.body.length(default=half)
         self.options["logprobs"] = self.body.top_logprobs if self.body.logprobs else None
         self.options["stop"] += turn_ends(self.engine.tokenizer, *SPEAKERS)
+        self.check_size(1)
         # past half a context a reply continues like any text, with the last half as its context
         prompt, self.head["left_out"] = fit_prompt(
             self.engine, messages, *SPEAKERS, min(self.options["max_new_tokens"], half))
-        return [self.encode(prompt)]
+        return [prompt if isinstance(prompt, list) else self.engine.encode(prompt)[0]]
 
     async def echo(self, prompt: int) -> tuple[str, list[tuple[Token, int]]]:
         return "", []

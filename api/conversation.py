@@ -120,23 +120,25 @@ def fit_prompt(engine: Engine, messages: list[dict[str, str]], user: str, model:
     system = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
     turns = messages[len(system):]
 
-    def prompt_without(left_out: int) -> tuple[str | list[int], int]:
-        return build_prompt(engine.tokenizer, system + turns[left_out:], user, model)
-
-    def fits(left_out: int) -> bool:
-        _, tokens = prompt_without(left_out)
-        return tokens + length <= engine.block_size
+    def prompt_without(left_out: int) -> str | list[int] | None:
+        """The prompt without the oldest messages, or None if it does not fit."""
+        kept = system + turns[left_out:]
+        # encoding takes time, so do not encode what cannot fit; each message has its speaker, too
+        if sum(len(message["content"]) + 1 for message in kept) > engine.max_chars:
+            return None
+        prompt, tokens = build_prompt(engine.tokenizer, kept, user, model)
+        return prompt if tokens + length <= engine.block_size else None
 
     # a shortened conversation with a chat template starts with the user
     beginnings = [i for i, turn in enumerate(turns) if i == 0 or turn["role"] == "user"
                   or engine.tokenizer.chat_template is None]
     # the fewer messages, the shorter the prompt: a binary search encodes few prompts
-    first = bisect.bisect_left(beginnings[:-1], True, key=fits)
+    first = bisect.bisect_left(beginnings[:-1], True, key=lambda i: prompt_without(i) is not None)
     left_out = beginnings[first]
-    prompt, tokens = prompt_without(left_out)
-    if tokens + length <= engine.block_size:
-        return prompt, left_out
-    raise ContextExceeded(
-        f"This message is too long: it takes {tokens:,} tokens and the reply up to {length:,}, but "
-        f"the model's context is {engine.block_size:,} tokens. Write a shorter message, choose a "
-        "shorter reply, or choose another model.")
+    prompt = prompt_without(left_out)
+    if prompt is None:
+        raise ContextExceeded(
+            f"This message is too long: the model's context is {engine.block_size:,} tokens, of "
+            f"which the reply takes up to {length:,}. Write a shorter message, choose a shorter "
+            "reply, or choose another model.")
+    return prompt, left_out

@@ -160,16 +160,17 @@ def is_foreign(request: Request) -> bool:
 
 
 def may_train() -> bool:
-    """Whether the page lets visitors train. On a Space, which sets SPACE_ID, it must be switched
-    on."""
-    return "SPACE_ID" not in os.environ or os.environ.get("ALLOW_TRAINING") == "1"
+    """Whether the page lets visitors train: not on a Space, which sets SPACE_ID, unless the
+    environment's ALLOW_TRAINING is 1, and nowhere if it is 0."""
+    allowed = os.environ.get("ALLOW_TRAINING")
+    return allowed == "1" or (allowed != "0" and "SPACE_ID" not in os.environ)
 
 
 def require_may_train(request: Request):
     """Raises UserError unless training is switched on for everyone, or the request comes from this
     machine, not through a proxy, and not from a page of another site."""
     if not may_train():
-        raise UserError("Training is switched off on this public page.")
+        raise UserError("Training is switched off on this page.")
     names = {host_name(request.headers.get("host", "")), request.client.host}
     forwarded = any(f"x-forwarded-{name}" in request.headers for name in ("for", "host"))
     is_local = names <= LOOPBACK and not forwarded and not is_foreign(request)

@@ -2,6 +2,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import gc
 import json
 import signal
@@ -258,6 +259,48 @@ def test_a_prompt_longer_than_the_context_is_refused_unless_truncation_is_asked_
         assert cut.choices == same.choices and cut.usage == same.usage
 
 
+def test_text_that_cannot_fit_into_the_context_is_not_encoded(client, engines, monkeypatch):
+    engine, encoded = engines["gpt2"], []  # lengths of texts
+    encode = engine.tokenizer.encode
+    text = "The fox's den, 12 miles away!\n\n" * 60_000
+    ids = encode(text[-10_000:])[-64:]
+    monkeypatch.setattr(engine.tokenizer, "encode",
+                        lambda text: encoded.append(len(text)) or encode(text))
+    with pytest.raises(openai.BadRequestError, match="has 1,860,000 characters") as caught:
+        client.completions.create(model="gpt2", prompt=text)
+    assert caught.value.code == "context_length_exceeded"
+    options = {"model": "gpt2", "max_tokens": 1, "seed": 1, "echo": True, "logprobs": 0}
+    cut = client.completions.create(prompt=text, extra_body={"truncate_prompt_tokens": -1},
+                                    **options)
+    assert cut.choices == client.completions.create(prompt=ids, **options).choices
+    assert max(encoded) <= 2 * engine.max_chars < 20_000
+
+
+@pytest.mark.parametrize("model", ["base", "chat"])
+def test_messages_that_cannot_fit_into_the_context_are_not_encoded(
+        client, engines, model, monkeypatch):
+    tokenizer, encoded = engines[model].tokenizer, []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode",
+                        lambda text: encoded.append(len(text)) or encode(text))
+    long = {"role": "user", "content": "a b " * 100_000}
+    with pytest.raises(openai.BadRequestError, match="too long"):
+        client.chat.completions.create(model=model, messages=[long])
+    messages = [long, *HISTORY[2:]] + 5_000 * [{"role": "user", "content": ""}] + HISTORY[1:]
+    chat = client.chat.completions.create(model=model, messages=messages, max_tokens=1)
+    assert chat.left_out > 4_900
+    assert max(encoded) < 20 * engines[model].max_chars
+
+
+def test_more_prompts_than_allowed_are_not_encoded(engines, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(engines["char"].tokenizer, "encode", encoded.append)
+    body = CompletionRequest(model="char", prompt=["a"] * 1000)
+    with pytest.raises(UserError, match="1,000 prompts"):
+        completions.Completion(engines["char"], body, completions.Turns())
+    assert not encoded
+
+
 def test_an_echo_shows_the_text_of_the_tokens_that_the_model_read(client):
     options = {"model": "char", "prompt": "fЖox", "max_tokens": 0, "logprobs": 0, "echo": True}
     choice = client.completions.create(**options).choices[0]
@@ -293,7 +336,7 @@ def test_fields_that_ask_for_nothing_change_nothing(client, fields):
 def test_a_text_that_ran_out_of_time_says_so(engines):
     engine = Engine(engines["char"].model, engines["char"].tokenizer, deadline_s=0.1)
     body = CompletionRequest(model="char", prompt="abc", max_tokens=50_000, n=2)
-    answer = asyncio.run(completions.Completion(engine, body).whole())
+    answer = asyncio.run(completions.Completion(engine, body, completions.Turns()).whole())
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["deadline"] * 2
 
 
@@ -527,7 +570,7 @@ def test_a_client_that_disconnects_before_the_whole_text_ends_it(engines, url):
 
 def test_a_stream_that_is_never_read_ends_its_text(engines):
     body = CompletionRequest(model="char", prompt="abc", max_tokens=100_000, stream=True)
-    events = completions.Completion(engines["char"], body).server_sent_events()
+    events = completions.Completion(engines["char"], body, completions.Turns()).server_sent_events()
     assert sum(engines["char"].scheduler.load()) == 1
     del events
     gc.collect()
@@ -549,7 +592,8 @@ def test_a_server_learns_between_two_events_of_a_stream_that_the_client_has_left
                 await asyncio.sleep(0)
 
         counter = asyncio.create_task(count())
-        events = completions.Completion(engines["char"], body).server_sent_events()
+        completion = completions.Completion(engines["char"], body, completions.Turns())
+        events = completion.server_sent_events()
         turns = [turn async for _ in events]
         counter.cancel()
         return turns
@@ -564,7 +608,7 @@ def test_a_text_that_has_ended_is_answered_without_another_wait(engines, monkeyp
 
     async def answer():
         body = CompletionRequest(model="char", prompt="abc", max_tokens=5, seed=1)
-        completion = completions.Completion(engines["char"], body)
+        completion = completions.Completion(engines["char"], body, completions.Turns())
         wait_until_idle(engines["char"])
         monkeypatch.setattr(asyncio, "timeout", no_wait)
         return await completion.whole()
@@ -596,6 +640,20 @@ def test_prompts_that_are_scored_leave_threads_for_other_requests(url, engines, 
         finally:
             released.set()
         assert {future.result().status_code for future in scored} == {200}
+
+
+def test_clients_take_turns_to_have_prompts_scored():
+    scored = []
+
+    async def score():
+        turns = completions.Turns()
+        clients = ["greedy"] * 20 + ["other"] * 2
+        await asyncio.gather(*(turns.score(client, functools.partial(scored.append, client))
+                               for client in clients))
+
+    asyncio.run(score())
+    assert len(scored) == 22
+    assert scored.index("other") <= 2 * completions.SCORED
 
 
 @pytest.mark.parametrize("penalty", [1e-308, 1e308])

@@ -1,20 +1,33 @@
 """The tabs Training and About, in a browser and through the page's API."""
 import hashlib
 import json
+import os
 import re
 import time
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
-from conftest import MARKUP, PROSE, assert_markup_stays_text, go_to, running_page, wait_until
+from conftest import (
+    MARKUP,
+    PROSE,
+    assert_markup_stays_text,
+    free_port,
+    go_to,
+    running_page,
+    wait_until,
+)
 from gradio_client import handle_file
 from playwright.sync_api import expect
 
+import app
 import checkpoint
 from api import guard
+from api.guard import Access
 from common.errors import UserError
 from corpus import sources
 from ui import about, own_text, training
+from ui.models import Models
 from ui.own_text import SIZES, OwnTextTraining
 
 TEN_SECONDS = 1 / 6  # minutes
@@ -232,6 +245,19 @@ def test_only_this_machine_trains_unless_it_is_switched_on_for_all(client, tmp_p
     monkeypatch.setenv("SPACE_ID", "me/space")
     monkeypatch.setenv("ALLOW_TRAINING", "1")
     guard.require_may_train(REMOTE)
+
+
+@pytest.mark.parametrize("option", ["allow_host", "allow_origin"])
+def test_nobody_trains_on_a_page_for_others_unless_it_is_switched_on(option, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr(app, "build", MagicMock())
+    monkeypatch.setattr(Models, "load_in_background", lambda _: None)
+    access = Access(**{option: ("https://example.org",)})
+    app.main(app.AppConfig(model="bundled:shakespeare", port=free_port(), access=access))
+    with pytest.raises(UserError, match="switched off"):
+        guard.require_may_train(LOCAL)
+    monkeypatch.setitem(os.environ, "ALLOW_TRAINING", "1")
+    guard.require_may_train(LOCAL)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ import report
 from common.errors import UserError
 from common.files import read_json
 from ddp import pick_device
+from engine.scheduler import Busy
 from generate import Dtype, Engine
 from training.config import TrainConfig
 from ui import zero
 
-MAX_LOADED = 2  # models in memory; the least recently used one goes first
+MAX_LOADED = 2  # models in memory; the least recently used one that writes nothing goes first
+MAX_AT_ONCE = 4  # models that load, and models in memory if all of them write
 MAX_TIME_S = 300  # for one text, including its wait in the queue
 PREFIX_BYTES = 2**26  # per model, for the KV caches that later prompts reuse
 DTYPES = list(get_args(Dtype))
@@ -28,11 +30,21 @@ BEGINNINGS = read_json(Path(__file__).parents[1] / "assets" / "beginnings.json")
 Loaded = tuple[Engine, dict]  # with the model's info, as load_model returns it
 
 
+def is_idle(future: concurrent.futures.Future[Loaded]) -> bool:
+    """Whether a model is loaded, or has failed to load, and writes nothing."""
+    if not future.done():
+        return False
+    if future.exception():
+        return True
+    engine, _ = future.result()
+    return engine.scheduler.load() == (0, 0)
+
+
 class Models:
     """The models by name.
 
     `names` lists them, the default first. A model is loaded once per precision, in its own thread,
-    and at most MAX_LOADED stay in memory.
+    and at most MAX_LOADED stay in memory, or up to MAX_AT_ONCE while they load or write.
     """
 
     def __init__(self, requested: str | None, device: str = "auto", dtype: str = "auto"):
@@ -44,6 +56,7 @@ class Models:
         self.dtype = dtype
         self.lock = threading.RLock()
         self.loaded = collections.OrderedDict()  # (name, dtype) -> Future of Loaded
+        self.loading = set()  # Futures
         self.names = []
         self.default = self.list_names()[0]  # runs that start later do not change it
 
@@ -92,8 +105,10 @@ class Models:
     # Loading
 
     def future(self, name: str, dtype: str | None = None) -> concurrent.futures.Future[Loaded]:
-        """The model, which starts to load if it is not in memory. Raises UserError for a name or a
-        precision that is not offered."""
+        """The model, which starts to load if it is not in memory.
+
+        Raises UserError for a name or a precision that is not offered, and Busy.
+        """
         # a visitor must not open other paths
         if name not in self.names and name not in self.list_with_checkpoints():
             raise UserError("Choose a model from the list.")
@@ -105,17 +120,32 @@ class Models:
             future = self.loaded.get(key)
             # load a model that is not in memory; try a failed one again
             if future is None or (future.done() and future.exception()):
+                self.make_room()
                 future = self.loaded[key] = self.start_loading(name, dtype)
-            # drop the least recently used models
             self.loaded.move_to_end(key)
-            while len(set(self.loaded.values())) > MAX_LOADED:
-                self.loaded.popitem(last=False)
             return future
 
+    def make_room(self):
+        """Drops the least recently used models that nobody waits for or writes with."""
+        models = list(dict.fromkeys(self.loaded.values()))
+        idle = [future for future in models if is_idle(future)]
+        dropped = idle[:max(0, len(models) - MAX_LOADED + 1)]
+        if len(models) - len(dropped) >= MAX_AT_ONCE:
+            raise Busy("The server has no room for another model now: try again later.")
+        for key, future in list(self.loaded.items()):
+            if future in dropped:
+                del self.loaded[key]
+
     def start_loading(self, name: str, dtype: str) -> concurrent.futures.Future[Loaded]:
-        # a new thread for each load: OpenMP keeps its workers for every thread that has computed
+        """Loads a model without keeping it. Raises Busy if many are being loaded."""
         future = concurrent.futures.Future()
-        # not a daemon: Python's exit waits for it, because torch aborts when a thread is cut off
+        with self.lock:
+            if len(self.loading) >= MAX_AT_ONCE:
+                raise Busy("The server is loading other models: try again later.")
+            self.loading.add(future)
+        future.add_done_callback(self.loading.discard)
+        # a new thread for each load: OpenMP keeps its workers for every thread that has computed.
+        # Not a daemon: Python's exit waits for it, because torch aborts when a thread is cut off.
         threading.Thread(target=self.load, args=(name, dtype, future), daemon=False).start()
         return future
 

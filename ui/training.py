@@ -1,7 +1,7 @@
 """The Training tab: train a small model on a text of one's own, and see the runs under log/.
 
-Only this machine's own browser may train, and on a public Space nobody, unless the environment has
-ALLOW_TRAINING=1.
+Only this machine's own browser may train, and nobody on a public Space or behind a proxy, unless
+the environment has ALLOW_TRAINING=1.
 """
 import contextlib
 import os
