@@ -211,9 +211,9 @@ app = tyro.extras.SubcommandApp()
 def verify(folder: tyro.conf.Positional[Path]):
     """Compare every shard with the manifest. Stops at the first that differs."""
     manifest = read_manifest(folder)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder, manifest)
     entries = {folder / shard["file"]: shard for shard in manifest.get("shards", ())}
-    splits = [Shards(folder, split) for split in SPLITS]
+    splits = [Shards(folder, split, manifest) for split in SPLITS]
     arrays = [pair for shards in splits for pair in zip(shards.files, shards.arrays)]
 
     # compare each shard with its entry
@@ -248,13 +248,13 @@ def verify(folder: tyro.conf.Positional[Path]):
 @app.command
 def info(folder: tyro.conf.Positional[Path]):
     """Print documents, tokens, bytes per token, and the start of a document for each split."""
-    tokenizer = read_tokenizer(folder)
     manifest = read_manifest(folder)
+    tokenizer = read_tokenizer(folder, manifest)
     if manifest:
         name = manifest["source"].get("name", "unknown source")
         print(f"{name}, tokenizer {tokenizer.kind} with {tokenizer.vocab_size:,} ids")
     for split in "train", "val":
-        shards = Shards(folder, split)
+        shards = Shards(folder, split, manifest)
         documents = "unknown"
         if manifest:
             entries = [shard for shard in manifest["shards"] if shard["split"] == split]

@@ -1,6 +1,7 @@
-"""The command lines that the fuzzer tries, like the parsers of files in parsers.py.
+"""The command lines that the fuzzer tries: COMMAND_LINES, a table at the end.
 
-An attempt calls a program with random arguments in this process, up to where its work would start.
+See tokenizer_files.py for how such a table works. An attempt calls a program with random arguments
+in this process, up to where its work would start.
 """
 import dataclasses
 import io
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import tyro
 from mutations import mutate
-from parsers import TEXT, prepared_data
-from tyro import _parsers
+from small import TEXT, prepared_data
+from tyro import _parsers, _unsafe_cache
 
 import generate
 import hellaswag
@@ -73,8 +74,11 @@ def outcome_of(start) -> str:
         return "the parser's own error"
 
 
-def cache_specifications(patch):
-    """Reads each program's options once: tyro does so for every command line, which takes long."""
+def cache_options(patch):
+    """Reads each program's options and their help texts once.
+
+    tyro does so for every command line, which takes longer than all the rest.
+    """
     build, known = _parsers.ParserSpecification.from_callable_or_type, {}
 
     def from_callable_or_type(f, **arguments):
@@ -84,6 +88,7 @@ def cache_specifications(patch):
         return known[key]
 
     patch.setattr(_parsers.ParserSpecification, "from_callable_or_type", from_callable_or_type)
+    patch.setattr(_unsafe_cache, "clear_cache", lambda: None)
 
 
 def train_line(patch):
@@ -97,12 +102,13 @@ def train_line(patch):
     patch.setattr(train, "model_sizes", model_sizes)
     options = options_of(TrainConfig)
     Path("text.txt").write_text(TEXT)
-    cache_specifications(patch)
+    cache_options(patch)
 
     def attempt(source):
         arguments = hostile_arguments(options, source)
         if source.random() < 0.5:
-            arguments.insert(0, source.choice((*train.PRESETS, *WORDS)))
+            names = WORDS if source.random() < 0.1 else list(train.PRESETS)
+            arguments.insert(0, source.choice(names))
         return outcome_of(lambda: train.main(arguments))
     return attempt
 
@@ -114,7 +120,7 @@ def prepare_line(patch):
     options = options_of(prepare.PrepareConfig)
     Path("text.txt").write_text(TEXT)
     prepared_data("data")
-    cache_specifications(patch)
+    cache_options(patch)
 
     def attempt(source):
         arguments = hostile_arguments(options, source)
@@ -127,7 +133,7 @@ def generate_line(patch):
     patch.setattr(generate.ModelConfig, "load", start_work)
     options = [*options_of(generate.GenerateConfig), "-m", "-p", "-n", "-d"]
     Path("text.txt").write_text(TEXT)
-    cache_specifications(patch)
+    cache_options(patch)
 
     def attempt(source):
         arguments = hostile_arguments(options, source)
@@ -142,7 +148,7 @@ def hellaswag_line(patch):
     patch.setattr(generate.ModelConfig, "load", start_work)
     options = [*options_of(hellaswag.HellaSwagConfig), "-m", "-d"]
     Path("text.txt").write_text(TEXT)
-    cache_specifications(patch)
+    cache_options(patch)
 
     def attempt(source):
         arguments = hostile_arguments(options, source)
