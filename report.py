@@ -48,12 +48,13 @@ def read_lines(path: Path) -> list[dict]:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
                 line = parse_json(text)
+                line |= {"step": int(line["step"]), "time": float(line["time"])}
                 # pandas refuses a lone surrogate and an integer beyond the range of a float
                 json.dumps(line, ensure_ascii=False).encode()
                 for value in line.values():
                     if isinstance(value, int):
                         float(value)
-                lines.append({**line, "step": int(line["step"]), "time": float(line["time"])})
+                lines.append(line)
     return lines
 
 

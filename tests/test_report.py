@@ -124,7 +124,7 @@ def test_energy_counts_lost_hours_but_not_the_time_between_sessions(fake_run):
 
 def test_a_device_is_looked_up_once_however_long_the_log_is(fake_run, monkeypatch):
     names = []
-    monkeypatch.setattr(report, "find_device", lambda name: names.append(name))
+    monkeypatch.setattr(report, "find_device", names.append)
     report.cost(fake_run)
     assert names == ["NVIDIA A100-SXM4-80GB"]
 

@@ -2,6 +2,7 @@
 
 See tokenizer_files.py for how such a table works.
 """
+import contextlib
 import dataclasses
 import functools
 import io
@@ -47,15 +48,10 @@ def share_models(patch):
     patch.setattr(weights_state, "GPT", lambda config: build(config).to("meta"))
 
 
-class NoThreads:
-    """Stands in for a pool of threads, which take longer to start than to hash a few bytes."""
-    map = staticmethod(map)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
+def use_no_threads(patch):
+    """Hashes files in this thread: others take longer to start than to hash a few bytes."""
+    pool = types.SimpleNamespace(map=map)
+    patch.setattr(checkpoint, "ThreadPoolExecutor", lambda: contextlib.nullcontext(pool))
 
 
 def assert_same_weights(model: GPT, expected: dict):
@@ -249,7 +245,7 @@ def run_folder(patch):
     parts = new_parts()
 
     # read the model anew only if it has changed
-    patch.setattr(checkpoint, "ThreadPoolExecutor", NoThreads)
+    use_no_threads(patch)
     unpickle = checkpoint.unpickle
     saved = unpickle(run / "model_00001.pt")
     patch.setattr(checkpoint, "unpickle", lambda path: (
@@ -272,7 +268,7 @@ def run_folder(patch):
 
 def sharded_run(patch):
     """A state that holds the weights too, as training with --shard writes it for a large model."""
-    patch.setattr(checkpoint, "ThreadPoolExecutor", NoThreads)
+    use_no_threads(patch)
     run, state = Path("run"), Path("run/state_00001")
     expected = dict(small_gpt().state_dict())
     run.mkdir()

@@ -37,19 +37,21 @@ def start_work(*_, **__):
     raise Work
 
 
-def options_of(config: type) -> list[str]:
-    return [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)]
+def options_of(config: type) -> dict[str, str]:
+    """A program's options, and their defaults."""
+    return {f"--{field.name.replace('_', '-')}": str(field.default)
+            for field in dataclasses.fields(config)}
 
 
-def hostile_arguments(options: list[str], source: random.Random) -> list[str]:
+def hostile_arguments(options: dict[str, str], source: random.Random) -> list[str]:
     """Up to eight arguments: options, most of them with a value, and words."""
     arguments = []
     for _ in range(source.randrange(1, 5)):
-        option = source.choice(options)
+        option, default = source.choice(list(options.items()))
+        word = source.choice((source.choice(WORDS), default))
         if source.random() < 0.1:
             option = mutate(option.encode(), source).decode("utf-8", "surrogateescape")
             option = option.replace("\0", "")  # which ends an argument
-        word = source.choice(WORDS)
         kind = source.random()
         if kind < 0.6:
             arguments += [option, word]
@@ -131,7 +133,8 @@ def prepare_line(patch):
 
 def generate_line(patch):
     patch.setattr(generate.ModelConfig, "load", start_work)
-    options = [*options_of(generate.GenerateConfig), "-m", "-p", "-n", "-d"]
+    options = options_of(generate.GenerateConfig)
+    options |= {"-m": "bundled", "-p": "a", "-n": "1", "-d": "cpu"}
     Path("text.txt").write_text(TEXT)
     cache_options(patch)
 
@@ -146,7 +149,7 @@ def hellaswag_line(patch):
     patch.setattr(hellaswag, "download", start_work)
     patch.setattr(hellaswag, "read_examples", start_work)
     patch.setattr(generate.ModelConfig, "load", start_work)
-    options = [*options_of(hellaswag.HellaSwagConfig), "-m", "-d"]
+    options = options_of(hellaswag.HellaSwagConfig) | {"-m": "bundled", "-d": "cpu"}
     Path("text.txt").write_text(TEXT)
     cache_options(patch)
 
