@@ -92,8 +92,8 @@ def metrics(run: str | Path) -> pd.DataFrame:
         raise UserError(f"{run} is not a run with measurements: give a folder that train.py wrote, "
                         "with config.json and metrics.jsonl.")
     frame = pd.DataFrame(lines).apply(pd.to_numeric, errors="coerce")
-    frame = frame.replace([math.inf, -math.inf], math.nan)
-    return frame.assign(tokens=frame["step"] * batch_tokens)
+    frame = frame.assign(tokens=frame["step"] * batch_tokens)
+    return frame.replace([math.inf, -math.inf], math.nan)
 
 
 def samples(run: str | Path) -> pd.DataFrame:

@@ -56,14 +56,16 @@ def test_damage_that_is_still_json_is_left_out(fake_run):
     assert report.cost(fake_run)
 
 
-def test_integers_beyond_the_range_of_a_float_are_left_out(fake_run):
+def test_numbers_beyond_the_range_of_a_float_are_left_out(fake_run):
     huge = "9" * 400
     device = '"device": "NVIDIA A100-SXM4-80GB"'
     with open(fake_run / "metrics.jsonl", "a") as file:
         file.write(f'\n{{"time": 93602, "step": 30, "val_loss": {huge}}}\n'
+                   f'{{"time": 93602, "step": 1e308, "val_loss": 5}}\n'  # times batch_tokens
                    f'{{"time": 93603, "step": 30, "event": "resume", {device}, '
                    f'"processes": {huge}}}\n')
     assert report.loss(fake_run)["loss"].max() < 11
+    assert report.metrics(fake_run)["tokens"].max() == 30 * 2**19
     assert report.summary(fake_run)["machine"] == "8 x NVIDIA A100-SXM4-80GB"
     for batch_tokens in 0, 2**63, int(huge):
         (fake_run / "config.json").write_text(json.dumps({"batch_tokens": batch_tokens}))
