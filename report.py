@@ -9,8 +9,10 @@ A frame holds one or more curves. Each point has the number of tokens seen so fa
 with different batch sizes can be compared.
 """
 import contextlib
+import functools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 from common.program import report_user_errors
@@ -46,9 +48,13 @@ def read_lines(path: Path) -> list[dict]:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
                 line = parse_json(text)
-                # pandas refuses a lone surrogate, which is a ValueError here
+                line |= {"step": int(line["step"]), "time": float(line["time"])}
+                # pandas refuses a lone surrogate and an integer beyond the range of a float
                 json.dumps(line, ensure_ascii=False).encode()
-                lines.append({**line, "step": int(line["step"]), "time": float(line["time"])})
+                for value in line.values():
+                    if isinstance(value, int):
+                        float(value)
+                lines.append(line)
     return lines
 
 
@@ -81,12 +87,13 @@ def metrics(run: str | Path) -> pd.DataFrame:
     """
     lines = drop_lost_steps(read_lines(Path(run) / "metrics.jsonl"))
     batch_tokens = read_config(run).get("batch_tokens")
-    if not lines or not isinstance(batch_tokens, int):
+    is_count = isinstance(batch_tokens, int) and 0 < batch_tokens < 2**63
+    if not lines or not is_count:
         raise UserError(f"{run} is not a run with measurements: give a folder that train.py wrote, "
                         "with config.json and metrics.jsonl.")
     frame = pd.DataFrame(lines).apply(pd.to_numeric, errors="coerce")
-    frame = frame.replace([math.inf, -math.inf], math.nan)
-    return frame.assign(tokens=frame["step"] * batch_tokens)
+    frame = frame.assign(tokens=frame["step"] * batch_tokens)
+    return frame.replace([math.inf, -math.inf], math.nan)
 
 
 def samples(run: str | Path) -> pd.DataFrame:
@@ -130,14 +137,18 @@ def add_published_curves(run: str | Path, *curves: pd.DataFrame) -> pd.DataFrame
     return pd.concat(curves, ignore_index=True)
 
 
-def published_curves(value: str) -> list[pd.DataFrame]:
-    """The published runs' curves of "loss" or "hellaswag"; not every run has both."""
+@functools.cache
+def published_curves(value: str) -> tuple[pd.DataFrame, ...]:
+    """The published runs' curves of "loss" or "hellaswag", not to be changed.
+
+    Not every run has both.
+    """
     curves = []
     for name, (file, batch_tokens) in PUBLISHED_RUNS.items():
         frame = pd.read_csv(REFERENCE / file).rename(columns={"val_loss": "loss"})
         frame = frame.assign(tokens=frame["step"] * batch_tokens)
         curves.append(curve(frame, value, value, name))
-    return [frame for frame in curves if len(frame)]
+    return tuple(frame for frame in curves if len(frame))
 
 
 def compare_to_published(tokens: int, val_loss: float) -> str:
@@ -195,28 +206,32 @@ def cost(run: str | Path) -> dict[str, str]:
     The energy is the devices' maximum power over the time in the log. It includes what was lost to
     interruptions, but not the rest of the machine or its cooling.
     """
-    log = pd.DataFrame(read_lines(Path(run) / "metrics.jsonl"))
-    log = log.reindex(columns=["time", "event", "device", "processes"])
+    lines = read_lines(Path(run) / "metrics.jsonl")
+    seconds = Counter()  # on each machine: (number of processes, device)
+    machine = (1, "an unknown device")
+    for previous, line in zip([*lines[:1], *lines], lines):
+        # the line that starts or resumes a session names its machine
+        if "device" in line:
+            processes = line.get("processes")
+            is_count = isinstance(processes, int) and 0 < processes < 1e6
+            machine = (processes if is_count else 1, str(line["device"]))
+        # the time since the line before: never negative, as the clock may have been set back, and 0
+        # if a session starts or resumes, as that time was not spent on training
+        seconds[machine] += 0 if "event" in line else max(0, line["time"] - previous["time"])
 
-    # s since the line before: never negative, as the clock may have been set back, and 0 if a
-    # session starts or resumes, as that time was not spent on training
-    elapsed = log["time"].diff().clip(lower=0).where(log["event"].isna(), 0).fillna(0)
-    seconds = elapsed.sum()
+    total = sum(seconds.values())
+    kwh = 0.0
+    for (processes, name), duration in seconds.items():
+        device = find_device(name)
+        watts = device.watts if device else math.nan
+        kwh += processes * watts * duration / 3.6e6
 
-    # the machine of each line is that of its session
-    names = log["device"].ffill()
-    devices = [name if isinstance(name, str) else "an unknown device" for name in names]
-    processes = pd.to_numeric(log["processes"], errors="coerce").ffill().fillna(1)
-    machines = [f"{n:g} x {device}" for n, device in zip(processes, devices)]
-    watts = [device.watts if device else math.nan for device in map(find_device, devices)]
-    kwh = (processes * watts * elapsed).sum(skipna=False) / 3.6e6
-
-    if seconds >= 3600:
-        time = f"{seconds / 3600:,.2f} hours"
+    if total >= 3600:
+        time = f"{total / 3600:,.2f} hours"
     else:
-        time = f"{seconds / 60:,.1f} minutes"
-    figures = {"time": f"{time}, including evaluation",
-               "machine": ", ".join(dict.fromkeys(machines))}
+        time = f"{total / 60:,.1f} minutes"
+    machines = ", ".join(f"{processes:,} x {name}" for processes, name in seconds)
+    figures = {"time": f"{time}, including evaluation", "machine": machines}
     if math.isnan(kwh):
         figures["energy, CO2e"] = "not stated, because this device's power is not known"
     else:

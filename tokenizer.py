@@ -138,7 +138,7 @@ class BPETokenizer(Tokenizer):
         self.eot = vocab.get(END_OF_TEXT, eot)
         self.special_ids = frozenset(vocab[token] for token in added)
         self.token_bytes = {
-            i: token.encode() if token in added else bytes(UNICODE_TO_BYTE[c] for c in token)
+            i: token.encode() if token in added else bytes(map(UNICODE_TO_BYTE.__getitem__, token))
             for token, i in vocab.items()}
 
         # use tiktoken if ids follow the order of the merges

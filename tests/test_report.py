@@ -56,6 +56,23 @@ def test_damage_that_is_still_json_is_left_out(fake_run):
     assert report.cost(fake_run)
 
 
+def test_numbers_beyond_the_range_of_a_float_are_left_out(fake_run):
+    huge = "9" * 400
+    device = '"device": "NVIDIA A100-SXM4-80GB"'
+    with open(fake_run / "metrics.jsonl", "a") as file:
+        file.write(f'\n{{"time": 93602, "step": 30, "val_loss": {huge}}}\n'
+                   f'{{"time": 93602, "step": 1e308, "val_loss": 5}}\n'  # times batch_tokens
+                   f'{{"time": 93603, "step": 30, "event": "resume", {device}, '
+                   f'"processes": {huge}}}\n')
+    assert report.loss(fake_run)["loss"].max() < 11
+    assert report.metrics(fake_run)["tokens"].max() == 30 * 2**19
+    assert report.summary(fake_run)["machine"] == "8 x NVIDIA A100-SXM4-80GB"
+    for batch_tokens in 0, 2**63, int(huge):
+        (fake_run / "config.json").write_text(json.dumps({"batch_tokens": batch_tokens}))
+        with pytest.raises(UserError, match="not a run with measurements"):
+            report.summary(fake_run)
+
+
 def test_published_curves_accompany_only_runs_on_fineweb_edu(fake_run):
     curves = report.loss(fake_run).groupby("curve")["loss"].last()
     assert curves["allenporter/nano-gpt"] == 3.0538 and curves["samkeet/GPT_124M"] == 2.9716
@@ -66,6 +83,8 @@ def test_published_curves_accompany_only_runs_on_fineweb_edu(fake_run):
 
 
 def test_a_loss_is_compared_with_the_published_runs_after_as_many_tokens():
+    # their files are read once
+    assert report.published_curves("loss") is report.published_curves("loss")
     comparison = report.compare_to_published(19_072 * 2**19, 3.13)
     assert re.match(r"0\.0\d (above|below) the published runs after 9,999,220,736 tokens",
                     comparison)
@@ -103,6 +122,13 @@ def test_energy_counts_lost_hours_but_not_the_time_between_sessions(fake_run):
     assert figures["CO2e"].startswith(f"{6.4 * 0.473:.1f} kg")
     assert figures["best validation loss"] == "5.0000 nats per token (step 20)"
     assert figures["throughput, median"] == "1,600,000 tokens/s"
+
+
+def test_a_device_is_looked_up_once_however_long_the_log_is(fake_run, monkeypatch):
+    names = []
+    monkeypatch.setattr(report, "find_device", names.append)
+    report.cost(fake_run)
+    assert names == ["NVIDIA A100-SXM4-80GB"]
 
 
 def test_a_clock_that_is_set_back_takes_no_time_from_the_report(fake_run):

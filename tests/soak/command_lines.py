@@ -1,6 +1,7 @@
-"""The command lines that the fuzzer tries, like the parsers of files in parsers.py.
+"""The command lines that the fuzzer tries: COMMAND_LINES, a table at the end.
 
-An attempt calls a program with random arguments in this process, up to where its work would start.
+See tokenizer_files.py for how such a table works. An attempt calls a program with random arguments
+in this process, up to where its work would start.
 """
 import dataclasses
 import io
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import tyro
 from mutations import mutate
-from parsers import TEXT, prepared_data
-from tyro import _parsers
+from small import TEXT, prepared_data
+from tyro import _parsers, _unsafe_cache
 
 import generate
 import hellaswag
@@ -36,19 +37,21 @@ def start_work(*_, **__):
     raise Work
 
 
-def options_of(config: type) -> list[str]:
-    return [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)]
+def options_of(config: type) -> dict[str, str]:
+    """A program's options, and their defaults."""
+    return {f"--{field.name.replace('_', '-')}": str(field.default)
+            for field in dataclasses.fields(config)}
 
 
-def hostile_arguments(options: list[str], source: random.Random) -> list[str]:
+def hostile_arguments(options: dict[str, str], source: random.Random) -> list[str]:
     """Up to eight arguments: options, most of them with a value, and words."""
     arguments = []
     for _ in range(source.randrange(1, 5)):
-        option = source.choice(options)
+        option, default = source.choice(list(options.items()))
+        word = source.choice((source.choice(WORDS), default))
         if source.random() < 0.1:
             option = mutate(option.encode(), source).decode("utf-8", "surrogateescape")
             option = option.replace("\0", "")  # which ends an argument
-        word = source.choice(WORDS)
         kind = source.random()
         if kind < 0.6:
             arguments += [option, word]
@@ -73,8 +76,11 @@ def outcome_of(start) -> str:
         return "the parser's own error"
 
 
-def cache_specifications(patch):
-    """Reads each program's options once: tyro does so for every command line, which takes long."""
+def cache_options(patch):
+    """Reads each program's options and their help texts once.
+
+    tyro does so for every command line, which takes longer than all the rest.
+    """
     build, known = _parsers.ParserSpecification.from_callable_or_type, {}
 
     def from_callable_or_type(f, **arguments):
@@ -84,6 +90,7 @@ def cache_specifications(patch):
         return known[key]
 
     patch.setattr(_parsers.ParserSpecification, "from_callable_or_type", from_callable_or_type)
+    patch.setattr(_unsafe_cache, "clear_cache", lambda: None)
 
 
 def train_line(patch):
@@ -97,12 +104,13 @@ def train_line(patch):
     patch.setattr(train, "model_sizes", model_sizes)
     options = options_of(TrainConfig)
     Path("text.txt").write_text(TEXT)
-    cache_specifications(patch)
+    cache_options(patch)
 
     def attempt(source):
         arguments = hostile_arguments(options, source)
         if source.random() < 0.5:
-            arguments.insert(0, source.choice((*train.PRESETS, *WORDS)))
+            names = WORDS if source.random() < 0.1 else list(train.PRESETS)
+            arguments.insert(0, source.choice(names))
         return outcome_of(lambda: train.main(arguments))
     return attempt
 
@@ -114,7 +122,7 @@ def prepare_line(patch):
     options = options_of(prepare.PrepareConfig)
     Path("text.txt").write_text(TEXT)
     prepared_data("data")
-    cache_specifications(patch)
+    cache_options(patch)
 
     def attempt(source):
         arguments = hostile_arguments(options, source)
@@ -125,9 +133,10 @@ def prepare_line(patch):
 
 def generate_line(patch):
     patch.setattr(generate.ModelConfig, "load", start_work)
-    options = [*options_of(generate.GenerateConfig), "-m", "-p", "-n", "-d"]
+    options = options_of(generate.GenerateConfig)
+    options |= {"-m": "bundled", "-p": "a", "-n": "1", "-d": "cpu"}
     Path("text.txt").write_text(TEXT)
-    cache_specifications(patch)
+    cache_options(patch)
 
     def attempt(source):
         arguments = hostile_arguments(options, source)
@@ -140,9 +149,9 @@ def hellaswag_line(patch):
     patch.setattr(hellaswag, "download", start_work)
     patch.setattr(hellaswag, "read_examples", start_work)
     patch.setattr(generate.ModelConfig, "load", start_work)
-    options = [*options_of(hellaswag.HellaSwagConfig), "-m", "-d"]
+    options = options_of(hellaswag.HellaSwagConfig) | {"-m": "bundled", "-d": "cpu"}
     Path("text.txt").write_text(TEXT)
-    cache_specifications(patch)
+    cache_options(patch)
 
     def attempt(source):
         arguments = hostile_arguments(options, source)

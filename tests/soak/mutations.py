@@ -17,6 +17,15 @@ DEEP_JSON = ("[" * 100_000, "[" * 400 + "]" * 400, '{"a":' * 5000 + "1" + "}" * 
              "-", "1e", '"', "NaN")
 SNIPPETS = (b"0", b"-1", b"1e999", b"null", b"[", b"]", b"{", b"}", b'"', b",", b":", b"\\",
             b"\\ud800", b"{}", b"9" * 30, b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\xef\xbb\xbf", b"\n")
+# opcodes: memo entries, counted strings, calls, frames, and references to functions
+HUGE = b"\xff\xff\xff\x7f"
+PICKLE_SNIPPETS = (
+    b"r\xff\xff\xff\x07", b"r" + HUGE, b"p99999999\n", b"j" + HUGE, b"h\x09", b"q\x09",
+    b"B" + HUGE, b"X" + HUGE, b"T" + HUGE, b"\x8b" + HUGE, b"\x8e" + HUGE * 2, b"\x95" + HUGE * 2,
+    b"\x8a\xff", b"cos\nsystem\n", b"cnt\n_\n", b"R", b"\x81", b"b", b"o", b"i", b"(", b"t", b"l",
+    b"d", b"0", b"2", b"1", b"N", b"s", b"u", b"a", b"e", b"}", b"]", b")", b"\x85", b"\x8f",
+    b"\x90", b"\x93", b"\x96", b"Q", b"P1\n", b".", b"I" + b"9" * 30 + b"\n", b"L1L\n", b"F1e999\n",
+    b"S'a'\n", b"Vx\n", b"\x80\x63", b"\x82\x01", b"\x94")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,11 +7,16 @@ import os
 import tempfile
 
 import pytest
+from api_bodies import BODIES
+from checkpoint_files import CHECKPOINTS
 from command_lines import COMMAND_LINES
+from data_files import DATA
 from fuzzing import fuzz
-from parsers import PARSERS
+from tokenizer_files import TOKENIZERS
 
 pytestmark = pytest.mark.soak
+
+PARSERS = TOKENIZERS | CHECKPOINTS | DATA | BODIES | COMMAND_LINES
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +29,7 @@ def folder_in_memory(monkeypatch):
         monkeypatch.undo()  # leave the folder before it is removed
 
 
-@pytest.mark.parametrize("name", [*PARSERS, *COMMAND_LINES])
+@pytest.mark.parametrize("name", PARSERS)
 def test_hostile_inputs_get_one_sentence_or_are_read_correctly(name, monkeypatch):
-    prepare = (PARSERS | COMMAND_LINES)[name]
-    fuzz(name, prepare(monkeypatch))
+    fuzz(name, PARSERS[name](monkeypatch))
 
