@@ -149,6 +149,10 @@ def write_folder(folder: Path, gpt: GPT, tokenizer: Tokenizer, info: dict, dtype
     if run:
         info = {**info, "train_config": report.read_config(run)}
 
+    # the weights
+    training_info = {key: info[key] for key in ("train_config", "step", "val_loss") if key in info}
+    save_huggingface(folder, gpt, tokenizer, getattr(torch, dtype), **training_info)
+
     # the plots and the card
     path = folder / "README.md"
     if path.exists() and MARK.encode() not in path.read_bytes():
@@ -157,10 +161,6 @@ def write_folder(folder: Path, gpt: GPT, tokenizer: Tokenizer, info: dict, dtype
         plots = report.save_plots(run, folder) if run else []
         card = model_card(gpt, tokenizer, info, run, address, plots)
         path.write_text(card, encoding="utf-8")
-
-    # the weights
-    training_info = {key: info[key] for key in ("train_config", "step", "val_loss") if key in info}
-    save_huggingface(folder, gpt, tokenizer, getattr(torch, dtype), **training_info)
 
 
 def count_parameters(gpt: GPT, tokenizer: Tokenizer) -> int:
