@@ -76,7 +76,7 @@ def test_the_notebook_runs_and_its_claims_hold(tmp_path, monkeypatch):
     first, *_, last = results["validation"]
     assert first == pytest.approx(uniform_loss, abs=0.1)
     assert results["entropy"] < last < 2.3 < first
-    assert results["saved"] == [300, pytest.approx(last)]
+    assert results["saved"] == [400, pytest.approx(last)]
 
     # attention
     assert results["attention_sums"] < 1e-5 and results["hidden_difference"] < 1e-4
