@@ -145,9 +145,7 @@ def write_folder(folder: Path, gpt: GPT, tokenizer: Tokenizer, info: dict, dtype
     `address` is the name under which the card loads the model. A card written by hand is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = source_run(info)
-    if run:
-        info = {**info, "train_config": report.read_config(run)}
+    run, info = find_run(info)
 
     # the weights
     training_info = {key: info[key] for key in ("train_config", "step", "val_loss") if key in info}
@@ -172,19 +170,24 @@ def count_parameters(gpt: GPT, tokenizer: Tokenizer) -> int:
 # --------------------------------------------------------------------------------------------------
 # The model card
 
-def source_run(info: dict) -> Path | None:
-    """The folder of the run that trained a model, or None if it is not on this machine."""
+def find_run(info: dict) -> tuple[Path | None, dict]:
+    """(the folder of the run that trained a model, the model's info with the run's configuration).
+
+    If the run is not on this machine, returns None and the info unchanged.
+    """
     path = Path(info["path"])
-    has_run = path.suffix == ".pt" and "step" in info and (path.parent / "metrics.jsonl").is_file()
-    return path.parent if has_run else None
+    run = path.parent
+    if path.suffix == ".pt" and "step" in info and (run / "metrics.jsonl").is_file():
+        return run, {**info, "train_config": report.read_config(run)}
+    return None, info
 
 
 def model_card(gpt: GPT, tokenizer: Tokenizer, info: dict, run: Path | None, address: str,
                plots: Sequence[Path] = ()) -> str:
     """The card's text: what the model is and, if known, how it was trained and with what results.
 
-    `info` is from `load_model`. Its `train_config` may be missing or from another program. `plots`
-    are image files beside the card.
+    `info` and `run` are from `find_run`. The info's `train_config` may be missing or from another
+    program. `plots` are image files beside the card.
     """
     config = info.get("train_config", {})
     corpus = as_dict(config.get("corpus"))

@@ -159,7 +159,7 @@ def test_a_checkpoint_of_build_nanogpt_opens(gpt, tmp_path, pickled_config):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_checkpoint_of_nanogpt_with_gpt2_tokens_opens(gpt, tmp_path, bias):
+def test_a_checkpoint_of_nanogpt_with_gpt2_tokens_opens(gpt, tmp_path, recwarn, bias):
     if not bias:
         for name, w in gpt.named_parameters():
             if name.endswith("bias"):
@@ -170,10 +170,11 @@ def test_a_checkpoint_of_nanogpt_with_gpt2_tokens_opens(gpt, tmp_path, bias):
         "model": {f"_orig_mod.{name}": w for name, w in state.items()},
         "optimizer": {"state": {}, "param_groups": []},
         "model_args": {**SIZES, "bias": bias, "dropout": 0.2},
-        "iter_num": 600_000, "best_val_loss": torch.tensor(2.9),
+        "iter_num": 600_000, "best_val_loss": torch.tensor(2.9, requires_grad=True),
         "config": {"dataset": "openwebtext"}}, tmp_path / "ckpt.pt")
     info = assert_loads(tmp_path / "ckpt.pt", gpt, activation="gelu")
     assert info["val_loss"] == pytest.approx(2.9)
+    assert not recwarn.list
 
 
 def test_nanogpts_characters_come_from_meta_pkl(tmp_path):

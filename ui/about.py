@@ -6,7 +6,6 @@ from types import MethodType
 import gradio as gr
 
 import publish
-import report
 from ui.models import Models
 from ui.settings import ASSETS, QUIET
 
@@ -37,9 +36,7 @@ def card(models: Models, name: str) -> tuple[str, str, gr.Accordion, dict | None
     """
     engine, info = models.future(name).result()
     readme = Path(info["path"]) / "README.md"
-    run = publish.source_run(info)
-    if run:
-        info = {**info, "train_config": report.read_config(run)}
+    run, info = publish.find_run(info)
     text = (readme.read_text(encoding="utf-8") if readme.is_file()
             else publish.model_card(engine.model, engine.tokenizer, info, run, name))
 

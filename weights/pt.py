@@ -56,7 +56,9 @@ def from_nanogpt(content: dict, path: Path) -> tuple[dict, dict, Tokenizer, dict
     """
     arguments = dict(content["model_args"])
     config = {name: arguments[name] for name in SIZES} | {"activation": "gelu"}
-    info = {"step": content["iter_num"], "val_loss": float(content["best_val_loss"])}
+    # a number, or a tensor that may require grad
+    val_loss = torch.as_tensor(content["best_val_loss"], dtype=torch.float64)
+    info = {"step": content["iter_num"], "val_loss": val_loss.item()}
     state = normalize_names(content["model"])
     # add the biases that the model was trained without
     for name in list(state):
