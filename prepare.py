@@ -136,8 +136,9 @@ def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
             else:
                 passages = reader.read(files, writer.cursor, val_share)
                 if val_from:
-                    val_from = (val_from[0] - first, *val_from[1:])  # among this part's files
-                    passages = reader.assign_split(passages, val_from)
+                    file, document, passage = val_from
+                    val_in_part = file - first, document, passage  # counts this part's files only
+                    passages = reader.assign_split(passages, val_in_part)
                 threads = options.workers or available_cores()
                 batches = encoding.encode_passages(passages, encoder, threads)
             with contextlib.closing(batches):

@@ -36,6 +36,8 @@ RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 # sha256 of OpenAI's merges.txt
 GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 END_OF_TEXT = "<|endoftext|>"
+# the tokenizer_config.json with which `transformers` opens a tokenizer.json
+FAST_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
 class Tokenizer:
@@ -141,13 +143,13 @@ class BPETokenizer(Tokenizer):
             i: token.encode() if token in added else bytes(map(UNICODE_TO_BYTE.__getitem__, token))
             for token, i in vocab.items()}
 
-        # use tiktoken if ids follow the order of the merges
+        # use tiktoken if the vocabulary is the 256 bytes and one token per merge, in their order
         self.splits_like_gpt2 = splits_like_gpt2(parts)
         ranks = {self.token_bytes[i]: i for i in vocab.values() if i not in self.special_ids}
-        merged = [vocab.get("".join(pair)) for pair in read_merges(parts)]
+        merged = [vocab["".join(pair)] for pair in read_merges(parts)]
+        in_order = merged == sorted(set(merged))
         has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
-        complete = None not in merged and len(ranks) == 256 + len(merged) and has_all_bytes
-        if self.splits_like_gpt2 and complete and merged == sorted(set(merged)):
+        if self.splits_like_gpt2 and in_order and has_all_bytes and len(ranks) == 256 + len(merged):
             self.fast = tiktoken_bpe(ranks)
 
     def encode(self, text: str) -> list[int]:
@@ -336,7 +338,7 @@ class CharTokenizer(Tokenizer):
         self.chars = chars
         self.vocab_size = len(chars)
         self.replacement = " " if " " in chars else ""
-        self.unknown = f"[^{re.escape(chars)}]"  # a pattern
+        self.unknown = re.compile(f"[^{re.escape(chars)}]")
 
         # the id of each code point, -1 for those that are not in the alphabet
         codes = code_points(chars)
@@ -362,8 +364,8 @@ class CharTokenizer(Tokenizer):
     def replace_unknown(self, text: str) -> tuple[str, str]:
         if (self.look_up(text) >= 0).all():
             return text, ""
-        unknown = "".join(dict.fromkeys(re.findall(self.unknown, text)))
-        return re.sub(self.unknown, self.replacement, text), unknown
+        unknown = "".join(dict.fromkeys(self.unknown.findall(text)))
+        return self.unknown.sub(self.replacement, text), unknown
 
     def decode_bytes(self, ids) -> bytes:
         text = "".join(self.chars[i] for i in ids if 0 <= i < self.vocab_size)
@@ -377,7 +379,7 @@ class CharTokenizer(Tokenizer):
         ids = {char: i for i, char in enumerate(self.chars)}
         model = tokenizers.models.WordLevel(ids, unk_token=self.chars[0])
         fast = tokenizers.Tokenizer(model)
-        unknown = tokenizers.Regex(self.unknown)
+        unknown = tokenizers.Regex(self.unknown.pattern)
         any_char = tokenizers.Regex(r"[\s\S]")
         fast.normalizer = tokenizers.normalizers.Replace(unknown, self.replacement)
         fast.pre_tokenizer = tokenizers.pre_tokenizers.Split(any_char, "isolated")
@@ -389,10 +391,6 @@ class CharTokenizer(Tokenizer):
 def code_points(text: str) -> np.ndarray:
     """Return the code point of each character."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-
-
-# the tokenizer_config.json with which `transformers` opens a tokenizer.json
-FAST_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
 # --------------------------------------------------------------------------------------------------

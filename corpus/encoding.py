@@ -96,7 +96,8 @@ def encode_batch(encoder: BatchEncoder, batch: list[reader.Passage]) -> EncodedB
         ids[places] = tokenizer.eot
     is_removed = ~(is_start & has_mark)
     tokens = np.delete(ids, places[is_removed])
-    starts = (places - np.cumsum(is_removed) + is_removed)[is_start]
+    removed_before = np.cumsum(is_removed) - is_removed
+    starts = (places - removed_before)[is_start]
     last = batch[-1]
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     return EncodedBatch(tokens.astype(dtype), starts, last.split, last.cursor,

@@ -90,11 +90,11 @@ def find_split(files: list[str], val_share: float) -> Cursor:
     counts = [count_documents(path) for path in files]
     total = sum(counts)
     first = min(max(1, round(total * (1 - val_share))), total - 1)
-    for file, count in enumerate(counts):
-        if first < count:
-            return file, first, 0
-        first -= count
-    raise UserError("The files hold no text to divide into training and validation.")
+    file = 0
+    while first >= counts[file]:
+        first -= counts[file]
+        file += 1
+    return file, first, 0
 
 
 def count_documents(path: str) -> int:
