@@ -170,11 +170,14 @@ def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], pr
     # tokenize this process's share of the examples
     share = range(world.rank, len(examples), world.size)
     tokenized = [PROTOCOLS[protocol](examples[i], tokenizer) for i in share]
+
     # score equal endings once, so that they are equally likely to the last bit
-    distinct = [list(dict.fromkeys(map(tuple, endings))) for _, endings, _ in tokenized]
+    distinct = [list(dict.fromkeys(map(tuple, example.endings))) for example in tokenized]
     block_size = model.config.block_size
     items = [fit_to_context(example.context, list(map(list, endings)), tokenizer, block_size)
              for example, endings in zip(tokenized, distinct)]
+
+    # score them, and count the examples with a label and the correct predictions
     predictions = [None] * len(examples)
     logprobs = [None] * len(examples)
     n = correct = correct_norm = 0
@@ -182,18 +185,20 @@ def evaluate_protocol(model: GPT, tokenizer: Tokenizer, examples: list[dict], pr
         scores = log_likelihoods(model, tokenizer.vocab_size, items, batch_tokens, world)
         for item, likelihoods in scores:
             i = share[item]
+            example = tokenized[item]
             logprob_of = {ids: score.logprob for ids, score in zip(distinct[item], likelihoods)}
             # an ending without tokens may have no sum
-            logprobs[i] = [logprob_of.get(tuple(ids), 0.0) for ids in tokenized[item].endings]
-            predictions[i] = most_likely(logprobs[i], tokenized[item], normalize=True)
+            logprobs[i] = [logprob_of.get(tuple(ids), 0.0) for ids in example.endings]
+            predictions[i] = most_likely(logprobs[i], example, normalize=True)
             label = examples[i]["label"]
             if label is not None:
                 n += 1
-                correct += most_likely(logprobs[i], tokenized[item], normalize=False) == label
+                correct += most_likely(logprobs[i], example, normalize=False) == label
                 correct_norm += predictions[i] == label
             bar.update()
             acc, acc_norm = correct / max(n, 1), correct_norm / max(n, 1)
             bar.set_postfix_str(f"acc {acc:.4f}, acc_norm {acc_norm:.4f}", refresh=False)
+
     # add up the counts of all processes
     n, correct, correct_norm = map(int, ddp.sum_over_ranks(world, n, correct, correct_norm))
     acc, acc_stderr = accuracy(correct, n)
@@ -252,6 +257,8 @@ def main(config: HellaSwagConfig):
     else:
         examples = read_examples(config.data or download(), config.limit)
         text = "".join(example["ctx"] + "".join(example["endings"]) for example in examples)
+
+    # load the model, and name the characters that it does not know
     hardware_dtype = ddp.dtype_name(ddp.auto_dtype(device))
     engine, info = config.load(auto_on_cpu=hardware_dtype)
     tokenizer = engine.tokenizer
@@ -260,7 +267,9 @@ def main(config: HellaSwagConfig):
     if unknown:
         print("The model's alphabet lacks these characters, which were replaced or left out: "
               f"{unknown}")
-    # with bfloat16 units a CPU scores under autocast: the packed model has rounded weights only
+
+    # score; a CPU with bfloat16 units does so under autocast, because a packed model only rounds
+    # its weights to bfloat16 and multiplies in float32
     autocast = device.type == "cpu" and engine.dtype == hardware_dtype == "bfloat16"
     model = engine.model if autocast else engine.packed
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):

@@ -183,65 +183,6 @@ def choose_tokenizer(name: str, source: sources.Source, val_share: float,
     return load_model(name)[1]
 
 
-def write_shards(writer: ShardWriter, plan: "Plan", batches: Iterator[encoding.EncodedBatch]):
-    """Write the batches to disk with a progress bar, and commit once in a while."""
-    unit = "bytes" if plan.bytes else "tokens"
-    unknown = {}  # an ordered set
-    last_commit = time.monotonic()
-    bar = tqdm(total=getattr(plan, unit), initial=writer.counts[unit], unit=unit[0].upper(),
-               unit_scale=True, mininterval=0.5, disable=writer.part > 0)
-    with bar:
-        for batch in batches:
-            writer.append(batch.tokens, batch.starts, batch.split)
-            writer.counts.update(batch.counts)
-            unknown |= dict.fromkeys(batch.unknown)
-            if time.monotonic() - last_commit > COMMIT_INTERVAL_S:
-                writer.commit(batch.cursor)
-                last_commit = time.monotonic()
-            documents = writer.counts["documents"]
-            tokens = writer.counts["tokens"] / 1e6
-            bar.set_postfix_str(f"{documents:,} documents, {tokens:,.1f}M tokens", refresh=False)
-            bar.update(writer.counts[unit] - bar.n)
-    writer.finish()
-    if unknown:
-        print("The tokenizer lacks these characters, which become spaces or are left out: "
-              + "".join(unknown))
-
-
-@contextlib.contextmanager
-def report_full_disk(out: Path):
-    """Turn the error of a full disk into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise UserError(f"The disk of {out} is full: free some space and run the same command "
-                        "again to resume.") from None
-
-
-def print_summary(out: Path, parts: int):
-    """Print what the finished folder holds."""
-    manifest = read_manifest(out)
-    if not manifest:
-        print(f"This part is finished; {out} is ready when all {parts} parts are.")
-        return
-    tokens = Counter()
-    for shard in manifest["shards"]:
-        tokens[shard["split"]] += shard["tokens"]
-    vocab_size = load_tokenizer(manifest["tokenizer"]).vocab_size
-    print(f"{out} is ready: vocabulary of {vocab_size:,}, {manifest['documents']:,} documents, "
-          f"{tokens['train']:,} tokens for training and {tokens['val']:,} for validation")
-    if tokens["train"] < tokens["val"]:
-        print("Validation is larger than training: choose a smaller --shard-tokens and another "
-              "--out to change that.")
-    if manifest.get("empty"):
-        print(f"{manifest['empty']:,} empty documents were left out.")
-    if manifest.get("repaired"):
-        print(f"{manifest['repaired']:,} documents held bytes that are not UTF-8; they became "
-              "U+FFFD.")
-
-
 # --------------------------------------------------------------------------------------------------
 # The plan, printed before the work starts
 
@@ -313,6 +254,68 @@ def print_plan(plan: Plan, source: sources.Source, files: list[str], out: Path, 
 
 def format_millions(number: int) -> str:
     return f"{number / 1e6:,.0f}" if number > 1e7 else f"{number / 1e6:.2g}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+def write_shards(writer: ShardWriter, plan: Plan, batches: Iterator[encoding.EncodedBatch]):
+    """Write the batches to disk with a progress bar, and commit once in a while."""
+    unit = "bytes" if plan.bytes else "tokens"
+    unknown = {}  # an ordered set
+    last_commit = time.monotonic()
+    bar = tqdm(total=getattr(plan, unit), initial=writer.counts[unit], unit=unit[0].upper(),
+               unit_scale=True, mininterval=0.5, disable=writer.part > 0)
+    with bar:
+        for batch in batches:
+            writer.append(batch.tokens, batch.starts, batch.split)
+            writer.counts.update(batch.counts)
+            unknown |= dict.fromkeys(batch.unknown)
+            if time.monotonic() - last_commit > COMMIT_INTERVAL_S:
+                writer.commit(batch.cursor)
+                last_commit = time.monotonic()
+            documents = writer.counts["documents"]
+            tokens = writer.counts["tokens"] / 1e6
+            bar.set_postfix_str(f"{documents:,} documents, {tokens:,.1f}M tokens", refresh=False)
+            bar.update(writer.counts[unit] - bar.n)
+    writer.finish()
+    if unknown:
+        print("The tokenizer lacks these characters, which become spaces or are left out: "
+              + "".join(unknown))
+
+
+@contextlib.contextmanager
+def report_full_disk(out: Path):
+    """Turn the error of a full disk into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise UserError(f"The disk of {out} is full: free some space and run the same command "
+                        "again to resume.") from None
+
+
+def print_summary(out: Path, parts: int):
+    """Print what the finished folder holds."""
+    manifest = read_manifest(out)
+    if not manifest:
+        print(f"This part is finished; {out} is ready when all {parts} parts are.")
+        return
+    tokens = Counter()
+    for shard in manifest["shards"]:
+        tokens[shard["split"]] += shard["tokens"]
+    vocab_size = load_tokenizer(manifest["tokenizer"]).vocab_size
+    print(f"{out} is ready: vocabulary of {vocab_size:,}, {manifest['documents']:,} documents, "
+          f"{tokens['train']:,} tokens for training and {tokens['val']:,} for validation")
+    if tokens["train"] < tokens["val"]:
+        print("Validation is larger than training: choose a smaller --shard-tokens and another "
+              "--out to change that.")
+    if manifest.get("empty"):
+        print(f"{manifest['empty']:,} empty documents were left out.")
+    if manifest.get("repaired"):
+        print(f"{manifest['repaired']:,} documents held bytes that are not UTF-8; they became "
+              "U+FFFD.")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class Request:
     def __init__(self, scheduler: "Scheduler", ids: list[int], n: int, sampling: Sampling,
                  client: str | None = None):
         self.scheduler, self.n, self.sampling = scheduler, n, sampling
-        self.client = client or id(self)
+        self.client = client or id(self)  # without a client, the request counts as one
         self.ids = ids[-scheduler.block_size:]
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self.deadline = time.monotonic() + scheduler.deadline_s
@@ -244,7 +244,7 @@ class Scheduler:
         """The thread: runs steps until there has been no work for IDLE_S seconds."""
         while not self.closed:
             try:
-                self.admit_and_remove()
+                self.remove_and_admit()
                 if self.running:
                     self.step()
                     continue
@@ -261,7 +261,7 @@ class Scheduler:
                     atexit.unregister(self.close)
                     return
 
-    def admit_and_remove(self):
+    def remove_and_admit(self):
         """Removes cancelled and overdue sequences, then admits others while there is room."""
         now = time.monotonic()
         # remove running sequences, but not one whose prompt the request's other samples wait for
@@ -338,19 +338,19 @@ class Scheduler:
 
         With each sequence comes its row in the step: the row of its last token.
         """
-        segments, ready, rows = [], [], 0
+        segments, ready = [], []
 
         # decode: the last token of each sequence
         for sequence in self.running:
             if not sequence.prefilling:
+                ready.append((sequence, len(segments)))
                 segments.append(Segment(sequence.cache, sequence.cache.length,
                                         sequence.window[-1:], sampled=True))
-                rows += 1
-                ready.append((sequence, rows - 1))
 
         # prefill: split the budget between the prompts, starting with another one in each step
         prefilling = [sequence for sequence in self.running if sequence.prefilling]
         budget = CHUNK if segments else IDLE_PREFILL_TOKENS
+        rows = len(segments)  # each has one so far
         self.turn += 1
         for i in range(len(prefilling)):
             sequence = prefilling[(self.turn + i) % len(prefilling)]

@@ -44,8 +44,8 @@ def card(models: Models, name: str) -> tuple[str, str, gr.Accordion, dict | None
     metadata = ""
     if text.startswith("---\n"):
         _, metadata, text = text.split("---\n", 2)
-    facts = re.findall(r"^(license|language|datasets): *(\S.*)$", metadata, re.MULTILINE)
-    facts_line = " · ".join([*(f"{key}: {value}" for key, value in facts), models.describe(name)])
+    facts = re.findall(r"^(?:license|language|datasets): *\S.*$", metadata, re.MULTILINE)
+    facts_line = " · ".join([*facts, models.describe(name)])
 
     # the introduction and the limits first
     introduction, *sections = re.split(r"^(?=## )", clean(text), flags=re.MULTILINE)
@@ -58,7 +58,9 @@ def card(models: Models, name: str) -> tuple[str, str, gr.Accordion, dict | None
 
 def clean(markdown: str) -> str:
     """A card for the page: without comments, images, links within the repository and its JSON.
-    HTML tags are shown as text."""
+
+    HTML tags are shown as text.
+    """
     not_for_the_page = r"<!--.*?-->|^!\[.*?\]\(.*?\)$|^```json\n.*?^```$|</?details>|</?summary>"
     markdown = re.sub(not_for_the_page, "", markdown, flags=re.DOTALL | re.MULTILINE)
     markdown = re.sub(r"\[([^\]]*)\]\((?!https?://)[^)]*\)", r"\1", markdown)

@@ -138,16 +138,17 @@ class OwnTextTraining:
         the speed shows that another size is better."""
         launched_at = time.time()
 
-        def until() -> bool:
+        def must_end() -> bool:
+            if steps is not None:
+                return False
             self.size = self.size or self.choose_size()
-            ends_early = self.size not in (None, size) or self.decay_must_start(launched_at)
-            return steps is None and ends_early
+            return self.size not in (None, size) or self.decay_must_start(launched_at)
 
         values = {**size._asdict(), "batch_tokens": size.micro_batch * size.block_size,
                   "max_steps": steps or round(MAX_STEPS_PER_S * self.seconds)}
         del values["cost"]
         options = [*options, *(f"--{name}={value}" for name, value in values.items())]
-        self.call("train.py", "shakespeare-char-cpu", *options, until=until)
+        self.call("train.py", "shakespeare-char-cpu", *options, until=must_end)
 
     def decay_must_start(self, launched_at: float) -> bool:
         """Whether a restart of train.py and the decay take all of the time that is left."""
