@@ -200,7 +200,8 @@ class Engine:
         tokenizer has it. Nothing precedes ids, so the first one has no log-probability. A text
         longer than the context is read in windows that overlap by half.
         """
-        context, ids = [], text
+        context = []
+        ids = text
         if isinstance(text, str):
             if self.tokenizer.eot is not None:
                 context = [self.tokenizer.eot]
@@ -326,7 +327,7 @@ def complete(engine: Engine, prompt: str, config: GenerateConfig, settings: dict
     streaming = config.n == 1 and not config.json
     if streaming:
         print(prompt, end="", flush=True)
-    for piece in engine.pieces(engine.submit(ids, config.n, **{**settings, "seed": seed})):
+    for piece in engine.pieces(engine.submit(ids, config.n, **(settings | {"seed": seed}))):
         samples[piece.index].append(piece)
         if streaming:
             print(piece.text, end="", flush=True)

@@ -16,6 +16,7 @@ import copy
 import functools
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import pickletools
@@ -41,7 +42,7 @@ FAST_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenizat
 
 
 class Tokenizer:
-    """The interface that all kinds share."""
+    """The interface that all kinds share. A kind implements the methods that are only described."""
     kind: str
     vocab_size: int  # ids are 0 to vocab_size-1
     eot: int | None = None  # the id of <|endoftext|>
@@ -51,11 +52,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text. Special tokens in the text are encoded as ordinary text."""
-        raise NotImplementedError
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text as an array."""
-        raise NotImplementedError
 
     def replace_unknown(self, text: str) -> tuple[str, str]:
         """Replace the characters that the vocabulary lacks.
@@ -69,7 +68,6 @@ class Tokenizer:
 
         Ids outside the vocabulary (a model's padding) give no bytes.
         """
-        raise NotImplementedError
 
     def decode(self, ids) -> str:
         """Return the text of the ids. Bytes that are not valid UTF-8 become U+FFFD."""
@@ -89,11 +87,9 @@ class Tokenizer:
 
         They do not include the chat template.
         """
-        raise NotImplementedError
 
     def save(self, folder: Path):
         """Write Hugging Face's files into the folder; `transformers` reads the same ids."""
-        raise NotImplementedError
 
     def save_config(self, folder: Path, **config):
         """Write tokenizer_config.json."""
@@ -234,13 +230,12 @@ class GPT2Tokenizer(BPETokenizer):
 
     def split_token(self, token: bytes) -> tuple[bytes, bytes]:
         """Return the two tokens that BPE merges into this one."""
-        def rank_of_merge(i: int) -> int:
-            return self.ranks.get(parts[i] + parts[i + 1], self.vocab_size)
-
-        # merge the bytes in rank order until two parts are left
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=rank_of_merge)
+            # merge the neighbours whose merge has the lowest rank
+            ranks = [self.ranks.get(left + right, self.vocab_size)
+                     for left, right in itertools.pairwise(parts)]
+            i = ranks.index(min(ranks))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return tuple(parts)
 

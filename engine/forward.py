@@ -35,8 +35,8 @@ class Forward:
         self.empty_kv = torch.zeros(
             config.n_layer, 2, config.n_head, 0, config.n_embd // config.n_head, device=device,
             dtype=torch.float16 if half_cache else getattr(torch, dtype))
-        self.embeddings = model.transformer  # with wte and wpe
-        self.pack_args = (model, dtype)
+        self.unpacked = model
+        self.dtype = dtype
         self.backend = "by torch"
 
     @functools.cached_property
@@ -45,7 +45,7 @@ class Forward:
         # Pack in a thread that ends. OpenMP keeps workers for every thread that has computed, and
         # once there are more of them than cores they sleep between tasks: steps get 20% slower.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            return thread.submit(pack_model, *self.pack_args).result()
+            return thread.submit(pack_model, self.unpacked, self.dtype).result()
 
     def new_cache(self) -> KVCache:
         return KVCache(self.empty_kv)

@@ -61,8 +61,10 @@ class Trace:
         direct logit attribution (Elhage et al. 2021,
         https://transformer-circuits.pub/2021/framework).
         """
-        transformer, ln_f = self.model.transformer, self.model.transformer.ln_f
+        transformer = self.model.transformer
+        ln_f = transformer.ln_f
         direction = direction.float()
+
         # fold the LayerNorm's scale, weight and centering into the direction
         scale = (self.residual[-1, row].float().var(correction=0) + ln_f.eps).rsqrt()  # ()
         folded = direction * ln_f.weight.float() * scale  # (C,)
@@ -104,14 +106,11 @@ def trace_tokens(model: GPT, ids: list[int]) -> Trace:
     def keep_input(module, inputs):
         residual.append(inputs[0][0])  # (T, C)
 
-    def keep_output(module, inputs, output):
-        mlp.append(output[0])  # (T, C)
-
     # put the hooks on a copy, which shares the parameters: other threads may run the model now
     observed = copy.deepcopy(model, memo={id(p): p for p in model.parameters()}).eval()
     observed.transformer.ln_f.register_forward_pre_hook(keep_input)
     for block in observed.transformer.h:
         block.register_forward_pre_hook(keep_input)
-        block.mlp.register_forward_hook(keep_output)
+        block.mlp.register_forward_hook(lambda _, inputs, output: mlp.append(output[0]))  # (T, C)
     observed.hidden(torch.tensor([ids], device=device), attend=attend)
     return Trace(model, ids, *map(torch.stack, (attention, heads, mlp, residual)))

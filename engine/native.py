@@ -103,15 +103,16 @@ class NativeForward(Forward):
         cache_type = "float" if self.empty_kv.dtype == torch.float32 else "uint16_t"
         self.step = load_library(WEIGHT_TYPES[dtype], cache_type)
         self.backend = "by native.cpp"
-        self.dtype = dtype
         self.tensors = []  # keeps alive what the structs point to
         config = model.config
+
         # allocate all matrices in one block (a step reads them in order), on huge pages if possible
         padding = OUTPUT_BLOCK * config.n_embd * (7 * config.n_layer + 1)
         memory = mmap.mmap(-1, 4 * (model.num_parameters() + padding))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.free = torch.frombuffer(memory, dtype=torch.uint8)
+
         # fill the structs
         gpt = model.transformer
         layers = []
@@ -134,6 +135,7 @@ class NativeForward(Forward):
 
     def matrix(self, layer) -> Matrix:
         """The weights of an `nn.Linear`, or of an embedding as the head, laid out in panels."""
+        # convert the weights
         weight = layer.weight.detach()
         outputs, inputs = weight.shape
         pad = -outputs % OUTPUT_BLOCK
@@ -147,9 +149,11 @@ class NativeForward(Forward):
             weight = weight.to(getattr(torch, self.dtype))
             scale = start = None
             group = 1
+
         # (out, in) -> panels (out / PANEL, in / group, PANEL, group)
         weight = F.pad(weight, (0, 0, 0, pad))
         panels = weight.view(-1, PANEL, inputs // group, group).transpose(1, 2)
+
         # copy the panels into the block of memory, aligned to 64 bytes
         size = panels.numel() * panels.element_size()
         stored = self.free[:size].view(panels.dtype).view(panels.shape)
@@ -162,8 +166,9 @@ class NativeForward(Forward):
     def logits(self, segments: list[Segment], ids: list[int], positions: list[int],
                output_rows: list[int]):
         # call the modules: plain indexing of the weights would wake OpenMP's threads
-        tok_emb = self.embeddings.wte(torch.tensor(ids))
-        x = tok_emb + self.embeddings.wpe(torch.tensor(positions))  # (R, C)
+        gpt = self.unpacked.transformer
+        x = gpt.wte(torch.tensor(ids)) + gpt.wpe(torch.tensor(positions))  # (R, C)
+
         # native.cpp's struct Row: cache address, capacity, position
         rows = []
         for segment in segments:
@@ -171,6 +176,8 @@ class NativeForward(Forward):
             stop = segment.start + len(segment.ids)
             rows += [(kv.data_ptr(), kv.size(3), i) for i in range(segment.start, stop)]
         rows = torch.tensor(rows)  # (R, 3) int64
+
+        # run the step
         selected = torch.tensor(output_rows, dtype=torch.long)
         logits = torch.empty(len(selected), self.structs.head.outputs)
         self.step(ctypes.byref(self.structs), len(x), rows.data_ptr(), x.data_ptr(), len(selected),

@@ -15,7 +15,7 @@ TOP_P_IDS = 512  # top-p first looks at this many likeliest tokens; sorting the 
 MAX_STOPS = 8  # 4, as OpenAI's API takes, and those that end a turn
 MAX_STOP_CHARS = 100  # in one stop string
 MIN_TEMPERATURE = 1e-30  # close enough to greedy, and float32 can still divide by it
-MAX_PENALTY = 1e30  # likewise; a smaller penalty than its inverse counts as that
+MAX_PENALTY = 1e30  # likewise for a penalty, which is at least the inverse of this
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ from engine.sampling import Sampling, penalize, sample, top_ids
 IDLE_PREFILL_TOKENS = 8 * CHUNK  # prompt tokens in a step in which no sequence is decoding
 IDLE_S = 2  # the thread ends after this many seconds without work
 THREADS = weakref.WeakSet()  # the threads of all schedulers, some of which may be ending
-SHARE = 3  # a client can have this many times as many places as it leaves free: 24 of 32
+SHARE = 3  # places that a client can take for each one that stays free: 24 of 32
 
 
 class Busy(UserError):
@@ -235,7 +235,8 @@ class Scheduler:
     def close(self):
         """Ends the thread and what it generates; Python cannot exit while the thread computes."""
         with self.lock:
-            self.closed, thread = True, self.thread
+            self.closed = True
+            thread = self.thread
             self.lock.notify()
         if thread:
             thread.join()
@@ -370,8 +371,10 @@ class Scheduler:
         return segments, ready
 
     def end_prefill(self, sequence: Sequence, logits: np.ndarray):
-        """Keeps a prompt's cache and logits (V,) for the request's other samples, and for others'
-        prompts."""
+        """Keeps a prompt's cache for later prompts.
+
+        The request's other samples start from a copy of it and from the prompt's logits (V,).
+        """
         sequence.prefilling = False
         if sequence.generated:  # not the prompt, but the last half of a full context
             return

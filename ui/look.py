@@ -66,7 +66,7 @@ def build(models: Models) -> tuple[gr.Textbox, gr.Dropdown]:
     inputs = [text, model, position, *sliders]
     inspected = gr.on(fn=MethodType(inspect, models), inputs=[text, model],
                       outputs=[summary, tokens], api_name="inspect", **reading.LATEST)
-    # no tokens of an earlier text stay below a text that cannot be read
+    # below a text that cannot be read, clear the tokens of the earlier one
     inspected.failure(lambda: ("", []), None, [summary, tokens], **QUIET)
     gr.on(fn=MethodType(alternatives, models), inputs=inputs, outputs=[token, *lists],
           api_name="alternatives", **reading.LATEST)

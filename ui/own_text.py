@@ -9,8 +9,8 @@ The time and the speed of this machine decide everything:
 3. It resumes with --max-steps such that the decay of the learning rate fills the rest of the time.
    With the schedule "wsd" (warm-up, stable, decay) the steps may be decided as late as this.
 
-The text and its tokens lie in a temporary folder until the training ends. The model stays, as the
-run log/<name>.
+The text and its tokens are kept in a temporary folder until the training ends. The model stays, as
+the run log/<name>.
 """
 import atexit
 import itertools

@@ -83,8 +83,11 @@ class Place(NamedTuple):
         return self.lens([self.row - 1])[-1, 0].cpu().numpy()
 
     def likeliest(self, logits, count: int = 10) -> dict[str, int]:
-        """The most likely tokens by logits (V,) or log-probabilities, the first one first: their
-        names on the page, and their ids. Of tokens that look the same, only the most likely one."""
+        """The `count` most likely tokens, the first one first: name on the page -> id.
+
+        `logits` (V,) may also be log-probabilities. Of tokens that look the same, only the most
+        likely one is included.
+        """
         names = {}
         for token in top_ids(logits, min(count, len(logits))).tolist():
             names.setdefault(visible(self.engine, token), token)

@@ -218,7 +218,8 @@ async def write(models: Models, prompt: str = "", model: str | None = None,
         "figures": Length and speed, as a sentence for people.
         "settings": The arguments that give the same result again.
     """
-    model, stop = model or models.default, stop or []
+    model = model or models.default
+    stop = stop or []
     sampling = settings.validate(prompt, temperature, top_k, top_p, length, seed, versions, stop)
     if not models.future(model, dtype).done():
         yield {"text": prompt, "versions": [], "context": {}, "figures": "Loading the model …",
