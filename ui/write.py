@@ -86,6 +86,7 @@ def text_column(models: Models) -> tuple:
         colours.change(js="page.write.measure")
     figures = settings.plain_box("Figures", "status")
 
+    # write.js calls it by this name; Gradio marks the function, which a bound method does not allow
     def measure(request: dict) -> dict:
         return measure_text(models, request)
 
