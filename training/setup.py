@@ -78,7 +78,8 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
     config = dataclasses.replace(config, micro_batch=micro_batch)
 
     # create the optimizers, then load the checkpoint into the model and into them
-    optimizers, scaler = create_optimizers(config, model, world)
+    optimizers = optim.build_optimizers(model, config)
+    scaler = create_scaler(config, world)
     data_checksums = checksum_data(config.data, manifest)
     is_evaluated = False
     if first_step:
@@ -265,13 +266,10 @@ def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, w
         sharding.fill(model.initial_weights())
 
 
-def create_optimizers(config: TrainConfig, model: GPT, world: ddp.World
-                      ) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler]:
-    """The optimizers and the gradient scaler, which is active in float16 only."""
-    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay,
-                                        (config.beta1, config.beta2), config.embedding_rate)
+def create_scaler(config: TrainConfig, world: ddp.World) -> torch.amp.GradScaler:
+    """A scaler of the loss, active in float16 only."""
     uses_float16 = compute_dtype(config, world.device) == torch.float16
-    return optimizers, torch.amp.GradScaler(world.device.type, enabled=uses_float16)
+    return torch.amp.GradScaler(world.device.type, enabled=uses_float16)
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
