@@ -935,6 +935,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(data, capsys):
     assert not LOG.exists()
 
 
+def test_the_plan_without_data_is_for_the_gpu_of_this_machine(monkeypatch, capsys):
+    monkeypatch.setattr(ddp, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    train_here("gpt2-124m", "--dry-run")
+    output = capsys.readouterr().out
+    assert "parameters, on 1 x NVIDIA A100-SXM4-80GB\n" in output
+    assert "TFLOP/s" in output
+
+
 def test_the_plan_says_at_which_step_the_data_repeat(data, capsys):
     train_tiny("--max-steps", 10_000, "--dry-run")
     assert re.search(r"repeating from step \d+", capsys.readouterr().out)
