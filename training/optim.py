@@ -64,23 +64,21 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        # found_inf is 1 if the gradient is not finite (torch's fused AdamW reads it too). The step
-        # is then multiplied by 0 on the device, so the CPU need not wait for the value.
-        found_inf = getattr(self, "found_inf", None)
-        active = 1 if found_inf is None else 1 - found_inf
+        # train.py sets found_inf to 1 if the gradient is not finite (torch's fused AdamW reads it
+        # too). The step is then multiplied by 0 on the device, so the CPU need not wait for it.
+        found_inf = getattr(self, "found_inf", torch.zeros(()))
+        active = 1 - found_inf
 
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
-                if found_inf is not None:
-                    p.grad.masked_fill_(found_inf > 0, 0)  # as 0 * NaN is NaN
+                p.grad.masked_fill_(found_inf > 0, 0)  # as 0 * NaN is NaN
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
 
                 # Nesterov momentum; a.lerp(b, w) is (1 - w) a + w b
-                weight = torch.as_tensor((1 - momentum) * active, device=p.device)
-                buffer = state["momentum_buffer"].lerp_(p.grad, weight)
+                buffer = state["momentum_buffer"].lerp_(p.grad, (1 - momentum) * active)
                 direction = p.grad.lerp(buffer, momentum)
 
                 # weight decay, then the orthogonalized update
