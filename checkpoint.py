@@ -85,14 +85,13 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
         write_json(run / "best.json", {"step": step, "val_loss": val_loss})
 
     # delete old checkpoints, and those after `step`, which are left from before the run resumed
-    keep = [other for other in saved_steps(run) if other <= step][-KEEP:]
-    for other in saved_steps(run):
-        is_best_model = other == best_step and holds_weights(state_path(run, other))
-        if other not in keep and not is_best_model:
-            shutil.rmtree(state_path(run, other))
-    for other in model_steps(run):
-        if other not in keep and other != best_step:
-            model_path(run, other).unlink()
+    steps = saved_steps(run)
+    keep = set([saved for saved in steps if saved <= step][-KEEP:])
+    for old in set(steps) - keep:
+        if old != best_step or not holds_weights(state_path(run, old)):
+            shutil.rmtree(state_path(run, old))
+    for old in set(model_steps(run)) - keep - {best_step}:
+        model_path(run, old).unlink()
 
 
 def write_checkpoint(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer,

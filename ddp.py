@@ -170,8 +170,8 @@ def connect_store(rank: int, wait_s: float) -> dist.Store:
         try:
             if torchrun_store:
                 port = int(torchrun_store.get("store_port"))
-            # try the port first, as TCPStore would wait for a server that has exited, and more than
-            # twice as long as its timeout
+            # try the port first: for a server that has exited, TCPStore would wait more than twice
+            # its timeout
             socket.create_connection((host, port), timeout=1).close()
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
         except OSError:
@@ -237,7 +237,7 @@ def auto_dtype(device: torch.device) -> torch.dtype:
     """The precision in which the device multiplies matrices fastest, without a loss in training.
 
     bfloat16 if the hardware computes it, float16 on older NVIDIA GPUs (T4, V100), else float32.
-    torch.cuda.is_bf16_supported() is not asked, because it is also True for emulation.
+    This does not use torch.cuda.is_bf16_supported(), which is also True for emulation.
     """
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -201,7 +201,7 @@ def summary(run: str | Path) -> dict[str, str]:
 
 
 def cost(run: str | Path) -> dict[str, str]:
-    """The run's time, its machines, and an upper bound of their energy.
+    """The run's time, its machines, and an upper bound on their energy.
 
     The energy is the devices' maximum power over the time in the log. It includes what was lost to
     interruptions, but not the rest of the machine or its cooling.

@@ -41,7 +41,6 @@ from training.signals import StopSignals
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-
 def main(argv: list[str]):
     # the first argument may name a preset
     if not argv or argv[0].startswith("-"):
@@ -68,7 +67,6 @@ def parse_options(defaults: TrainConfig, argv: list[str]) -> TrainConfig:
 
 # --------------------------------------------------------------------------------------------------
 # Training
-
 
 def train(config: TrainConfig, world: ddp.World):
     """Trains the run that `config` describes, from its newest checkpoint to its last step."""
@@ -170,7 +168,6 @@ def train_step(run: TrainingRun, x, y, step: int):
 
 # --------------------------------------------------------------------------------------------------
 # Between steps: evaluate, sample, save
-
 
 def due(config: TrainConfig, step: int) -> tuple[bool, bool, bool]:
     """Whether to evaluate, sample and save after `step` updates. Saving implies evaluating."""
@@ -276,7 +273,7 @@ def draw_samples(run: TrainingRun) -> list[str]:
 def save(run: TrainingRun, step: int, val_loss: float | None):
     """Writes a checkpoint. val_loss is None after a signal, which leaves no time to evaluate.
 
-    If that fails, for example on a full disk, training continues without this checkpoint. Raises
+    If it cannot be written, for example on a full disk, training continues without it. Raises
     UserError if it was the last one.
     """
     config = run.config
@@ -293,7 +290,7 @@ def save(run: TrainingRun, step: int, val_loss: float | None):
         except checkpoint.SaveError as save_error:
             error = save_error
 
-    # if the last checkpoint failed, end all ranks with this error, of which rank 0 prints its own
+    # if the last checkpoint failed, end every rank with this error, which only rank 0 prints
     is_last_checkpoint = val_loss is None or step == config.max_steps
     if is_last_checkpoint and ddp.any_rank(run.world, error):
         raise UserError(f"{error}. Free some disk space and run the same command again to resume "

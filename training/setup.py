@@ -179,7 +179,6 @@ def read_hellaswag(config: TrainConfig, world: ddp.World) -> list[dict] | None:
 # --------------------------------------------------------------------------------------------------
 # The model
 
-
 def build_model(config: TrainConfig, manifest: dict
                 ) -> tuple[GPT, dict | None, Tokenizer, TrainConfig]:
     """Returns (model on the meta device, initial weights or None, tokenizer of the data, config).
@@ -294,7 +293,7 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def autocast(config: TrainConfig, world: ddp.World):
     """The context for a forward pass: autocast to bfloat16 or float16 if the run uses it.
 
-    A sharded model does not need it, as it gathers its weights in bfloat16.
+    A sharded model does not need it: it already gathers its weights in that precision.
     """
     dtype = compute_dtype(config, world.device)
     enabled = dtype != torch.float32 and not config.shard
@@ -303,7 +302,6 @@ def autocast(config: TrainConfig, world: ddp.World):
 
 # --------------------------------------------------------------------------------------------------
 # The micro-batch
-
 
 def choose_micro_batch(config: TrainConfig, saved_run: Path | None, model: GPT,
                        world: ddp.World) -> int:
@@ -358,7 +356,6 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
 
 # --------------------------------------------------------------------------------------------------
 # Resuming
-
 
 def load_checkpoint(folder: Path, step: int, config: TrainConfig, data_checksums: dict, model: GPT,
                     optimizers: list[torch.optim.Optimizer],
