@@ -24,7 +24,7 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group, which its default arguments would hold
+import torch.distributed.nn  # before a group exists: its default arguments would keep it alive
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
