@@ -178,7 +178,7 @@ def read_bin_header(path: Path) -> tuple[None, np.dtype, int]:
     """(None, type, position of the first token) of a `.bin` file: it holds tokens up to its end."""
     header = np.fromfile(path, dtype=np.int32, count=3).tolist()
     if len(header) < 3 or header[0] not in LLMC_DTYPES:
-        return None, np.dtype(np.uint16), 0  # nanoGPT's
+        return None, np.dtype(np.uint16), 0  # nanoGPT's, without a header
     dtype = np.dtype(LLMC_DTYPES[header[0]])
     if path.stat().st_size != LLMC_HEADER_BYTES + dtype.itemsize * header[2]:
         raise ValueError(f"its header announces {header[2]:,} tokens")
