@@ -66,7 +66,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         # train.py sets found_inf to 1 if the gradient is not finite (torch's fused AdamW reads it
         # too). The step is then multiplied by 0 on the device, so the CPU need not wait for it.
-        found_inf = getattr(self, "found_inf", torch.zeros(()))
+        device = self.param_groups[0]["params"][0].device
+        found_inf = getattr(self, "found_inf", torch.zeros((), device=device))
         active = 1 - found_inf
 
         for group in self.param_groups:
