@@ -42,7 +42,7 @@ FAST_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenizat
 
 
 class Tokenizer:
-    """The interface that all kinds share. A kind implements the methods that are only described."""
+    """The interface that all kinds share."""
     kind: str
     vocab_size: int  # ids are 0 to vocab_size-1
     eot: int | None = None  # the id of <|endoftext|>
@@ -52,9 +52,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text. Special tokens in the text are encoded as ordinary text."""
+        raise NotImplementedError
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text as an array."""
+        raise NotImplementedError
 
     def replace_unknown(self, text: str) -> tuple[str, str]:
         """Replace the characters that the vocabulary lacks.
@@ -68,6 +70,7 @@ class Tokenizer:
 
         Ids outside the vocabulary (a model's padding) give no bytes.
         """
+        raise NotImplementedError
 
     def decode(self, ids) -> str:
         """Return the text of the ids. Bytes that are not valid UTF-8 become U+FFFD."""
@@ -87,9 +90,11 @@ class Tokenizer:
 
         They do not include the chat template.
         """
+        raise NotImplementedError
 
     def save(self, folder: Path):
         """Write Hugging Face's files into the folder; `transformers` reads the same ids."""
+        raise NotImplementedError
 
     def save_config(self, folder: Path, **config):
         """Write tokenizer_config.json."""
