@@ -7,13 +7,12 @@ A run is a folder `log/<run>/`. Each checkpoint in it is a pair:
     model_00250.pt    weights, configuration and tokenizer: all that is needed to use the model
     state_00250/      the rest of what resuming needs, and the checksums of both
 
-Both are written under temporary names, then the state is renamed, then the model. A crash leaves a
-complete pair, a pair that `is_complete` can finish, or a pair that is ignored. Files are unpickled
-with restrictions only, so loading a model cannot run code.
+Both are written under temporary names, then the state is renamed, then the model. So a crash leaves
+a complete pair, one that `is_complete` completes, or files that are ignored. Unpickling is
+restricted, so that loading a model cannot run code.
 """
 import dataclasses
 import os
-import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +61,7 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
     try:
         exists = world.is_main and is_complete(run, step)
         if ddp.is_sharded(model):
-            exists = ddp.any_rank(world, exists)
+            exists = ddp.any_rank(world, exists)  # tells the other ranks
         if not exists:
             write_checkpoint(run, step, model, optimizer_state, tokenizer, config, val_loss, world)
     except Exception as error:
@@ -86,14 +85,13 @@ def save(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tok
         write_json(run / "best.json", {"step": step, "val_loss": val_loss})
 
     # delete old checkpoints, and those after `step`, which are left from before the run resumed
-    keep = [other for other in saved_steps(run) if other <= step][-KEEP:]
-    for other in saved_steps(run):
-        is_best_model = other == best_step and holds_weights(state_path(run, other))
-        if other not in keep and not is_best_model:
-            shutil.rmtree(state_path(run, other))
-    for other in model_steps(run):
-        if other not in keep and other != best_step:
-            model_path(run, other).unlink()
+    steps = saved_steps(run)
+    keep = set([saved for saved in steps if saved <= step][-KEEP:])
+    for old in set(steps) - keep:
+        if old != best_step or not holds_weights(state_path(run, old)):
+            shutil.rmtree(state_path(run, old))
+    for old in set(model_steps(run)) - keep - {best_step}:
+        model_path(run, old).unlink()
 
 
 def write_checkpoint(run: Path, step: int, model: GPT, optimizer_state: dict, tokenizer: Tokenizer,
@@ -129,7 +127,7 @@ def write_checkpoint(run: Path, step: int, model: GPT, optimizer_state: dict, to
 
     # write the model
     if fits_pt:
-        with open(temporary_model(run, step), "wb") as file:
+        with open(temporary_pt(run, step), "wb") as file:
             torch.save({**description, "model": weights}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -137,13 +135,13 @@ def write_checkpoint(run: Path, step: int, model: GPT, optimizer_state: dict, to
         write_json(state / "model.json", description)
 
     # write the checksums, then rename both
-    checksums = compute_checksums(state, temporary_model(run, step))
+    checksums = compute_checksums(state, temporary_pt(run, step))
     write_json(state / "state.json",
                {"format": 1, "step": step, "config": config, "sha256": checksums})
     shutil.rmtree(state_path(run, step), ignore_errors=True)
     os.replace(state, state_path(run, step))
     if fits_pt:
-        os.replace(temporary_model(run, step), model_file(run, step))
+        os.replace(temporary_pt(run, step), pt_path(run, step))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,12 +151,12 @@ def state_path(run: Path, step: int) -> Path:
     return run / f"state_{step:05d}"
 
 
-def model_file(run: Path, step: int) -> Path:
+def pt_path(run: Path, step: int) -> Path:
     return run / f"model_{step:05d}.pt"
 
 
-def temporary_model(run: Path, step: int) -> Path:
-    """The name under which the model is written before it is renamed."""
+def temporary_pt(run: Path, step: int) -> Path:
+    """The name of the `.pt` until it and its state are complete."""
     return run / f"model_{step:05d}.pt.tmp"
 
 
@@ -171,7 +169,7 @@ def remove_temporary_files(run: Path):
 def model_path(run: Path, step: int) -> Path:
     """The path of a checkpoint's weights: its `.pt`, or its state if they are too large for one."""
     state = state_path(run, step)
-    return state if holds_weights(state) else model_file(run, step)
+    return state if holds_weights(state) else pt_path(run, step)
 
 
 def holds_weights(state: Path) -> bool:
@@ -185,13 +183,13 @@ def is_complete(run: Path, step: int) -> bool:
     If the process died between the two renames, this renames the model to complete the pair.
     """
     state = state_path(run, step)
-    temporary = temporary_model(run, step)
+    temporary = temporary_pt(run, step)
     try:
         saved = read_json(state / "state.json")
         expected = saved["sha256"]
         if temporary.exists() and sha256(temporary) == expected["model"]:
-            os.replace(temporary, model_file(run, step))
-        is_intact = expected == compute_checksums(state, model_file(run, step))
+            os.replace(temporary, pt_path(run, step))
+        is_intact = expected == compute_checksums(state, pt_path(run, step))
         return is_intact and isinstance(saved["config"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -208,8 +206,8 @@ def compute_checksums(state: Path, model: Path) -> dict[str, str]:
 
 def saved_steps(run: Path) -> list[int]:
     """The steps of the run's checkpoints, complete or not, in ascending order."""
-    states = [path.name for path in run.glob("state_*")]
-    return sorted(int(name[6:]) for name in states if re.fullmatch(r"state_\d+", name))
+    numbers = [path.name.removeprefix("state_") for path in run.glob("state_*")]
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def model_steps(run: Path) -> list[int]:
@@ -218,8 +216,8 @@ def model_steps(run: Path) -> list[int]:
     The best model is kept when the state of its step is deleted, so it can be older than all
     `saved_steps`.
     """
-    models = [path.stem for path in run.glob("model_*.pt")]
-    steps = {int(name[6:]) for name in models if re.fullmatch(r"model_\d+", name)}
+    numbers = [path.stem.removeprefix("model_") for path in run.glob("model_*.pt")]
+    steps = {int(number) for number in numbers if number.isdecimal()}
     steps.update(step for step in saved_steps(run) if holds_weights(state_path(run, step)))
     return sorted(steps)
 
@@ -318,8 +316,7 @@ def load_model(name: str | Path | None = None, device="cpu") -> tuple[GPT, Token
 def find_model(name: str | Path | None) -> Path:
     """The `.pt` file, model folder or state that `name` stands for (see `load_model`)."""
     if name is None:
-        runs = list_runs()
-        name = runs[0] if runs else "bundled"
+        name = [*list_runs(), "bundled"][0]
     name = str(name)
 
     # a bundled model
@@ -356,7 +353,7 @@ def list_runs() -> list[str]:
     for run in LOG.glob("*"):
         models = [model_path(run, step) for step in model_steps(run)]
         if models:
-            saved_at[run] = max(os.path.getmtime(path) for path in models)
+            saved_at[run] = max(path.stat().st_mtime for path in models)
     return [str(run) for run in sorted(saved_at, key=saved_at.get, reverse=True)]
 
 

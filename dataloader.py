@@ -170,7 +170,7 @@ class ShuffledDocuments:
         self.shards = shards
         n = len(starts) - 1
         order = permute(np.arange(n), n, round_keys(name)[:, None])
-        # where each document ends in the new stream, and how far it is from there to the old one
+        # where each document ends in the new stream, and how far from there it ends in the old one
         self.ends = np.cumsum(starts[order + 1] - starts[order])
         self.shifts = starts[order + 1] - self.ends
 

@@ -24,7 +24,7 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group, which its default arguments would hold
+import torch.distributed.nn  # before a group exists: its default arguments would keep it alive
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
@@ -104,21 +104,13 @@ def join_world(device: str = "auto", wait_s: float = 600):
             dist.destroy_process_group()
 
 
-def end_with_torchrun():
-    """Makes Linux send SIGTERM to this process if its torchrun is killed, which could not do so."""
-    # CDLL(None) raises TypeError on Windows; macOS has no prctl
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        with contextlib.suppress(OSError, AttributeError, TypeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def torchrun_variables() -> tuple[int, int, int]:
     """Reads (rank, number of processes, rank on this machine) from the environment."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     values = [os.environ.get(name, "(not set)") for name in names]
-    numbers = [int(value) for value in values[:3] if value.isdigit()]
     if set(values[:3]) == {"(not set)"}:
         return 0, 1, 0  # started without torchrun
+    numbers = [int(value) for value in values[:3] if value.isdigit()]
     if len(numbers) == 3 and numbers[0] < numbers[1] and "(not set)" not in values:
         return tuple(numbers)
     listed = ", ".join(f"{name}={value}" for name, value in zip(names, values))
@@ -139,6 +131,14 @@ def pick_device(name: str = "auto") -> torch.device:
     if name not in available:
         raise UserError(f"This machine has no device {name!r}: choose {' or '.join(available)}.")
     return torch.device(name)
+
+
+def end_with_torchrun():
+    """Makes Linux send SIGTERM to this process if torchrun is killed, and so cannot send it."""
+    # CDLL(None) raises TypeError on Windows; macOS has no prctl
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def connect_store(rank: int, wait_s: float) -> dist.Store:
@@ -170,8 +170,8 @@ def connect_store(rank: int, wait_s: float) -> dist.Store:
         try:
             if torchrun_store:
                 port = int(torchrun_store.get("store_port"))
-            # try the port first, as TCPStore would wait for a server that has exited, and more than
-            # twice as long as its timeout
+            # try the port first: for a server that has exited, TCPStore would wait more than twice
+            # its timeout
             socket.create_connection((host, port), timeout=1).close()
             return dist.TCPStore(host, port, is_master=False, timeout=timeout)
         except OSError:
@@ -186,7 +186,7 @@ def connect_store(rank: int, wait_s: float) -> dist.Store:
 def wrap(model, world: World):
     """Wraps the model so that its backward pass averages gradients over all ranks (DDP).
 
-    Returns the model unchanged if there is one process, or if the model is sharded.
+    Returns the model itself if there is one process, or if the model is sharded.
     """
     if world.size == 1 or is_sharded(model):
         return model
@@ -237,7 +237,7 @@ def auto_dtype(device: torch.device) -> torch.dtype:
     """The precision in which the device multiplies matrices fastest, without a loss in training.
 
     bfloat16 if the hardware computes it, float16 on older NVIDIA GPUs (T4, V100), else float32.
-    torch.cuda.is_bf16_supported() is not asked, because it is also True for emulation.
+    This does not use torch.cuda.is_bf16_supported(), which is also True for emulation.
     """
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -115,33 +115,34 @@ def loss(run: str | Path) -> pd.DataFrame:
     frame = metrics(run)
     training = curve(frame, "train_loss", "loss", "training")
     validation = curve(frame, "val_loss", "loss", "validation")
-    return add_published_curves(run, training, validation)
+    return add_published_curves(run, "loss", training, validation)
 
 
 def hellaswag(run: str | Path) -> pd.DataFrame:
     """HellaSwag's acc_norm, with the published runs if comparable."""
-    return add_published_curves(run, curve(metrics(run), "hellaswag", "hellaswag", "HellaSwag"))
+    accuracy = curve(metrics(run), "hellaswag", "hellaswag", "HellaSwag")
+    return add_published_curves(run, "hellaswag", accuracy)
 
 
 def tables(run: str | Path) -> dict[str, pd.DataFrame]:
-    """The tables of a run by name, loss, hellaswag and throughput, without those that are empty."""
+    """The frames of "loss", "hellaswag" and "throughput", without those that are empty."""
     throughput = curve(metrics(run), "tokens_per_s", "throughput", "training")
     frames = {"loss": loss(run), "hellaswag": hellaswag(run), "throughput": throughput}
     return {name: frame for name, frame in frames.items() if len(frame)}
 
 
-def add_published_curves(run: str | Path, *curves: pd.DataFrame) -> pd.DataFrame:
+def add_published_curves(run: str | Path, value: str, *curves: pd.DataFrame) -> pd.DataFrame:
     """The run's curves, and the published ones if it trains on FineWeb-Edu with GPT-2's tokens."""
     if any(map(len, curves)) and learns_fineweb_edu(read_config(run)):
-        curves = [*curves, *published_curves(curves[0].columns[2])]
+        curves += published_curves(value)
     return pd.concat(curves, ignore_index=True)
 
 
 @functools.cache
 def published_curves(value: str) -> tuple[pd.DataFrame, ...]:
-    """The published runs' curves of "loss" or "hellaswag", not to be changed.
+    """The curves of "loss" or "hellaswag" of the published runs that have one.
 
-    Not every run has both.
+    They are cached, so do not change them.
     """
     curves = []
     for name, (file, batch_tokens) in PUBLISHED_RUNS.items():
@@ -174,10 +175,9 @@ def summary(run: str | Path) -> dict[str, str]:
 
     # progress
     last_step = frame["step"].max()
-    max_steps = read_config(run).get("max_steps", 0)
-    planned = ""
-    if isinstance(max_steps, int) and last_step < max_steps:
-        planned = f" of {max_steps:,}"
+    max_steps = read_config(run).get("max_steps")
+    is_unfinished = isinstance(max_steps, int) and last_step < max_steps
+    planned = f" of {max_steps:,}" if is_unfinished else ""
     figures = {"steps": f"{last_step:,}{planned} ({frame['tokens'].max():,} tokens)"}
 
     # quality
@@ -201,23 +201,25 @@ def summary(run: str | Path) -> dict[str, str]:
 
 
 def cost(run: str | Path) -> dict[str, str]:
-    """The run's time, its machines, and an upper bound of their energy.
+    """The run's time, its machines, and an upper bound on their energy.
 
     The energy is the devices' maximum power over the time in the log. It includes what was lost to
     interruptions, but not the rest of the machine or its cooling.
     """
-    lines = read_lines(Path(run) / "metrics.jsonl")
     seconds = Counter()  # on each machine: (number of processes, device)
     machine = (1, "an unknown device")
-    for previous, line in zip([*lines[:1], *lines], lines):
+    previous_time = math.inf
+    for line in read_lines(Path(run) / "metrics.jsonl"):
         # the line that starts or resumes a session names its machine
         if "device" in line:
             processes = line.get("processes")
             is_count = isinstance(processes, int) and 0 < processes < 1e6
             machine = (processes if is_count else 1, str(line["device"]))
-        # the time since the line before: never negative, as the clock may have been set back, and 0
-        # if a session starts or resumes, as that time was not spent on training
-        seconds[machine] += 0 if "event" in line else max(0, line["time"] - previous["time"])
+        # add the time since the line before, which was not spent on training if a session starts or
+        # resumes, and is negative if the clock was set back
+        is_training = "event" not in line
+        seconds[machine] += max(0, line["time"] - previous_time) if is_training else 0
+        previous_time = line["time"]
 
     total = sum(seconds.values())
     kwh = 0.0

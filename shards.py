@@ -46,6 +46,8 @@ class Shards:
         folder = Path(folder)
         if manifest is None:
             manifest = read_manifest(folder)
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder}.")
         unfinished = any(folder.glob("progress*.json")) or any(folder.glob("manifest_p*.json"))
         if not manifest and unfinished:
             raise UserError(f"{folder} is not finished: run the command that prepares it again.")
@@ -57,8 +59,6 @@ class Shards:
         if not manifest:
             pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
             self.files = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
-        if not folder.is_dir():
-            raise UserError(f"There is no folder {folder}.")
         if not self.files:
             raise UserError(f"{folder} holds no {split} shards: create them with prepare.py.")
 
@@ -76,7 +76,7 @@ class Shards:
         return self.ends[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens start to stop-1 of the stream, which may span shards.
+        """Tokens start to stop - 1 of the stream, which may span shards.
 
         Requires 0 <= start < stop <= len.
         """
@@ -91,7 +91,7 @@ class Shards:
 
 
 def allow_open_files(number: int):
-    """Raise this process's limit on open files for that many shards, if the system allows it."""
+    """Raises this process's limit on open files for that many shards, if the system allows it."""
     needed = 2 * number + 256
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # noqa: PLC0415 (not on Windows)
@@ -102,7 +102,7 @@ def allow_open_files(number: int):
 
 
 def read_manifest(folder) -> dict:
-    """Return the folder's manifest.json, or {} if it has none (shards of other projects)."""
+    """The folder's manifest.json, or {} if it has none (shards of other projects)."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         return {}
@@ -131,9 +131,9 @@ def is_valid_shard(shard: dict) -> bool:
 
 
 def read_tokenizer(folder, manifest: dict | None = None) -> Tokenizer:
-    """Return the tokenizer of the folder's shards, from its manifest, read here if not passed.
+    """The tokenizer of the folder's shards: its manifest's, else nanoGPT's meta.pkl, else GPT-2's.
 
-    Without a manifest it is that of nanoGPT's meta.pkl, if present, else GPT-2's.
+    Pass the manifest if it has been read already.
     """
     if manifest is None:
         manifest = read_manifest(folder)
@@ -144,18 +144,10 @@ def read_tokenizer(folder, manifest: dict | None = None) -> Tokenizer:
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-map a shard: `.npy`, llm.c's `.bin`, or raw uint16 as nanoGPT writes it."""
+    """Memory-maps a shard: `.npy`, llm.c's `.bin`, or raw uint16 as nanoGPT writes it."""
+    read_header = read_npy_header if path.suffix == ".npy" else read_bin_header
     try:
-        if path.suffix == ".npy":
-            shape, dtype, offset = read_npy_header(path)
-        else:
-            header = np.fromfile(path, dtype=np.int32, count=3)
-            known = len(header) == 3 and int(header[0]) in LLMC_DTYPES
-            dtype = np.dtype(LLMC_DTYPES[int(header[0])] if known else np.uint16)
-            offset = LLMC_HEADER_BYTES if known else 0
-            shape = None  # the rest of the file
-            if known and path.stat().st_size != offset + dtype.itemsize * int(header[2]):
-                raise ValueError(f"its header announces {header[2]:,} tokens")
+        shape, dtype, offset = read_header(path)
         # numpy maps no other type safely: one of no bytes ends the process
         if dtype not in (np.uint16, np.uint32):
             raise ValueError("expected uint16 or uint32")
@@ -174,12 +166,23 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def read_npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Return the array's shape and type, and the position of its first byte."""
+    """(shape, type, position of the first token) of a `.npy` file."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0,
                (2, 0): np.lib.format.read_array_header_2_0}
     with open(path, "rb") as file:
         shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
         return shape, dtype, file.tell()
+
+
+def read_bin_header(path: Path) -> tuple[None, np.dtype, int]:
+    """(None, type, position of the first token) of a `.bin` file: it holds tokens up to its end."""
+    header = np.fromfile(path, dtype=np.int32, count=3).tolist()
+    if len(header) < 3 or header[0] not in LLMC_DTYPES:
+        return None, np.dtype(np.uint16), 0  # nanoGPT's, without a header
+    dtype = np.dtype(LLMC_DTYPES[header[0]])
+    if path.stat().st_size != LLMC_HEADER_BYTES + dtype.itemsize * header[2]:
+        raise ValueError(f"its header announces {header[2]:,} tokens")
+    return None, dtype, LLMC_HEADER_BYTES
 
 
 def sample_checksum(folder, manifest: dict) -> str:
@@ -194,7 +197,7 @@ def sample_checksum(folder, manifest: dict) -> str:
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where):
-    """Raise UserError, naming the place `where`, if an id is outside the vocabulary."""
+    """Raises UserError, naming the place `where`, if an id is outside the vocabulary."""
     largest = tokens.max()
     if largest >= vocab_size:
         raise UserError(f"{where} holds the id {largest:,}, but its tokenizer has {vocab_size:,} "
@@ -209,7 +212,7 @@ app = tyro.extras.SubcommandApp()
 
 @app.command
 def verify(folder: tyro.conf.Positional[Path]):
-    """Compare every shard with the manifest. Stops at the first that differs."""
+    """Compares every shard with the manifest. Stops at the first that differs."""
     manifest = read_manifest(folder)
     tokenizer = read_tokenizer(folder, manifest)
     entries = {folder / shard["file"]: shard for shard in manifest.get("shards", ())}
@@ -247,7 +250,7 @@ def verify(folder: tyro.conf.Positional[Path]):
 
 @app.command
 def info(folder: tyro.conf.Positional[Path]):
-    """Print documents, tokens, bytes per token, and the start of a document for each split."""
+    """Prints documents, tokens, bytes per token, and the start of a document for each split."""
     manifest = read_manifest(folder)
     tokenizer = read_tokenizer(folder, manifest)
     if manifest:

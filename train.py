@@ -30,25 +30,22 @@ from common.seed import derive_seed
 from dataloader import DataLoader
 from generate import Engine
 from model import GPT
-from tokenizer import Tokenizer
-from training import optim, plan, runlog, sharding
+from training import optim, runlog, sharding
 from training.config import TrainConfig, run_fingerprint, validate
 from training.loss import cross_entropy
 from training.meter import Meter
 from training.presets import PRESETS, fast_recipe
-from training.setup import TrainingRun, autocast, model_sizes, set_up
+from training.setup import TrainingRun, autocast, set_up
 from training.signals import StopSignals
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-
 def main(argv: list[str]):
     # the first argument may name a preset
-    if argv and not argv[0].startswith("-"):
-        preset, *argv = argv
-    else:
-        preset = "gpt2-124m"
+    if not argv or argv[0].startswith("-"):
+        argv = ["gpt2-124m", *argv]
+    preset, *argv = argv
     if preset not in PRESETS:
         raise UserError(f"Unknown preset {preset!r}. The presets are: {', '.join(PRESETS)}.")
 
@@ -57,14 +54,6 @@ def main(argv: list[str]):
     if config.recipe == "fast":
         config = parse_options(fast_recipe(PRESETS[preset]), argv)
     validate(config)
-
-    # a dry run needs no data if it knows the size of the vocabulary
-    if config.dry_run and not config.data.is_dir() and config.vocab_size and not config.init_from:
-        with torch.device("meta"):
-            model = GPT(model_sizes(config, config.vocab_size))
-        device_name = config.gpu or ddp.pick_device(config.device).type
-        print(plan.describe(config, model, None, None, device_name, 1))
-        return
     with ddp.join_world(config.device, config.wait_s) as world:
         train(config, world)
 
@@ -78,7 +67,6 @@ def parse_options(defaults: TrainConfig, argv: list[str]) -> TrainConfig:
 
 # --------------------------------------------------------------------------------------------------
 # Training
-
 
 def train(config: TrainConfig, world: ddp.World):
     """Trains the run that `config` describes, from its newest checkpoint to its last step."""
@@ -181,7 +169,6 @@ def train_step(run: TrainingRun, x, y, step: int):
 # --------------------------------------------------------------------------------------------------
 # Between steps: evaluate, sample, save
 
-
 def due(config: TrainConfig, step: int) -> tuple[bool, bool, bool]:
     """Whether to evaluate, sample and save after `step` updates. Saving implies evaluating."""
     last_step = step == config.max_steps
@@ -260,25 +247,25 @@ def sample_and_log(run: TrainingRun, step: int):
     if run.config.shard:
         texts = sharding.draw_together(run.model, run.tokenizer, run.config, run.world)
     elif run.log:
-        texts = draw_samples(run.model, run.tokenizer, run.config, run.world)
+        texts = draw_samples(run)
     ddp.check_signals(run.world)  # the other ranks wait here for the samples
     if run.log:
         for text in texts:
             run.log.sample(step, run.config.sample_prompt, text)
 
 
-def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
-                 world: ddp.World = ddp.SINGLE_PROCESS) -> list[str]:
+def draw_samples(run: TrainingRun) -> list[str]:
     """Continuations of the sample prompt by the model as it is now. A signal cuts them off."""
-    model.eval()
-    engine = Engine(model, tokenizer, dtype="float32")
+    config = run.config
+    run.model.eval()
+    engine = Engine(run.model, run.tokenizer, dtype="float32")
     ids, _ = engine.encode(config.sample_prompt)
     request = engine.submit(ids, config.samples, max_new_tokens=sharding.SAMPLE_TOKENS,
                             temperature=0.8, top_k=200, seed=config.seed)
     texts = [config.sample_prompt] * config.samples
     for piece in engine.pieces(request):
         texts[piece.index] += piece.text
-        if world.received_signal:
+        if run.world.received_signal:
             break
     return texts
 
@@ -286,7 +273,7 @@ def draw_samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig,
 def save(run: TrainingRun, step: int, val_loss: float | None):
     """Writes a checkpoint. val_loss is None after a signal, which leaves no time to evaluate.
 
-    If that fails, for example on a full disk, training continues without this checkpoint. Raises
+    If it cannot be written, for example on a full disk, training continues without it. Raises
     UserError if it was the last one.
     """
     config = run.config
@@ -303,7 +290,7 @@ def save(run: TrainingRun, step: int, val_loss: float | None):
         except checkpoint.SaveError as save_error:
             error = save_error
 
-    # if the last checkpoint failed, end all ranks with this error, of which rank 0 prints its own
+    # if the last checkpoint failed, end every rank with this error, which only rank 0 prints
     is_last_checkpoint = val_loss is None or step == config.max_steps
     if is_last_checkpoint and ddp.any_rank(run.world, error):
         raise UserError(f"{error}. Free some disk space and run the same command again to resume "

@@ -14,6 +14,7 @@ import torch
 from benchmarks.ratio import divide, print_ratio
 from benchmarks.rounds import time_in_rounds
 from model import GPT, GPTConfig
+from training.config import TrainConfig
 from training.optim import build_optimizers, set_learning_rate
 
 CONFIG = GPTConfig(block_size=256, vocab_size=65, n_layer=4, n_head=6, n_embd=192)
@@ -54,8 +55,8 @@ def time_forward_backward(eager: GPT, compiled: GPT):
 
 def time_optimizers(model: GPT):
     optimizers = {
-        "AdamW, all parameters": build_optimizers(model, "adamw", 0.1, (0.9, 0.95)),
-        "our Muon, hidden matrices": build_optimizers(model, "muon", 0.1, (0.9, 0.95))[1:],
+        "AdamW, all parameters": build_optimizers(model, TrainConfig()),
+        "our Muon, hidden matrices": build_optimizers(model, TrainConfig(optimizer="muon"))[1:],
     }
     if hasattr(torch.optim, "Muon"):
         hidden = optimizers["our Muon, hidden matrices"][0].param_groups[0]["params"]

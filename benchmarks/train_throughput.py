@@ -30,8 +30,9 @@ from benchmarks.ratio import divide, print_ratio
 from common.devices import find_device
 from model import GPT, SIZES
 from training.config import TrainConfig
+from training.optim import build_optimizers
 from training.presets import PRESETS
-from training.setup import TrainingRun, create_optimizers, model_sizes, place_model
+from training.setup import TrainingRun, create_scaler, model_sizes, place_model
 
 VOCAB_SIZE = 50_304  # padded, as build-nanogpt's
 TOKENIZER_SIZE = 50_257
@@ -186,12 +187,11 @@ def build_run(config: TrainConfig, world: ddp.World) -> TrainingRun:
     with torch.device("meta"):
         model = GPT(model_sizes(config, config.vocab_size))
     place_model(model, None, config, world)
-    optimizers, scaler = create_optimizers(config, model, world)
     return TrainingRun(
         config, world, folder=Path(), data_checksums={}, tokenizer=None, model=model,
-        ddp_model=ddp.wrap(model, world), optimizers=optimizers, scaler=scaler, batches=None,
-        val_loader=None, hellaswag_examples=None, first_step=0, first_step_is_evaluated=False,
-        log=None)
+        ddp_model=ddp.wrap(model, world), optimizers=build_optimizers(model, config),
+        scaler=create_scaler(config, world), batches=None, val_loader=None,
+        hellaswag_examples=None, first_step=0, first_step_is_evaluated=False, log=None)
 
 
 def their_step(model, loss_of: Callable, config: Config, device: torch.device,

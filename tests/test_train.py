@@ -935,6 +935,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(data, capsys):
     assert not LOG.exists()
 
 
+def test_the_plan_without_data_is_for_the_gpu_of_this_machine(monkeypatch, capsys):
+    monkeypatch.setattr(ddp, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    train_here("gpt2-124m", "--dry-run")
+    output = capsys.readouterr().out
+    assert "parameters, on 1 x NVIDIA A100-SXM4-80GB\n" in output
+    assert "TFLOP/s" in output
+
+
 def test_the_plan_says_at_which_step_the_data_repeat(data, capsys):
     train_tiny("--max-steps", 10_000, "--dry-run")
     assert re.search(r"repeating from step \d+", capsys.readouterr().out)
@@ -1006,13 +1014,14 @@ def test_the_planned_memory_is_near_that_of_a_real_step(
     assert planned == pytest.approx(peak, rel=0.25)
 
     # measure the state of the optimizers, which includes a step counter
-    optimizers = build_optimizers(model, optimizer, 0.1, (0.9, 0.95))
+    config = TrainConfig(optimizer=optimizer)
+    optimizers = build_optimizers(model, config)
     state_bytes = 0
     for torch_optimizer in optimizers:
         torch_optimizer.step()
         for state in torch_optimizer.state.values():
             state_bytes += sum(tensor.nbytes for key, tensor in state.items() if key != "step")
-    assert state_bytes == plan.optimizer_bytes(TrainConfig(optimizer=optimizer), model)
+    assert state_bytes == plan.optimizer_bytes(config, model)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1097,7 +1106,7 @@ def test_orthogonalizing_equals_five_newton_schulz_steps(shape):
 def test_only_matrices_decay_and_every_parameter_has_one_optimizer(name):
     model = GPT(GPTConfig(8, 16, 2, 2, 8))
     optimized = []
-    for optimizer in build_optimizers(model, name, 0.1, (0.9, 0.95)):
+    for optimizer in build_optimizers(model, TrainConfig(optimizer=name)):
         for group in optimizer.param_groups:
             optimized += group["params"]
             for p in group["params"]:
@@ -1108,7 +1117,7 @@ def test_only_matrices_decay_and_every_parameter_has_one_optimizer(name):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_embeddings_have_their_own_learning_rate(name):
     model = GPT(GPTConfig(8, 16, 2, 2, 8))
-    optimizers = build_optimizers(model, name, 0.1, (0.9, 0.95), embedding_rate=4.0)
+    optimizers = build_optimizers(model, TrainConfig(optimizer=name, embedding_rate=4.0))
     set_learning_rate(optimizers, 0.5)
     rates = {}
     for optimizer in optimizers:

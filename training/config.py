@@ -15,7 +15,6 @@ import tyro
 from common.errors import UserError, check_range
 from dataloader import Order
 from shards import sample_checksum
-from training import optim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +111,14 @@ class TrainConfig:
         """The value of --recompute with "auto" resolved."""
         return self.recompute == "on" or (self.recompute == "auto" and self.shard)
 
+    @property
+    def decay_start(self) -> float:
+        """The step at which the schedule "wsd" begins to decay.
+
+        Before it, the learning rate depends on neither max_steps nor decay_ratio.
+        """
+        return max(self.warmup_steps, (1 - self.decay_ratio) * self.max_steps)
+
 
 def validate(config: TrainConfig):
     """Raises UserError if a value is out of range, or if two options exclude each other."""
@@ -135,18 +142,20 @@ def validate(config: TrainConfig):
 # --------------------------------------------------------------------------------------------------
 # What a run saves of its configuration
 
-# Options that may change when a run resumes, as they do not change what it computes. (`run` is what
-# `name` was called in older checkpoints.)
+# Options that may change when a run resumes, as they do not change what it computes.
 MAY_CHANGE = {
-    "name", "run", "recipe", "resume", "data", "micro_batch", "eval_every", "eval_tokens",
-    "hellaswag", "sample_every", "save_every", "log_every", "sample_prompt", "samples", "device",
-    "compile", "shard", "recompute", "deterministic", "wait_s", "track", "dry_run", "gpu", "nproc",
-    "mfu", "price"}
+    "name", "recipe", "resume", "data", "micro_batch", "eval_every", "eval_tokens", "hellaswag",
+    "sample_every", "save_every", "log_every", "sample_prompt", "samples", "device", "compile",
+    "shard", "recompute", "deterministic", "wait_s", "track", "dry_run", "gpu", "nproc", "mfu",
+    "price"}
 
 
 def checksum_data(data: Path, manifest: dict) -> dict:
-    """Checksums of a run's data: of their shards in the manifest, and of a sample of their tokens,
-    as other tokens can be put under the same name."""
+    """Checksums that tell whether a run's data have changed.
+
+    "data" covers the checksums in the manifest; without a manifest it is the path of the folder.
+    "data_sample" covers a sample of the tokens, in case files were replaced.
+    """
     checksums = "".join(shard["sha256"] for shard in manifest.get("shards", ()))
     digest = hashlib.sha256(checksums.encode()).hexdigest()[:16]
     return {"data": digest if checksums else str(data),
@@ -156,11 +165,11 @@ def checksum_data(data: Path, manifest: dict) -> dict:
 def run_fingerprint(config: TrainConfig, data_checksums: dict, step: int) -> dict:
     """The values that must not change when a run resumes from its checkpoint at `step`.
 
-    `data_checksums` are those of `checksum_data`. Before the decay of "wsd" begins, the learning
-    rate does not depend on max_steps and decay_ratio, so both may still change.
+    `data_checksums` are those of `checksum_data`. Until the schedule "wsd" begins to decay,
+    max_steps and decay_ratio may still change.
     """
     fingerprint = {name: value for name, value in as_json(config).items() if name not in MAY_CHANGE}
-    if config.schedule == "wsd" and step <= optim.decay_start(config):
+    if config.schedule == "wsd" and step <= config.decay_start:
         fingerprint["max_steps"] = "open"
         del fingerprint["decay_ratio"]
     return fingerprint | data_checksums

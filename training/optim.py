@@ -1,11 +1,14 @@
 """Optimizers and learning-rate schedules: AdamW, Muon; warm-up, then constant, cosine or WSD."""
 import math
+from collections import defaultdict
 
 import torch
 
+from model import GPT
+from training.config import TrainConfig
 
-def build_optimizers(model, name: str, weight_decay: float, betas: tuple[float, float],
-                     embedding_rate: float = 1.0) -> list[torch.optim.Optimizer]:
+
+def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Returns the optimizers for all of the model's parameters: [AdamW], or [AdamW, Muon].
 
     "adamw": AdamW for all parameters, as in GPT-3 (arXiv 2005.14165, appendix B).
@@ -14,18 +17,20 @@ def build_optimizers(model, name: str, weight_decay: float, betas: tuple[float, 
     Weight decay applies to matrices and embeddings, not to gains and biases. The learning rate of
     the embeddings is `embedding_rate` times that of the other parameters.
     """
+    weight_decay = config.weight_decay
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]  # gains and biases
 
     adamw_groups = [
-        {"params": embeddings, "weight_decay": weight_decay, "lr_scale": embedding_rate},
+        {"params": embeddings, "weight_decay": weight_decay, "lr_scale": config.embedding_rate},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    if name == "adamw":
+    if config.optimizer == "adamw":
         adamw_groups.append({"params": hidden, "weight_decay": weight_decay})
+    betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(adamw_groups, betas=betas, eps=1e-8, fused=True)
-    if name == "adamw":
+    if config.optimizer == "adamw":
         return [adamw]
     return [adamw, Muon(hidden, weight_decay=weight_decay)]
 
@@ -59,23 +64,22 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        # found_inf is 1 if the gradient is not finite (torch's fused AdamW reads it too). The step
-        # is then multiplied by 0 on the device, so the CPU need not wait for the value.
-        found_inf = getattr(self, "found_inf", None)
-        active = 1 if found_inf is None else 1 - found_inf
+        # train.py sets found_inf to 1 if the gradient is not finite (torch's fused AdamW reads it
+        # too). The step is then multiplied by 0 on the device, so the CPU need not wait for it.
+        device = self.param_groups[0]["params"][0].device
+        found_inf = getattr(self, "found_inf", torch.zeros((), device=device))
+        active = 1 - found_inf
 
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
-                if found_inf is not None:
-                    p.grad.masked_fill_(found_inf > 0, 0)  # as 0 * NaN is NaN
+                p.grad.masked_fill_(found_inf > 0, 0)  # as 0 * NaN is NaN
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
 
                 # Nesterov momentum; a.lerp(b, w) is (1 - w) a + w b
-                weight = torch.as_tensor((1 - momentum) * active, device=p.device)
-                buffer = state["momentum_buffer"].lerp_(p.grad, weight)
+                buffer = state["momentum_buffer"].lerp_(p.grad, (1 - momentum) * active)
                 direction = p.grad.lerp(buffer, momentum)
 
                 # weight decay, then the orthogonalized update
@@ -119,8 +123,8 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 # Learning rate
 
-def learning_rate(step: int, config) -> float:
-    """The learning rate of update `step`, counted from 0, in a run with this TrainConfig.
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of update `step`, counted from 0.
 
     The warm-up rises linearly to the peak, `learning_rate`. After it, the schedules differ:
 
@@ -137,21 +141,13 @@ def learning_rate(step: int, config) -> float:
 
     # how far the rate is above its minimum, from 1 at the peak to 0 at the end
     if config.schedule == "wsd":
-        decay_steps = max(1e-9, config.max_steps - decay_start(config))
+        decay_steps = max(1e-9, config.max_steps - config.decay_start)
         height = min(1.0, (config.max_steps - step) / decay_steps)
     else:
         steps = max(1, config.max_steps - config.warmup_steps)
         progress = min(1.0, (step - config.warmup_steps) / steps)
         height = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
-
-
-def decay_start(config) -> float:
-    """The step at which "wsd" begins to decay.
-
-    Before it, the learning rate depends on neither max_steps nor decay_ratio.
-    """
-    return max(config.warmup_steps, (1 - config.decay_ratio) * config.max_steps)
 
 
 def set_learning_rate(optimizers, lr: float):
@@ -163,7 +159,7 @@ def set_learning_rate(optimizers, lr: float):
 # --------------------------------------------------------------------------------------------------
 # State in a checkpoint
 
-def named_state(model, optimizers) -> dict[str, torch.Tensor]:
+def named_state(model: GPT, optimizers) -> dict[str, torch.Tensor]:
     """The state of the optimizers as {"<parameter name>/<key>": tensor}, to save as safetensors.
 
     For example, "transformer.wte.weight/exp_avg" is AdamW's first moment of the token embedding.
@@ -177,16 +173,17 @@ def named_state(model, optimizers) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_named_state(model, optimizers, tensors: dict[str, torch.Tensor]):
+def load_named_state(model: GPT, optimizers, tensors: dict[str, torch.Tensor]):
     """Loads a state that `named_state` returned into the optimizers."""
+    # group the tensors by parameter
+    states = defaultdict(dict)
+    for name, tensor in tensors.items():
+        parameter_name, _, key = name.rpartition("/")
+        states[parameter_name][key] = tensor
+
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        content = optimizer.state_dict()
         # torch numbers the parameters of an optimizer in the order of its groups
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for number, p in enumerate(parameters):
-            prefix = f"{names[p]}/"
-            content["state"][number] = {name.removeprefix(prefix): tensor
-                                        for name, tensor in tensors.items()
-                                        if name.startswith(prefix)}
-        optimizer.load_state_dict(content)
+        state = {number: states[names[p]] for number, p in enumerate(parameters)}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

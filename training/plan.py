@@ -165,7 +165,7 @@ def count(*modules) -> int:
 # Time, cost, energy
 
 def describe_time(config: TrainConfig, model: GPT, processes: int, device: Device) -> list[str]:
-    """Two lines: time and cost, and energy. Both leave out evaluation."""
+    """A line of time and cost, and one of energy, both without evaluation."""
     if config.dtype == "float32":
         return ["time: unknown, as the data sheets give the speed in half precision only"]
 

@@ -2,7 +2,6 @@
 import importlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -49,9 +48,9 @@ class Log:
     """Writes a run's config.json, metrics.jsonl and samples.jsonl.
 
     A new run creates the files. A resumed run appends to them, starting with a line that has
-    "event": "resume" and its step. Readers drop what an earlier attempt logged after that step.
-    "measured" says whether validation has run at that step; if not, readers drop an earlier
-    validation of that step too.
+    "event": "resume", its step, and "measured": whether validation had finished at that step.
+    Readers drop what an earlier attempt logged after that step, and if "measured" is false, its
+    validation at that step too.
     """
 
     def __init__(self, folder: Path, config: dict, first_step: int, is_evaluated: bool,
@@ -114,7 +113,7 @@ class Log:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            warn(f"a line of {path} could not be written ({os.strerror(error.errno)})")
+            warn(f"a line of {path} could not be written ({error.strerror})")
 
 
 def start_tracker(package: str, run: str, config: dict):

@@ -50,12 +50,17 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
     Returns None after printing the plan if config.dry_run is set. Raises UserError if the data, the
     model of --init-from or the checkpoint do not fit the configuration.
     """
+    # without data there is only a plan
+    if not config.data.is_dir():
+        plan_without_data(config, world)
+        return None
+
     # find the checkpoint to resume from
     folder = checkpoint.LOG / config.name
     first_step = find_checkpoint(config, folder, world)
 
     # build the model on the meta device
-    manifest = read_data_manifest(config)
+    manifest = read_manifest(config.data)
     model, initial_weights, tokenizer, config = build_model(config, manifest)
 
     # open the data, and read HellaSwag's examples
@@ -78,7 +83,8 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
     config = dataclasses.replace(config, micro_batch=micro_batch)
 
     # create the optimizers, then load the checkpoint into the model and into them
-    optimizers, scaler = create_optimizers(config, model, world)
+    optimizers = optim.build_optimizers(model, config)
+    scaler = create_scaler(config, world)
     data_checksums = checksum_data(config.data, manifest)
     is_evaluated = False
     if first_step:
@@ -103,7 +109,35 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoint and data
+# Data and checkpoint
+
+def plan_without_data(config: TrainConfig, world: ddp.World):
+    """Prints the plan of a dry run that knows the size of its vocabulary.
+
+    Any other run needs the data: raises UserError with the command that creates them.
+    """
+    if not config.dry_run or not config.vocab_size or config.init_from:
+        raise UserError(f"No data found in {config.data}. Create it with: "
+                        f"python {command_for_data(config)}")
+    if world.is_main:
+        with torch.device("meta"):
+            model = GPT(model_sizes(config, config.vocab_size))
+        device_name = ddp.device_name(world.device)
+        print(plan.describe(config, model, None, None, device_name, world.size))
+
+
+def command_for_data(config: TrainConfig) -> str:
+    """The command line that creates the data, without "python"."""
+    name, _, kind = config.data.name.rpartition("_")
+    if config.data == TrainConfig.data:
+        return "fineweb.py"
+    if name in NAMED_TEXTS:
+        text = "" if NAMED_TEXTS[name][0] else " --text FILE"  # without an address
+        return f"prepare.py {name} --tokenizer {kind}{text}"
+    bpe = kind.replace("-", ":") if kind.startswith("bpe-") else None
+    tokenizer = config.init_from or bpe
+    option = f" --tokenizer {tokenizer}" if tokenizer else ""
+    return f"prepare.py FILE_OR_FOLDER{option} --out {config.data}"
 
 
 def find_checkpoint(config: TrainConfig, folder: Path, world: ddp.World) -> int:
@@ -122,28 +156,6 @@ def find_checkpoint(config: TrainConfig, folder: Path, world: ddp.World) -> int:
                       "--resume auto continues it")
             raise UserError(f"{folder} already holds a run ({reason}): choose another --name.")
     return int(ddp.sum_over_ranks(world, step)[0])
-
-
-def read_data_manifest(config: TrainConfig) -> dict:
-    """The manifest of the data, or {} if another program wrote the shards.
-
-    If the folder does not exist, raises UserError with the command that creates it.
-    """
-    data = config.data
-    if data.is_dir():
-        return read_manifest(data)
-    name, _, kind = data.name.rpartition("_")
-    if data == TrainConfig.data:
-        command = "fineweb.py"
-    elif name in NAMED_TEXTS:
-        text = "" if NAMED_TEXTS[name][0] else " --text FILE"  # without an address
-        command = f"prepare.py {name} --tokenizer {kind}{text}"
-    else:
-        bpe = kind.replace("-", ":") if kind.startswith("bpe-") else None
-        tokenizer = config.init_from or bpe
-        option = f" --tokenizer {tokenizer}" if tokenizer else ""
-        command = f"prepare.py FILE_OR_FOLDER{option} --out {data}"
-    raise UserError(f"No data found in {data}. Create it with: python {command}")
 
 
 def read_hellaswag(config: TrainConfig, world: ddp.World) -> list[dict] | None:
@@ -166,7 +178,6 @@ def read_hellaswag(config: TrainConfig, world: ddp.World) -> list[dict] | None:
 
 # --------------------------------------------------------------------------------------------------
 # The model
-
 
 def build_model(config: TrainConfig, manifest: dict
                 ) -> tuple[GPT, dict | None, Tokenizer, TrainConfig]:
@@ -223,9 +234,10 @@ def load_source(config: TrainConfig, tokenizer: Tokenizer) -> GPT:
 
 
 def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, world: ddp.World):
-    """Moves the model from the meta device to this rank's device and initializes its weights.
+    """Moves the model from the meta device to this rank's device, ready to train.
 
-    With --shard, this rank holds only its part of each parameter.
+    Compiles the model and shards it if the configuration says so, and initializes its weights. With
+    --shard, this rank holds only its part of each parameter.
     """
     # set the kernels and the precision of matrix products
     if config.deterministic:
@@ -265,13 +277,10 @@ def place_model(model: GPT, initial_weights: dict | None, config: TrainConfig, w
         sharding.fill(model.initial_weights())
 
 
-def create_optimizers(config: TrainConfig, model: GPT, world: ddp.World
-                      ) -> tuple[list[torch.optim.Optimizer], torch.amp.GradScaler]:
-    """The optimizers and the gradient scaler, which is active in float16 only."""
-    optimizers = optim.build_optimizers(model, config.optimizer, config.weight_decay,
-                                        (config.beta1, config.beta2), config.embedding_rate)
+def create_scaler(config: TrainConfig, world: ddp.World) -> torch.amp.GradScaler:
+    """A scaler of the loss, active in float16 only."""
     uses_float16 = compute_dtype(config, world.device) == torch.float16
-    return optimizers, torch.amp.GradScaler(world.device.type, enabled=uses_float16)
+    return torch.amp.GradScaler(world.device.type, enabled=uses_float16)
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -284,7 +293,7 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def autocast(config: TrainConfig, world: ddp.World):
     """The context for a forward pass: autocast to bfloat16 or float16 if the run uses it.
 
-    A sharded model does not need it, as it gathers its weights in bfloat16.
+    A sharded model does not need it: it already gathers its weights in that precision.
     """
     dtype = compute_dtype(config, world.device)
     enabled = dtype != torch.float32 and not config.shard
@@ -293,7 +302,6 @@ def autocast(config: TrainConfig, world: ddp.World):
 
 # --------------------------------------------------------------------------------------------------
 # The micro-batch
-
 
 def choose_micro_batch(config: TrainConfig, saved_run: Path | None, model: GPT,
                        world: ddp.World) -> int:
@@ -349,7 +357,6 @@ def fits_memory(sequences: int, config: TrainConfig, model: GPT, world: ddp.Worl
 # --------------------------------------------------------------------------------------------------
 # Resuming
 
-
 def load_checkpoint(folder: Path, step: int, config: TrainConfig, data_checksums: dict, model: GPT,
                     optimizers: list[torch.optim.Optimizer],
                     scaler: torch.amp.GradScaler) -> bool:
@@ -358,16 +365,19 @@ def load_checkpoint(folder: Path, step: int, config: TrainConfig, data_checksums
     Returns whether validation has already run at that step. Raises UserError if the configuration
     or the data differ from the checkpoint's.
     """
+    # compare the configuration and the data with the checkpoint's
     saved = checkpoint.saved_config(folder, step)
     for name, value in run_fingerprint(config, data_checksums, step).items():
         # a checkpoint older than an option was trained with the option's default
         saved_value = saved.get(name, getattr(TrainConfig, name, value))
-        if saved_value != value and name.startswith("data"):
+        if saved_value != value and name in data_checksums:
             raise UserError(f"{folder} was started with other data than {config.data} holds now: "
                             "restore the data, or choose another --name.")
         if saved_value != value:
             raise UserError(f"{folder} was started with {name} {saved_value}, and this command has "
                             f"{value}: repeat the original value, or choose another --name.")
+
+    # load it
     optimizer_state, val_loss = checkpoint.load_state(folder, step, model)
     optim.load_named_state(model, optimizers, optimizer_state)
     if saved.get("grad_scaler"):  # else the checkpoint is not of a run in float16

@@ -231,7 +231,7 @@ def run_folder(patch):
 
     def new_parts():
         model = small_gpt()
-        optimizers = optim.build_optimizers(model, "adamw", 0.1, (0.9, 0.95), 1.0)
+        optimizers = optim.build_optimizers(model, config)
         return model, optimizers, torch.amp.GradScaler("cpu")
 
     model, optimizers, scaler = new_parts()

@@ -19,6 +19,7 @@ import hellaswag
 import prepare
 import train
 from corpus import sources
+from training import setup
 from training.config import TrainConfig
 
 WORDS = (
@@ -94,14 +95,17 @@ def cache_options(patch):
 
 
 def train_line(patch):
-    patch.setattr(train, "train", start_work)
-    build = train.model_sizes
+    build = setup.model_sizes
 
     def model_sizes(config, vocab_size):
         """Does not build the plan of a huge model."""
         return build(config, vocab_size) if config.n_layer < 50 else start_work()
 
-    patch.setattr(train, "model_sizes", model_sizes)
+    def plan_or_train(config, world):
+        return setup.plan_without_data(config, world) if config.dry_run else start_work()
+
+    patch.setattr(setup, "model_sizes", model_sizes)
+    patch.setattr(train, "train", plan_or_train)
     options = options_of(TrainConfig)
     Path("text.txt").write_text(TEXT)
     cache_options(patch)
