@@ -34,7 +34,7 @@ from generate import Engine, ModelConfig
 
 DISCONNECT_CHECK_S = 0.5  # how often to check that a client who waits is still connected
 GRACE_S = 3  # how long texts can continue after SIGTERM or Ctrl-C
-METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
 GENERATE = {"completions": (CompletionRequest, Completion),
             "chat/completions": (ChatRequest, ChatCompletion)}
 
@@ -51,6 +51,7 @@ def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
         return {"id": name, "object": "model", "created": created, "owned_by": "gpt-2-from-scratch"}
 
     @router.get("/health")
+    @router.head("/health", include_in_schema=False)  # probes send HEAD
     async def health():
         return {"status": "ok"}
 
@@ -59,6 +60,8 @@ def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
         return metrics.render()
 
     @router.get("/v1/models")
+    @router.get("/v1/models/", include_in_schema=False)
+    @router.head("/v1/models", include_in_schema=False)
     async def list_models():
         return {"object": "list", "data": [describe_model(name) for name in names]}
 
@@ -72,14 +75,15 @@ def routes(names: list[str], engine: Callable[[str], Engine]) -> APIRouter:
     # the last route: it takes whatever the others do not
     @router.api_route("/v1/{endpoint:path}", methods=METHODS, include_in_schema=False)
     async def generate(http: Request, endpoint: str):
+        endpoint = endpoint.strip("/")
         try:
             check_endpoint(endpoint, http.method)
             schema, kind = GENERATE[endpoint]
             body = schema.model_validate_json(await http.body())
-            name = find_name(body.model, names)
+            body.model = find_name(body.model, names)
             # loading a model and encoding prompts would block the event loop
-            model_engine = await run_in_threadpool(engine, name)
-            metrics.engines[name] = model_engine
+            model_engine = await run_in_threadpool(engine, body.model)
+            metrics.engines[body.model] = model_engine
             client = http.client.host if http.client else None
             completion = await run_in_threadpool(kind, model_engine, body, turns, client)
             response = await respond(http, completion)

@@ -19,15 +19,16 @@ MAX_NEW_TOKENS = 100_000  # in one request, over all texts
 RETRY_AFTER_S = 5  # the clients of a busy server should wait this long
 
 # fields that never change a text
-IGNORED = {"metadata", "name", "parallel_tool_calls", "prompt_cache_key", "safety_identifier",
-           "service_tier", "store", "user"}
+IGNORED = {"metadata", "name", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options",
+           "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user"}
 # fields that are not supported -> the values at which they ask for nothing
 NEUTRAL = {
-    "annotations": ([],), "best_of": (1,), "frequency_penalty": (0,), "functions": ([],),
-    "ignore_eos": (False,), "logit_bias": ({},), "min_p": (0,), "min_tokens": (0,),
-    "modalities": (["text"],), "presence_penalty": (0,),
+    "annotations": ([],), "best_of": (1,), "echo": (False,), "frequency_penalty": (0,),
+    "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
+    "logit_bias": ({},), "min_p": (0,), "min_tokens": (0,), "modalities": (["text"],),
+    "presence_penalty": (0,), "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},), "suffix": ("",), "tool_calls": ([],),
-    "tool_choice": ("none", "auto"), "tools": ([],),
+    "tool_choice": ("none", "auto"), "tools": ([],), "verbosity": ("medium",),
 }
 
 
@@ -99,6 +100,7 @@ class TextPart(Body):
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] = ""
+    type: Literal["text"] = "text"  # lm-eval sends it with each message
 
     def plain(self) -> dict[str, str]:
         """The message as the templates read it; "developer" is a newer name for "system"."""

@@ -3,6 +3,8 @@
 Requests that share a prefix are computed once; the results are those of the harness's own Hugging
 Face backend.
 """
+import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 from lm_eval.api.model import TemplateLM
@@ -87,11 +89,13 @@ class HarnessModel(TemplateLM):
                 progress.update(len(likelihoods))
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        self.engine.scheduler.deadline_s = math.inf  # a slow machine must not cut a text short
         with ThreadPoolExecutor(PARALLEL_TEXTS) as pool:
-            texts = pool.map(self.continue_prompt, requests)
+            # a task can repeat a request to sample several texts, so each has its own seed
+            texts = pool.map(self.continue_prompt, requests, itertools.count())
             return list(tqdm(texts, total=len(requests), unit="text"))
 
-    def continue_prompt(self, request) -> str:
+    def continue_prompt(self, request, seed: int) -> str:
         """The continuation of a prompt until a stop string, greedy unless the task samples."""
         prompt, options = request.args
         options = normalize_gen_kwargs(options)
@@ -100,6 +104,6 @@ class HarnessModel(TemplateLM):
         max_new_tokens = min(options["max_gen_toks"], block_size - 1)
         ids = self.tok_encode(prompt)[-(block_size - max_new_tokens):] or [self.prefix_token_id]
         (text,) = self.engine.generate(
-            ids, max_new_tokens=max_new_tokens, temperature=options["temperature"],
-            top_p=options.get("top_p", 1.0), stop=tuple(filter(None, options["until"])), seed=0)
+            ids, max_new_tokens=max_new_tokens, temperature=options.get("temperature", 0.0),
+            top_p=options.get("top_p", 1.0), stop=tuple(filter(None, options["until"])), seed=seed)
         return text

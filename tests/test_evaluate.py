@@ -2,6 +2,7 @@
 import functools
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,32 @@ def test_every_shape_of_task_has_the_figures_of_the_hugging_face_backend(tasks, 
         for metric, value in ours["results"][task].items():
             if isinstance(value, float) and "stderr" not in metric:
                 assert value == pytest.approx(theirs["results"][task][metric], rel=1e-4), metric
+
+
+def generate_until(options: dict, requests: int = 1, **limits) -> list[str]:
+    """What the engine generates for equal requests of the harness with a task's options."""
+    pytest.importorskip("lm_eval")
+    from engine.harness import HarnessModel  # noqa: PLC0415 (it imports an optional package)
+
+    engine = Engine(tiny_gpt(vocab_size=300), small_bpe(), **limits)
+    request = SimpleNamespace(args=("The fox", {"until": [], "max_gen_toks": 20, **options}))
+    return HarnessModel(engine).generate_until([request] * requests)
+
+
+def test_a_task_that_does_not_mention_sampling_is_greedy():
+    assert generate_until({}) == generate_until({"do_sample": False})
+
+
+def test_the_texts_of_a_repeated_request_differ_but_not_between_runs():
+    sampling = {"do_sample": True, "temperature": 1.0}
+    texts = generate_until(sampling, requests=3)
+    assert len(set(texts)) == 3
+    assert generate_until(sampling, requests=3) == texts
+
+
+def test_a_slow_machine_cuts_no_text_of_a_task_short():
+    options = {"do_sample": False}
+    assert generate_until(options, deadline_s=0) == generate_until(options)
 
 
 def test_main_prints_a_table_and_writes_json(tasks, model_folder, capsys, tmp_path):

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 import serve
 from api import completions, guard, schema
 from api.conversation import SPEAKERS, chat_ids, transcript
-from api.guard import MAX_BODY_BYTES, Access, Guard
+from api.guard import MAX_BODY_BYTES, MAX_UPLOAD_BYTES, Access, Guard
 from api.schema import MAX_PROMPTS, CompletionRequest
 from common.errors import UserError
 from engine.scheduler import Token
@@ -319,7 +319,8 @@ def test_more_texts_than_places_are_the_texts_that_each_would_be_alone(client):
 
 def test_bundled_is_short_for_the_first_bundled_model(client):
     assert client.models.retrieve("bundled").id == "bundled:stories"
-    assert client.completions.create(model="bundled", prompt="a", max_tokens=1).choices
+    completion = client.completions.create(model="bundled", prompt="a", max_tokens=1)
+    assert completion.choices and completion.model == "bundled:stories"
 
 
 @pytest.mark.parametrize("fields", [
@@ -375,13 +376,24 @@ def test_a_base_model_continues_a_transcript(client, engines):
 def test_a_model_with_a_template_gets_its_own_format(client, engines):
     parts = [{"type": "text", "text": "how are "}, {"type": "text", "text": "you"}]
     messages = [{**HISTORY[0], "role": "developer"}, *HISTORY[1:3],
-                {"role": "user", "content": parts, "name": "ann"}]
+                {"role": "user", "content": parts, "name": "ann", "type": "text"}]
     chat = client.chat.completions.create(
         model="chat", messages=messages, max_completion_tokens=20, max_tokens=3, seed=1)
     ids = chat_ids(engines["chat"].tokenizer, HISTORY)
     assert chat.choices[0].message.content == engines["chat"].generate(
         ids, max_new_tokens=20, seed=1)[0].lstrip()
     assert chat.usage.prompt_tokens == len(ids) and chat.usage.completion_tokens == 20
+
+
+def test_fields_that_ask_for_nothing_change_no_chat(client):
+    options = {"model": "chat", "messages": HISTORY, "max_tokens": 5, "seed": 1}
+    plain = client.chat.completions.create(**options).choices
+    for fields in (
+            {"tool_choice": "none"}, {"tools": [], "tool_choice": "auto"}, {"echo": False},
+            {"function_call": "none", "functions": []}, {"response_format": {"type": "text"}},
+            {"reasoning_effort": "none"}, {"verbosity": "medium"}, {"top_logprobs": 0},
+            {"prompt_cache_retention": "24h", "stop": None, "stream_options": None}):
+        assert client.chat.completions.create(**options, extra_body=fields).choices == plain, fields
 
 
 def test_the_parts_of_a_chat_join_to_the_whole_reply(client):
@@ -516,10 +528,21 @@ def test_invalid_json_and_unknown_models_are_errors_too(client, url):
 def test_other_methods_and_paths_get_openais_errors(url):
     for method, path, status in (("GET", "completions", 405), ("PUT", "models", 405),
                                  ("DELETE", "models/char", 405), ("POST", "embeddings", 404),
-                                 ("PATCH", "nothing", 404)):
+                                 ("PATCH", "nothing", 404), ("OPTIONS", "models", 405),
+                                 ("OPTIONS", "chat/completions", 405)):
         answer = requests.request(method, f"{url}/{path}", json={}, timeout=10)
         assert answer.status_code == status, path
         assert answer.json()["error"]["message"].startswith(f"/v1/{path} does not")
+
+
+def test_slashes_too_many_and_head_requests_are_answered(url):
+    root = url.removesuffix("/v1")
+    for path in f"{url}/completions/", f"{url}//completions":
+        assert post(path, BODY).json()["choices"]
+    assert requests.get(f"{url}/models/", timeout=10).json()["data"]
+    for path, status in (f"{root}/health", 200), (f"{url}/models", 200), (f"{url}/nothing", 404):
+        answer = requests.head(path, timeout=10)
+        assert (answer.status_code, answer.content) == (status, b"")
 
 
 @pytest.mark.parametrize("body", [
@@ -800,6 +823,10 @@ def test_a_body_that_is_too_large_is_not_read(url):
 
     headers = {"Content-Type": "application/json"}
     answer = requests.post(address, data=chunks(), headers=headers, timeout=20)
+    assert answer.status_code == 413
+
+    address = url.replace("v1", "gradio_api/upload")
+    answer = requests.post(address, data=b"x" * (MAX_UPLOAD_BYTES + 1), timeout=20)
     assert answer.status_code == 413
 
 
