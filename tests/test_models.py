@@ -1,5 +1,6 @@
-"""How many models the page loads and keeps."""
+"""Which models the page offers, and how many it loads and keeps."""
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,14 @@ import checkpoint
 from engine.scheduler import Busy
 from ui import zero
 from ui.models import DTYPES, MAX_AT_ONCE, Models
+
+
+def test_a_run_that_starts_later_is_offered_but_does_not_become_the_default():
+    models = Models(None)
+    Path("log/later").mkdir(parents=True)
+    Path("log/later/model_00001.pt").touch()
+    assert models.list_names()[0] == "log/later"
+    assert models.default == "bundled:stories"
 
 
 def test_models_that_load_or_write_are_kept_and_others_wait(monkeypatch):

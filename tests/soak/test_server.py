@@ -18,9 +18,11 @@ pytestmark = pytest.mark.soak
 
 CLIENTS = 12
 PROMPTS = ("The king", "O Romeo", "What is", "\n\n", "A" * 100)
-MALFORMED = (b"", b"{", b"[" * 50_000, b'{"prompt": "\\ud800", "echo": true}', b"\xff\xfe",
-             b'{"prompt": "x", "max_tokens": -1}', b'{"prompt": "x", "n": 100000}',
-             b'{"prompt": {}}', b'{"prompt": "x", "stop": ["' + b"y" * 100_000 + b'"]}')
+MODEL = b'{"model": "bundled:shakespeare", '
+MALFORMED = (b"", b"{", b"[" * 50_000, b"\xff\xfe", b'{"prompt": "x"}', MODEL + b'"prompt": {}}',
+             MODEL + b'"prompt": "\\ud800", "echo": true}',
+             MODEL + b'"prompt": "x", "n": 100000}', MODEL + b'"prompt": "x", "max_tokens": -1}',
+             MODEL + b'"prompt": "x", "stop": ["' + b"y" * 100_000 + b'"]}')
 
 
 @pytest.fixture
