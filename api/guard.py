@@ -62,17 +62,27 @@ class Guard:
         name = socket.gethostname().lower()
         own = host.lower(), *map(str.lower, access.allow_host)
         self.names = ["localhost", "*.localhost", name, f"{name}.local", *own]
-        self.app = CORSMiddleware(app, allow_origins=self.origins, allow_methods=["*"],
-                                  allow_headers=["*"]) if self.origins else app
+        self.app = app
+        # pages of the allowed sites can read the errors of `admit`, too
+        self.next = CORSMiddleware(self.admit, allow_origins=self.origins, allow_methods=["*"],
+                                   allow_headers=["*"]) if self.origins else self.admit
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request = Request(scope)
         try:
             if not self.public:
-                self.check_site(request)
+                self.check_site(Request(scope))
+        except RequestError as error:
+            await error_answer(error)(scope, receive, send)
+        else:
+            await self.next(scope, receive, send)
+
+    async def admit(self, scope, receive, send):
+        """Passes on the requests whose type, size and key the server accepts."""
+        request = Request(scope)
+        try:
             self.check_body(request)
             self.check_key(request)
             await self.app(scope, bounded(receive, self.limit(request)), send)

@@ -766,7 +766,10 @@ def test_hosts_and_origins_can_be_allowed(engines):
         origin = {"Origin": "https://app.example"}
         answer = post(f"{url}/completions", BODY, **origin)
         assert answer.status_code == 200
-        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        refused = post(f"{url}/completions", BODY, **origin, **{"Content-Type": "text/plain"})
+        assert refused.status_code == 415
+        for readable in answer, refused:
+            assert readable.headers["access-control-allow-origin"] == "https://app.example"
         preflight = requests.options(f"{url}/completions", timeout=10, headers={
             **origin, "Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "content-type"})
