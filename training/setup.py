@@ -50,10 +50,8 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
     Returns None after printing the plan if config.dry_run is set. Raises UserError if the data, the
     model of --init-from or the checkpoint do not fit the configuration.
     """
-    # without data there is only a plan
     if not config.data.is_dir():
-        plan_without_data(config, world)
-        return None
+        return plan_without_data(config, world)
 
     # find the checkpoint to resume from
     folder = checkpoint.LOG / config.name
@@ -101,9 +99,8 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
 
     return TrainingRun(
         config=config, world=world, folder=folder, data_checksums=data_checksums,
-        tokenizer=tokenizer, model=model, ddp_model=ddp.wrap(model, world),
-        optimizers=optimizers, scaler=scaler,
-        batches=train_loader.batches(first_step, config.max_steps, world.device),
+        tokenizer=tokenizer, model=model, ddp_model=ddp.wrap(model, world), optimizers=optimizers,
+        scaler=scaler, batches=train_loader.batches(first_step, config.max_steps, world.device),
         val_loader=val_loader, hellaswag_examples=examples,
         first_step=first_step, first_step_is_evaluated=is_evaluated, log=log)
 
@@ -111,7 +108,7 @@ def set_up(config: TrainConfig, world: ddp.World) -> TrainingRun | None:
 # --------------------------------------------------------------------------------------------------
 # Data and checkpoint
 
-def plan_without_data(config: TrainConfig, world: ddp.World):
+def plan_without_data(config: TrainConfig, world: ddp.World) -> None:
     """Prints the plan of a dry run that knows the size of its vocabulary.
 
     Any other run needs the data: raises UserError with the command that creates them.
