@@ -53,7 +53,7 @@ def main(config: FinewebConfig):
 
 
 def find_subset(folder: Path, subset: str) -> Path:
-    """Return the subset's folder in a copy of the dataset.
+    """Returns the subset's folder in a copy of the dataset.
 
     The copy has the Hub's layout, or the folder itself holds the subset and nothing else.
     """
@@ -66,7 +66,7 @@ def find_subset(folder: Path, subset: str) -> Path:
 
 
 def download_tokens(subset: str) -> Path:
-    """Download the published tokens of sample-10BT (20 GB) into the Hub's cache."""
+    """Downloads the published tokens of sample-10BT (20 GB) into the Hub's cache."""
     if subset != "sample-10BT":
         raise UserError(f"Tokens are published for sample-10BT only, not for {subset}: "
                         "give a folder of shards with --source.")

@@ -98,12 +98,12 @@ PROTOCOLS = {"nanogpt": tokenize_nanogpt, "harness": tokenize_harness}
 # Reading examples
 
 def download(option: str = "--data") -> Path:
-    """Download the validation set once. A failure's message names `option`, which takes a file."""
+    """Downloads the validation set once. A failure's message names `option`, which takes a file."""
     return fetch(URL, SHA256, DATA / "downloads" / "hellaswag_val.jsonl", option)
 
 
 def read_examples(path: Path, limit: int | None = None) -> list[dict]:
-    """Read a .jsonl or .jsonl.gz file of examples in HellaSwag's format, or derived from it.
+    """Reads a .jsonl or .jsonl.gz file of examples in HellaSwag's format, or derived from it.
 
     An example has `ctx`, `endings`, `activity_label`, and optionally `label`, an index into the
     endings. Raises UserError that names the line if one is invalid.
@@ -149,7 +149,7 @@ def parse_example(line: str, location: str) -> dict:
 def evaluate(model: GPT, tokenizer: Tokenizer, examples: list[dict], protocol: str = "both",
              batch_tokens: int | None = None, world: ddp.World = ddp.SINGLE_PROCESS,
              show_progress: bool = False) -> dict[str, dict]:
-    """Score the examples and return {"nanogpt": {"acc", "acc_norm", …}, "harness": {…}}.
+    """Scores the examples and returns {"nanogpt": {"acc", "acc_norm", …}, "harness": {…}}.
 
     Each result has `acc` and its standard error `acc_stderr`, `acc_norm` and its standard error
     `stderr`, and `n`, the number of examples with a label. `predictions` has the ending that
@@ -284,7 +284,7 @@ def main(config: HellaSwagConfig):
 
 
 def validate(config: HellaSwagConfig):
-    """Raise UserError if an option is invalid or does not go with another."""
+    """Raises UserError if an option is invalid or does not go with another."""
     check_range(config, "at least 1", lambda n: n >= 1, "limit", "batch_tokens", "stride")
     check_range(config, "at least 0", lambda n: n >= 0, "show")
     if config.stride and not config.text:

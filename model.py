@@ -149,7 +149,7 @@ class GPT(nn.Module):
                 p.data.copy_(values)
 
     def initial_weights(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Yield each parameter with its initial values, drawn in order from torch's generator."""
+        """Yields each parameter with its initial values, drawn in order from torch's generator."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 yield p, torch.zeros(p.shape)

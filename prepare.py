@@ -99,7 +99,7 @@ def main(config: PrepareConfig):
 
 def prepare(source: sources.Source, name: str, out: Path, tokenizer_name: str,
             options: ShardOptions):
-    """Write the source's tokens, or this process's part, into the shards `out`/`name`_….
+    """Writes the source's tokens, or this process's part, into the shards `out`/`name`_….
 
     Resumes an earlier call that was interrupted.
     """
@@ -160,7 +160,7 @@ def check_options(options: ShardOptions, source: sources.Source):
 
 def choose_tokenizer(name: str, source: sources.Source, val_share: float,
                      val_from: reader.Cursor | None) -> Tokenizer:
-    """Return the tokenizer that --tokenizer names.
+    """Returns the tokenizer that --tokenizer names.
 
     `char` takes its alphabet from the whole source; `bpe:N` is trained on a sample of it.
     """
@@ -236,7 +236,7 @@ def make_plan(source: sources.Source, files: list[str], batches: Iterator[encodi
 
 
 def print_plan(plan: Plan, source: sources.Source, files: list[str], out: Path, counts: Counter):
-    """Print the plan, and what an earlier call has finished."""
+    """Prints the plan, and what an earlier call has finished."""
     free = shutil.disk_usage(out).free
     enough = "" if free > plan.disk_bytes else "; NOT ENOUGH"
     number = "1 file" if len(files) == 1 else f"{len(files):,} files"
@@ -260,7 +260,7 @@ def format_millions(number: int) -> str:
 # Writing
 
 def write_shards(writer: ShardWriter, plan: Plan, batches: Iterator[encoding.EncodedBatch]):
-    """Write the batches to disk with a progress bar, and commit once in a while."""
+    """Writes the batches to disk with a progress bar, and commits once in a while."""
     unit = "bytes" if plan.bytes else "tokens"
     unknown = {}  # an ordered set
     last_commit = time.monotonic()
@@ -286,7 +286,7 @@ def write_shards(writer: ShardWriter, plan: Plan, batches: Iterator[encoding.Enc
 
 @contextlib.contextmanager
 def report_full_disk(out: Path):
-    """Turn the error of a full disk into a UserError."""
+    """Turns the error of a full disk into a UserError."""
     try:
         yield
     except OSError as error:
@@ -297,7 +297,7 @@ def report_full_disk(out: Path):
 
 
 def print_summary(out: Path, parts: int):
-    """Print what the finished folder holds."""
+    """Prints what the finished folder holds."""
     manifest = read_manifest(out)
     if not manifest:
         print(f"This part is finished; {out} is ready when all {parts} parts are.")
@@ -322,12 +322,12 @@ def print_summary(out: Path, parts: int):
 # Cores and parts
 
 def available_cores() -> int:
-    """Return the cores for this process, shared with the processes that torchrun started here."""
+    """Returns the cores for this process, shared with the processes that torchrun started here."""
     return max(1, allowed_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def find_part(option: str | None) -> tuple[int, int]:
-    """Return (this process's part of the files, number of parts).
+    """Returns (this process's part of the files, number of parts).
 
     They come from the option --part, else from torchrun, else from a Slurm array.
     """

@@ -51,33 +51,33 @@ class Tokenizer:
     chat_template: str | None = None  # a Jinja template, as in Hugging Face's tokenizers
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the text. Special tokens in the text are encoded as ordinary text."""
+        """Returns the ids of the text. Special tokens in the text are encoded as ordinary text."""
         raise NotImplementedError
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of each text as an array."""
+        """Returns the ids of each text as an array."""
         raise NotImplementedError
 
     def replace_unknown(self, text: str) -> tuple[str, str]:
-        """Replace the characters that the vocabulary lacks.
+        """Replaces the characters that the vocabulary lacks.
 
         Returns the new text and the distinct characters replaced, in order of appearance.
         """
         return text, ""
 
     def decode_bytes(self, ids) -> bytes:
-        """Return the UTF-8 bytes of the ids, which may end inside a character.
+        """Returns the UTF-8 bytes of the ids, which may end inside a character.
 
         Ids outside the vocabulary (a model's padding) give no bytes.
         """
         raise NotImplementedError
 
     def decode(self, ids) -> str:
-        """Return the text of the ids. Bytes that are not valid UTF-8 become U+FFFD."""
+        """Returns the text of the ids. Bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream_decoder(self):
-        """Return a function `(ids, final=False) -> str` that decodes ids as they arrive.
+        """Returns a function `(ids, final=False) -> str` that decodes ids as they arrive.
 
         It holds back an incomplete character until its last byte arrives or `final` is True.
         The returned pieces, joined, equal `decode` of all ids.
@@ -86,18 +86,18 @@ class Tokenizer:
         return lambda ids, final=False: utf8.decode(self.decode_bytes(ids), final)
 
     def to_dict(self) -> dict:
-        """Return plain values from which `load_tokenizer` rebuilds the tokenizer.
+        """Returns plain values from which `load_tokenizer` rebuilds the tokenizer.
 
         They do not include the chat template.
         """
         raise NotImplementedError
 
     def save(self, folder: Path):
-        """Write Hugging Face's files into the folder; `transformers` reads the same ids."""
+        """Writes Hugging Face's files into the folder; `transformers` reads the same ids."""
         raise NotImplementedError
 
     def save_config(self, folder: Path, **config):
-        """Write tokenizer_config.json."""
+        """Writes tokenizer_config.json."""
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -166,7 +166,7 @@ class BPETokenizer(Tokenizer):
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Encode with tiktoken, as `encode` does."""
+        """Encodes with tiktoken, as `encode` does."""
         try:
             return self.fast.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
@@ -189,11 +189,11 @@ class BPETokenizer(Tokenizer):
         self.save_config(folder, **FAST_CONFIG, **special)
 
     def vocabulary(self) -> dict[str, int]:
-        """Return the id of each token, written as in GPT-2's vocab.json."""
+        """Returns the id of each token, written as in GPT-2's vocab.json."""
         return self.bpe.get_vocab()
 
     def merges(self) -> list[tuple[str, str]]:
-        """Return the pairs that BPE merges, in order, written as in GPT-2's merges.txt."""
+        """Returns the pairs that BPE merges, in order, written as in GPT-2's merges.txt."""
         return read_merges(json.loads(self.description))
 
 
@@ -217,7 +217,7 @@ class GPT2Tokenizer(BPETokenizer):
         return {"kind": self.kind}
 
     def save(self, folder: Path):
-        """Write GPT-2's vocab.json and merges.txt, and the equivalent tokenizer.json."""
+        """Writes GPT-2's vocab.json and merges.txt, and the equivalent tokenizer.json."""
         vocab = self.vocabulary()
         merges = self.merges()
         (folder / "vocab.json").write_text(json.dumps(vocab))
@@ -234,7 +234,7 @@ class GPT2Tokenizer(BPETokenizer):
         return [(bytes_to_unicode(left), bytes_to_unicode(right)) for left, right in pairs]
 
     def split_token(self, token: bytes) -> tuple[bytes, bytes]:
-        """Return the two tokens that BPE merges into this one."""
+        """Returns the two tokens that BPE merges into this one."""
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
             # merge the neighbours whose merge has the lowest rank
@@ -246,7 +246,7 @@ class GPT2Tokenizer(BPETokenizer):
 
 
 def tiktoken_bpe(ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    """Return tiktoken's BPE for tokens whose ids follow the order of the merges."""
+    """Returns tiktoken's BPE for tokens whose ids follow the order of the merges."""
     # without a special token, tiktoken searches for the empty string: encoding takes twice as long
     special = {END_OF_TEXT: max(ranks.values()) + 1}
     return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks,
@@ -254,7 +254,7 @@ def tiktoken_bpe(ranks: dict[bytes, int]) -> tiktoken.Encoding:
 
 
 def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """Return a BPE of the `tokenizers` library that splits text and represents bytes as GPT-2 does.
+    """Returns a BPE of `tokenizers` that splits text and represents bytes as GPT-2 does.
 
     `vocab` and `merges` are written as in GPT-2's vocab.json and merges.txt.
     """
@@ -266,7 +266,7 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Train a byte-level BPE that splits text into words as GPT-2 does.
+    """Trains a byte-level BPE that splits text into words as GPT-2 does.
 
     Its ids are the 256 bytes, their merges, and `<|endoftext|>` last: `vocab_size` in all, or fewer
     if the texts have no more pairs to merge. Training is deterministic.
@@ -284,13 +284,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def read_merges(parts: dict) -> list[tuple[str, str]]:
-    """Return the merges of a parsed tokenizer.json, which older files write as "left right"."""
+    """Returns the merges of a parsed tokenizer.json, which older files write as "left right"."""
     merges = parts["model"]["merges"]
     return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
 
 
 def format_merges(merges: list[tuple[str, str]]) -> str:
-    """Return the text of GPT-2's merges.txt."""
+    """Returns the text of GPT-2's merges.txt."""
     return "#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n"
 
 
@@ -305,7 +305,7 @@ def splits_like_gpt2(parts: dict) -> bool:
 
 
 def without_surrogates(text: str) -> str:
-    """Return text that UTF-8 can encode: surrogate pairs are joined, lone ones become U+FFFD."""
+    """Returns text that UTF-8 can encode: surrogate pairs are joined, lone ones become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -318,7 +318,7 @@ UNICODE_TO_BYTE = {char: byte for byte, char in BYTE_TO_UNICODE.items()}
 
 
 def bytes_to_unicode(token: bytes) -> str:
-    """Return the token as GPT-2's files write it."""
+    """Returns the token as GPT-2's files write it."""
     return "".join(BYTE_TO_UNICODE[byte] for byte in token)
 
 
@@ -346,7 +346,7 @@ class CharTokenizer(Tokenizer):
         self.table[codes] = np.arange(len(chars))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the text. Warns if characters are not in the alphabet."""
+        """Returns the ids of the text. Warns if characters are not in the alphabet."""
         text, unknown = self.replace_unknown(text)
         if unknown:
             action = "became a space" if self.replacement else "were dropped"
@@ -358,7 +358,7 @@ class CharTokenizer(Tokenizer):
         return [self.look_up(text) for text in texts]
 
     def look_up(self, text: str) -> np.ndarray:
-        """Return the id of each character, or -1 if it is not in the alphabet."""
+        """Returns the id of each character, or -1 if it is not in the alphabet."""
         return self.table[np.minimum(code_points(text), len(self.table) - 1)]
 
     def replace_unknown(self, text: str) -> tuple[str, str]:
@@ -389,7 +389,7 @@ class CharTokenizer(Tokenizer):
 
 
 def code_points(text: str) -> np.ndarray:
-    """Return the code point of each character."""
+    """Returns the code point of each character."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
@@ -400,7 +400,7 @@ gpt2_tokenizer = functools.cache(GPT2Tokenizer)  # one instance, which nobody ch
 
 
 def load_tokenizer(source: str | Path | dict) -> Tokenizer:
-    """Load a tokenizer.
+    """Loads a tokenizer.
 
     `source` is "gpt2", a folder with Hugging Face's tokenizer files or nanoGPT's meta.pkl, or a
     dict returned by `to_dict`. Raises UserError if it is none of these or its files are damaged.
@@ -428,7 +428,7 @@ def load_tokenizer(source: str | Path | dict) -> Tokenizer:
 
 
 def read_folder(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder, and its chat template if it has one."""
+    """Loads the tokenizer of a folder, and its chat template if it has one."""
     tokenizer = read_vocabulary(folder)
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if not isinstance(template, str) and (folder / "chat_template.jinja").exists():
@@ -440,7 +440,7 @@ def read_folder(folder: Path) -> Tokenizer:
 
 
 def read_vocabulary(folder: Path) -> Tokenizer:
-    """Load meta.pkl, tokenizer.json, or vocab.json and merges.txt, in this order of preference."""
+    """Loads meta.pkl, tokenizer.json, or vocab.json and merges.txt, in this order of preference."""
     if (folder / "meta.pkl").exists():
         chars = unpickle_plain((folder / "meta.pkl").read_bytes())["itos"]
         return CharTokenizer("".join(chars[i] for i in range(len(chars))))
@@ -462,7 +462,7 @@ def read_vocabulary(folder: Path) -> Tokenizer:
 
 
 def parse_tokenizer_json(description: str) -> Tokenizer:
-    """Return the tokenizer that the text of a tokenizer.json describes."""
+    """Returns the tokenizer that the text of a tokenizer.json describes."""
     parts = json.loads(description)
     model = parts["model"]
     vocab = model["vocab"]
@@ -486,7 +486,7 @@ def parse_tokenizer_json(description: str) -> Tokenizer:
 
 
 def unpickle_plain(content: bytes):
-    """Return the plain values in a pickle. Raises ValueError if it would take more memory."""
+    """Returns the plain values in a pickle. Raises ValueError if it would take more memory."""
     for opcode, argument, _ in pickletools.genops(content):
         # Python's unpickler reserves memory up to the largest number of a stored value
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):

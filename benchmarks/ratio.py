@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 def print_ratio(subject: str, ratios: list[float], reference: str, note: str = ""):
-    """Print the line for one comparison; `reference` starts with "times" or "of"."""
+    """Prints the line for one comparison; `reference` starts with "times" or "of"."""
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else ""
     details = ", ".join(part for part in (spread, note) if part)
     line = sentence(f"{subject}: {reference}", statistics.median(ratios))

@@ -134,7 +134,7 @@ TRICKS = {
 
 def main(names: tyro.conf.Positional[tuple[str, ...]] = (), /,
          data: Path = Path("data/edu_corpus_bpe-4096"), only_report: bool = False):
-    """Train the runs whose names start with one of `names`, or all of them, and report."""
+    """Trains the runs whose names start with one of `names`, or all of them, and reports."""
     if not only_report:
         train_missing(names, data)
     write_report()
@@ -169,7 +169,7 @@ def train_one(name: str, changes: dict, data: Path):
 # The report
 
 def write_report():
-    """Write runs.csv, a line per recipe, and curves.png.
+    """Writes runs.csv, a line per recipe, and curves.png.
 
     The baseline is the AdamW recipe with the lowest mean final loss.
     """

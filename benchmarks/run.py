@@ -121,7 +121,7 @@ def machine() -> str:
 
 
 def write_table(path: Path, results: dict[str, dict[str, float]]):
-    """Write the table of ratios in benchmarks/README.md."""
+    """Writes the table of ratios in benchmarks/README.md."""
     lines = [f"| speed on `{path.stem}` | benchmark |", "| --- | --- |"]
     for name, ratios in results.items():
         for label, ratio in ratios.items():

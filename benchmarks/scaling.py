@@ -86,7 +86,7 @@ def fit(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> Law:
 # Training
 
 def main(data: Path = BUNDLED.data, only_report: bool = False):
-    """Train the models without a result, and report."""
+    """Trains the models without a result, and reports."""
     FOLDER.mkdir(exist_ok=True)
     if not only_report:
         for shape, tokens in RUNS:
@@ -130,7 +130,7 @@ def model_of(config: TrainConfig) -> GPT:
 # The report
 
 def write_report(runs: pd.DataFrame):
-    """Write the tables of docs/scaling.md, between their marks, and law.png."""
+    """Writes the tables of docs/scaling.md, between their marks, and law.png."""
     N, D, loss = (runs[column].to_numpy(float) for column in ("parameters", "tokens", "val_loss"))
     law = fit(N, D, loss)
     rms_error = np.sqrt(np.mean(np.square(law.loss(N, D) - loss)))

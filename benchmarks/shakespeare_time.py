@@ -43,7 +43,7 @@ Curve = list[tuple[float, float]]  # seconds since the program's start, validati
 
 
 def main(checkout: tyro.conf.Positional[Path], text: tyro.conf.Positional[Path], rounds: int = 1):
-    """Time both `rounds` times, one after the other; the table has the medians."""
+    """Times both `rounds` times, one after the other; the table has the medians."""
     for path in checkout / "train.py", text:
         if not path.exists():
             raise UserError(f"{path} does not exist: give a checkout of nanoGPT and a text file.")
@@ -92,7 +92,7 @@ def seconds_to(loss: float, curve: Curve) -> float:
 # The runs
 
 def prepare_data(text: Path, folder: Path):
-    """Write our shards, and the same characters with the same ids as nanoGPT's prepare.py would."""
+    """Writes our shards, and the same characters with the ids of nanoGPT's prepare.py."""
     subprocess.run(
         [sys.executable, ROOT / "prepare.py", "tiny_shakespeare", "--text", text.resolve()],
         cwd=folder, check=True, capture_output=True)
@@ -110,7 +110,7 @@ def prepare_data(text: Path, folder: Path):
 
 
 def train_nanogpt(checkout: Path, folder: Path) -> Curve:
-    """Run nanoGPT; the losses are its own estimates."""
+    """Runs nanoGPT; the losses are its own estimates."""
     for name in "train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py":
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(checkout / name, folder / name)
@@ -137,7 +137,7 @@ def score_nanogpt(folder: Path) -> str:
 
 
 def train(folder: Path, name: str, *options: str) -> pd.Series:
-    """Run the preset; the seconds from the program's start to each step, as its log has them."""
+    """Runs the preset; the seconds from the program's start to each step, as its log has them."""
     began = time.time()
     command = [sys.executable, ROOT / "train.py", "shakespeare-char-cpu", "--name", name, *options]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)

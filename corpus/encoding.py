@@ -34,7 +34,7 @@ class EncodedBatch(NamedTuple):
 
 def encode_passages(passages: Iterator[reader.Passage], encoder: BatchEncoder,
                     threads: int) -> Iterator[EncodedBatch]:
-    """Encode the passages in order, in batches that `threads` threads share."""
+    """Encodes the passages in order, in batches that `threads` threads share."""
     pool = ThreadPoolExecutor(threads)
     pending = deque()
     try:
@@ -65,7 +65,7 @@ def batches(passages: Iterator[reader.Passage]) -> Iterator[list[reader.Passage]
 
 
 def encode_batch(encoder: BatchEncoder, batch: list[reader.Passage]) -> EncodedBatch:
-    """Encode a batch.
+    """Encodes a batch.
 
     Each document starts with `<|endoftext|>` if the tokenizer has it. Empty documents are skipped.
     """
@@ -105,7 +105,7 @@ def encode_batch(encoder: BatchEncoder, batch: list[reader.Passage]) -> EncodedB
 
 
 def copy_shards(files: list[str], cursor: reader.Cursor) -> Iterator[EncodedBatch]:
-    """Read the tokens of existing GPT-2 shards from `cursor` on, COPY_TOKENS at a time."""
+    """Reads the tokens of existing GPT-2 shards from `cursor` on, COPY_TOKENS at a time."""
     gpt2 = load_tokenizer("gpt2")
     for index in range(cursor[0], len(files)):
         path = Path(files[index])

@@ -54,7 +54,7 @@ class BatchEncoder:
                 print(f"{problem}: tiktoken encodes instead, the same ids but far more slowly.")
 
     def compare_with_tiktoken(self) -> str | None:
-        """Encode a few thousand characters both ways. Returns what is wrong, or None."""
+        """Encodes a few thousand characters both ways. Returns what is wrong, or None."""
         chars = map(chr, np.flatnonzero(~IS_DOUBTFUL)[:0x32400:CHECKED_STRIDE].tolist())
         texts = [f"It's {char} we'll{char}'re 12{char}\n\n {char}  <|endoftext|>" for char in chars]
         try:
@@ -69,7 +69,7 @@ class BatchEncoder:
         return None
 
     def encode_batch(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts given in UTF-8.
+        """Encodes texts given in UTF-8.
 
         Returns the ids of all texts in one array, and the index of a placeholder before each.
         """
@@ -106,7 +106,7 @@ class BatchEncoder:
 
 
 def join(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the arrays of ids as one, and the index of a placeholder before each."""
+    """Returns the arrays of ids as one, and the index of a placeholder before each."""
     placeholder = np.full(1, PLACEHOLDER, dtype=np.uint32)
     ends = np.cumsum([1 + len(array) for array in arrays], dtype=np.int64)
     ids = [part for array in arrays for part in (placeholder, array)]
@@ -114,12 +114,12 @@ def join(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split(ids: np.ndarray, places: np.ndarray) -> list[np.ndarray]:
-    """Return one array for each text, as `join` takes them."""
+    """Returns one array for each text, as `join` takes them."""
     return [part[1:] for part in np.split(ids, places)[1:]]
 
 
 def make_gigatoken(library, tokenizer: Tokenizer):
-    """Return the tokenizer as one of gigatoken's, with SEPARATOR as its only special token."""
+    """Returns the tokenizer as one of gigatoken's, with SEPARATOR as its only special token."""
     content = SEPARATOR.decode()
     if tokenizer.kind == "gpt2":
         return library.from_tiktoken(RANKS, "gpt2", {content: tokenizer.vocab_size})

@@ -47,7 +47,7 @@ class Passage(NamedTuple):
 
 def read(files: list[str], cursor: Cursor = (0, 0, 0),
          val_share: float = 0.0) -> Iterator[Passage]:
-    """Yield the passages of the files in order, starting at `cursor`.
+    """Yields the passages of the files in order, starting at `cursor`.
 
     With `val_share` there is one file, a single text whose last part is for validation. Temporary
     failures are retried after RETRY_WAITS_S. Raises UserError if they persist or a file is damaged.
@@ -83,7 +83,7 @@ def is_on_hub(path: str) -> bool:
 # Splits and samples
 
 def find_split(files: list[str], val_share: float) -> Cursor:
-    """Return where the last `val_share` of all documents begins.
+    """Returns where the last `val_share` of all documents begins.
 
     Both splits get at least one document. Files other than parquet are read once to count theirs.
     """
@@ -98,7 +98,7 @@ def find_split(files: list[str], val_share: float) -> Cursor:
 
 
 def count_documents(path: str) -> int:
-    """Return the number of documents, which a parquet file states in its footer."""
+    """Returns the number of documents, which a parquet file states in its footer."""
     if kind_of(path) == ".parquet":
         with contextlib.suppress(OSError, ValueError):  # reading the file reports what is wrong
             with open_parquet(path) as file:
@@ -114,7 +114,7 @@ def assign_split(passages: Iterator[Passage], val_from: Cursor) -> Iterator[Pass
 
 
 def sample_texts(files: list[str], val_share: float, val_from: Cursor | None) -> Iterator[str]:
-    """Yield text to train a tokenizer on: an equal share of SAMPLE_BYTES from each file.
+    """Yields text to train a tokenizer on: an equal share of SAMPLE_BYTES from each file.
 
     Text that is known to be for validation is left out.
     """
@@ -135,7 +135,7 @@ def sample_texts(files: list[str], val_share: float, val_from: Cursor | None) ->
 # Sizes
 
 def file_sizes(files: list[str]) -> list[int]:
-    """Return the bytes of each file."""
+    """Returns the bytes of each file."""
     if not is_on_hub(files[0]):
         return [os.path.getsize(file) for file in files]
     import fsspec  # noqa: PLC0415
@@ -156,7 +156,7 @@ def estimate_content_bytes(files: list[str], sizes: list[int]) -> int:
 
 
 def content_ratio(path: str, size: int) -> float:
-    """Return the bytes of content per byte of the file."""
+    """Returns the bytes of content per byte of the file."""
     try:
         if kind_of(path) == ".parquet":
             with open_parquet(path) as file:
@@ -176,7 +176,7 @@ def content_ratio(path: str, size: int) -> float:
 # Passages
 
 def read_file(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
-    """Yield the passages of one file, starting at `cursor`."""
+    """Yields the passages of one file, starting at `cursor`."""
     if val_share:
         return read_single_text(path, cursor, val_share)
     if kind_of(path) == ".txt":
@@ -186,7 +186,7 @@ def read_file(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
 
 
 def read_single_text(path: str, cursor: Cursor, val_share: float) -> Iterator[Passage]:
-    """Yield a text's two splits as two documents: its last `val_share`, then the rest."""
+    """Yields a text's two splits as two documents: its last `val_share`, then the rest."""
     length = sum(map(len, text_blocks(path)))
     if length < MIN_TEXT_CHARS:
         raise UserError(f"{path} holds {length} characters, too few to train on: "
@@ -199,7 +199,7 @@ def read_single_text(path: str, cursor: Cursor, val_share: float) -> Iterator[Pa
 
 def read_blocks(blocks: Iterator[str], cursor: Cursor, number: int, intact: bool,
                 split: str | None = None) -> Iterator[Passage]:
-    """Yield the blocks of document `number`, from the cursor's on if it is in this document."""
+    """Yields the blocks of document `number`, from the cursor's on if it is in this document."""
     file, document, part = cursor
     for i, block in enumerate(blocks):
         if number > document or i >= part:
@@ -208,7 +208,7 @@ def read_blocks(blocks: Iterator[str], cursor: Cursor, number: int, intact: bool
 
 
 def read_documents(path: str, cursor: Cursor) -> Iterator[Passage]:
-    """Yield the rows of a parquet file or the lines of a jsonl file as documents."""
+    """Yields the rows of a parquet file or the lines of a jsonl file as documents."""
     is_parquet = kind_of(path) == ".parquet"
     if is_parquet:
         contents = parquet_rows(path, cursor[1])
@@ -225,7 +225,7 @@ def read_documents(path: str, cursor: Cursor) -> Iterator[Passage]:
 
 
 def skip_leading_blank(blocks: Iterator[str]) -> Iterator[str]:
-    """Yield the blocks of a document, or one empty block if all of them are blank."""
+    """Yields the blocks of a document, or one empty block if all of them are blank."""
     blank = []
     for block in blocks:
         if block.strip():
@@ -238,7 +238,7 @@ def skip_leading_blank(blocks: Iterator[str]) -> Iterator[str]:
 
 
 def read_range(path: str, begin: int, end: int) -> Iterator[str]:
-    """Yield the file's characters begin to end-1 in blocks."""
+    """Yields the file's characters begin to end-1 in blocks."""
     position = 0
     for block in text_blocks(path):
         part = block[max(0, begin - position):max(0, end - position)]
@@ -248,7 +248,7 @@ def read_range(path: str, begin: int, end: int) -> Iterator[str]:
 
 
 def decode(content: bytes) -> tuple[str, bool]:
-    """Return the text, and whether it is intact. Bytes that are not UTF-8 become U+FFFD."""
+    """Returns the text, and whether it is intact. Bytes that are not UTF-8 become U+FFFD."""
     try:
         return content.decode(), True
     except UnicodeDecodeError:
@@ -256,7 +256,7 @@ def decode(content: bytes) -> tuple[str, bool]:
 
 
 def parse_line(path: str, content: bytes, number: int) -> tuple[str, bool]:
-    """Return the text of a JSON line, and whether it is intact. Lone surrogates become U+FFFD."""
+    """Returns the text of a JSON line, and whether it is intact. Lone surrogates become U+FFFD."""
     line, intact = decode(content.removeprefix(codecs.BOM_UTF8))
     if not line.strip():
         return "", True
@@ -279,7 +279,7 @@ def parse_line(path: str, content: bytes, number: int) -> tuple[str, bool]:
 # Files
 
 def open_file(path: str):
-    """Open a local file or one on the Hub."""
+    """Opens a local file or one on the Hub."""
     if not is_on_hub(path):
         return open(path, "rb")
     import fsspec  # noqa: PLC0415
@@ -287,7 +287,7 @@ def open_file(path: str):
 
 
 def open_parquet(path: str):
-    """Open a parquet file. Raises UserError if it has no column `text` of strings."""
+    """Opens a parquet file. Raises UserError if it has no column `text` of strings."""
     file = pq.ParquetFile(open_file(path), buffer_size=16 * BLOCK_BYTES)
     columns = file.schema_arrow
     if "text" not in columns.names:
@@ -302,7 +302,7 @@ def open_parquet(path: str):
 
 
 def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
-    """Yield the column `text` from row `skip` on, as UTF-8. Skipped row groups are not read."""
+    """Yields the column `text` from row `skip` on, as UTF-8. Skipped row groups are not read."""
     with open_parquet(path) as file:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -318,7 +318,7 @@ def parquet_rows(path: str, skip: int) -> Iterator[bytes]:
 
 
 def open_stream(path: str) -> io.BufferedReader:
-    """Open a file as the stream of its decompressed content."""
+    """Opens a file as the stream of its decompressed content."""
     file = open_file(path)
     codec = codec_of(path)
     if codec and not file.read(1):
@@ -329,7 +329,7 @@ def open_stream(path: str) -> io.BufferedReader:
 
 
 def text_blocks(path: str) -> Iterator[str]:
-    """Yield a text file in blocks of about BLOCK_BYTES characters, cut between tokens."""
+    """Yields a text file in blocks of about BLOCK_BYTES characters, cut between tokens."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     stream = open_stream(path)
     rest = ""
@@ -351,7 +351,7 @@ def text_blocks(path: str) -> Iterator[str]:
 
 
 def cut_text(text: str) -> Iterator[str]:
-    """Yield the text in parts of at most BLOCK_BYTES characters, cut between tokens.
+    """Yields the text in parts of at most BLOCK_BYTES characters, cut between tokens.
 
     The memory for tokenizing is proportional to the length of a part.
     """
@@ -364,7 +364,7 @@ def cut_text(text: str) -> Iterator[str]:
 
 
 def token_boundary(text: str, end: int, begin: int = 0) -> int:
-    """Return the last position up to `end` between a visible character and a space or line feed.
+    """Returns the last position up to `end` between a visible character and a space or line feed.
 
     GPT-2's pattern always ends a token there, so cutting there does not change the tokens. Without
     such a position it returns `end`.

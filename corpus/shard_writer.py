@@ -135,7 +135,7 @@ class ShardWriter:
             self.commit((0, 0, 0))  # claims the folder for this preparation
 
     def refuse_other_preparation(self, complete: bool):
-        """Raise UserError if the folder holds a preparation with other options."""
+        """Raises UserError if the folder holds a preparation with other options."""
         for path in (*self.folder.glob("progress*.json"), *self.folder.glob("manifest*.json")):
             state = read_state(path)
             if not state or (path == self.progress_path and not state.get("counts")):
@@ -150,7 +150,7 @@ class ShardWriter:
                                     "options, or choose another folder with --out.")
 
     def refuse_other_files(self, unexpected: re.Pattern | None):
-        """Raise UserError if the folder holds files that no ShardWriter wrote, or `unexpected`."""
+        """Raises UserError if the folder holds files that no ShardWriter wrote, or `unexpected`."""
         shard_name = rf"{re.escape(self.identity['name'])}{SHARD_NAME}"
         expected = re.compile(f"{shard_name}|{STATE_NAME}")
         for path in sorted(self.folder.iterdir()):
@@ -160,7 +160,7 @@ class ShardWriter:
                                 f"({path.name}): choose another folder with --out.")
 
     def reopen_shard(self):
-        """Open the growing shard as it was at the commit."""
+        """Opens the growing shard as it was at the commit."""
         path = self.shard_path(self.split, ".open")
         completed = self.shard_path(self.split)
         self.check_size(path if path.exists() else completed, self.tokens)
@@ -173,7 +173,7 @@ class ShardWriter:
             self.starts = [np.flatnonzero(self.growing_tokens() == self.eot)]
 
     def check_size(self, path: Path, tokens: int):
-        """Raise UserError if the file is missing or holds fewer tokens."""
+        """Raises UserError if the file is missing or holds fewer tokens."""
         needed = HEADER_BYTES + tokens * self.dtype.itemsize
         if not path.exists() or path.stat().st_size < needed:
             problem = "cut off" if path.exists() else "missing"
@@ -219,7 +219,7 @@ class ShardWriter:
             data = data[self.file.write(data):]
 
     def commit(self, cursor: tuple[int, ...]):
-        """Save the state: all tokens appended so far, and the source's cursor after them."""
+        """Saves the state: all tokens appended so far, and the source's cursor after them."""
         if self.file:
             os.fsync(self.file.fileno())
         state = {"cursor": cursor, "counts": self.counts, "ruled": self.auto_split,
@@ -229,7 +229,7 @@ class ShardWriter:
         write_json(self.progress_path, self.identity | state)
 
     def finish_shard(self):
-        """Write the growing shard's header and give it its final name."""
+        """Writes the growing shard's header and gives it its final name."""
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.tokens,)}
         self.file.seek(0)
         np.lib.format.write_array_header_1_0(self.file, header)
@@ -271,12 +271,12 @@ class ShardWriter:
         self.record(path, split, len(tokens), documents)
 
     def record(self, path: Path, split: str, tokens: int, documents: int):
-        """Add a finished shard to the list in the manifest."""
+        """Adds a finished shard to the list in the manifest."""
         self.shards.append({"file": path.name, "split": split, "documents": documents,
                             "tokens": tokens, "sha256": sha256(path)})
 
     def join_parts(self):
-        """Write the manifest of all parts if all are finished."""
+        """Writes the manifest of all parts if all are finished."""
         parts = range(self.identity["parts"])
         paths = [self.folder / f"manifest{part_suffix(part)}.json" for part in parts]
         with FileLock(self.folder / "manifest.lock"):
@@ -295,7 +295,7 @@ class ShardWriter:
         return np.memmap(self.file.name, self.dtype, "r", HEADER_BYTES, (self.tokens,))
 
     def shard_path(self, split: str, suffix: str = "") -> Path:
-        """Return the path of the next shard, with the suffix ".open" while it grows."""
+        """Returns the path of the next shard, with the suffix ".open" while it grows."""
         return self.folder / f"{self.prefix}_{split}_{len(self.shards):06d}.npy{suffix}"
 
 
@@ -304,7 +304,7 @@ def part_suffix(part: int) -> str:
 
 
 def read_state(path: Path) -> dict:
-    """Return the content of a progress or manifest file, or {} if there is none."""
+    """Returns the content of a progress or manifest file, or {} if there is none."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         state = read_json(path)
         if is_valid_state(state):

@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 
 def find_source(name: str, text: Path | None, pretokenized: bool, out: Path) -> Source:
-    """Find the source that the user calls `name`: a named text or corpus, or a path.
+    """Finds the source that the user calls `name`: a named text or corpus, or a path.
 
     `text` replaces the download of a named one. `out` is the output folder, which an earlier call
     may have begun.
@@ -62,7 +62,7 @@ def find_source(name: str, text: Path | None, pretokenized: bool, out: Path) -> 
 # Local files
 
 def path_name(path: Path) -> str:
-    """Return the last part of the path as valid Unicode."""
+    """Returns the last part of the path as valid Unicode."""
     return os.fsencode(path.resolve().name).decode(errors="replace")
 
 
@@ -73,18 +73,18 @@ def is_text(path: Path) -> bool:
 
 @functools.lru_cache
 def kind_of(path: str) -> str:
-    """Return the suffix in lower case, without that of a compression: ".jsonl" for x.JSONL.gz."""
+    """Returns the suffix in lower case, without that of a compression: ".jsonl" for x.JSONL.gz."""
     lower = Path(path.lower())
     return lower.with_suffix("").suffix if codec_of(path) else lower.suffix
 
 
 def codec_of(path: str) -> str | None:
-    """Return "gzip", "zstd", or None if the file is not compressed."""
+    """Returns "gzip", "zstd", or None if the file is not compressed."""
     return COMPRESSION.get(Path(path.lower()).suffix)
 
 
 def local_source(name: str, path: Path, out: Path | None = None) -> Source:
-    """Return a file, or all document files below a folder, sorted by path.
+    """Returns a file, or all document files below a folder, sorted by path.
 
     Hidden files and the output folder `out` are left out.
     """
@@ -105,7 +105,7 @@ def local_source(name: str, path: Path, out: Path | None = None) -> Source:
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
-    """Yield all files below the folder, following links. Raises OSError for unreadable folders."""
+    """Yields all files below the folder, following links. Raises OSError for unreadable folders."""
     def refuse(error: OSError):
         raise error
 
@@ -121,7 +121,7 @@ def walk_files(folder: Path) -> Iterator[Path]:
 
 
 def revision_of(files: list[Path]) -> str:
-    """Return the sha256 of a single file, or of the names and sizes of several.
+    """Returns the sha256 of a single file, or of the names and sizes of several.
 
     Raises UserError for what is not a file, such as a pipe, which can be read only once.
     """
@@ -138,7 +138,7 @@ def revision_of(files: list[Path]) -> str:
 # Existing shards
 
 def shards_source(name: str, folder: Path) -> Source:
-    """Return the shards in a folder, those for validation first."""
+    """Returns the shards in a folder, those for validation first."""
     files = [*folder.glob("*.bin"), *folder.glob("*.npy")]
     files.sort(key=lambda path: (split_of(path) != "val", path.name))
     if not files:
@@ -147,7 +147,7 @@ def shards_source(name: str, folder: Path) -> Source:
 
 
 def split_of(shard: Path) -> str | None:
-    """Return "train" or "val" if the shard's name says so."""
+    """Returns "train" or "val" if the shard's name says so."""
     words = re.split(r"[^a-z]+", shard.stem.lower())
     splits = [word for word in words if word in ("train", "val")]
     return splits[-1] if splits else None
@@ -157,7 +157,7 @@ def split_of(shard: Path) -> str | None:
 # The Hub and downloads
 
 def hub_source(repository: str, subset: str | None, out: Path) -> Source:
-    """Return the training files of a dataset on the Hub; `datasets` reads its card to find them.
+    """Returns the training files of a dataset on the Hub; `datasets` reads its card to find them.
 
     If an earlier call began to fill the folder `out`, the dataset's revision is that of this call.
     """
@@ -175,14 +175,14 @@ def hub_source(repository: str, subset: str | None, out: Path) -> Source:
 
 
 def earlier_revision(out: Path) -> str | None:
-    """Return the source's revision that the folder's manifest or progress file names, if any."""
+    """Returns the source's revision that the folder's manifest or progress file names, if any."""
     for path in (*out.glob("manifest*.json"), *out.glob("progress*.json")):
         return read_json(path).get("source", {}).get("revision")
     return None
 
 
 def download(name: str) -> Path:
-    """Download a named text into data/downloads, unless it is there already."""
+    """Downloads a named text into data/downloads, unless it is there already."""
     url, expected = NAMED_TEXTS[name]
     if url is None:
         raise UserError(f"{name} has no public address: give its file with --text FILE.")
@@ -190,7 +190,7 @@ def download(name: str) -> Path:
 
 
 def fetch(url: str, expected: str, path: Path, option: str) -> Path:
-    """Download the file with the sha256 `expected` to `path`, unless it is there already.
+    """Downloads the file with the sha256 `expected` to `path`, unless it is there already.
 
     An interrupted download is resumed. Raises UserError if it fails; the message names `option`,
     with which the user can give the file.

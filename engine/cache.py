@@ -17,7 +17,7 @@ class KVCache:
         self.reusable = reusable
 
     def reserve(self, length: int):
-        """Make room for `length` tokens. Doubles the capacity, so that copies stay rare."""
+        """Makes room for `length` tokens. Doubles the capacity, so that copies stay rare."""
         if length > self.kv.size(3):
             capacity = round_up(max(length, 2 * self.length))
             # zeros, because attention reads whole chunks and masks the entries not filled yet

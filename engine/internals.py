@@ -89,7 +89,7 @@ class Trace:
 
 @torch.inference_mode()
 def trace_tokens(model: GPT, ids: list[int]) -> Trace:
-    """Run the model on T token ids, at most block_size of them, and keep what it computes."""
+    """Runs the model on T token ids, at most block_size of them, and keeps what it computes."""
     attention, heads, mlp, residual = [], [], [], []
     T = len(ids)
     device = model.transformer.wte.weight.device

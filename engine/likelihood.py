@@ -52,7 +52,7 @@ class SharedPrefix(NamedTuple):
 
 def fit_to_context(context: list[int], continuations: list[list[int]], tokenizer: Tokenizer,
                    block_size: int) -> list[SharedPrefix]:
-    """Split an item, a context with its continuations, into parts that fit the model's context.
+    """Splits an item, a context with its continuations, into parts that fit the model's context.
 
     If the item fits, it is one part. Otherwise each continuation gets a part of its own, with the
     context truncated from the left, as in lm-evaluation-harness. A continuation that is longer than
@@ -133,7 +133,7 @@ class Likelihood(NamedTuple):
 def log_likelihoods(model: GPT, vocab_size: int, items: list[list[SharedPrefix]],
                     batch_tokens: int | None, world: ddp.World = ddp.SINGLE_PROCESS,
                     ) -> Iterator[tuple[int, list[Likelihood]]]:
-    """Yield (the item's index, a `Likelihood` for each of its continuations), longest first.
+    """Yields (the item's index, a `Likelihood` for each of its continuations), longest first.
 
     Raises UserError if the model predicts NaN, and ddp.Stopped after a signal to a training run.
     All ranks of the world must call this together, each with its own items.

@@ -60,7 +60,7 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def write_corpus(folder: Path, documents, form: str, files: int = 3) -> Path:
-    """Write the documents into several files of one form, or as .txt into one file each."""
+    """Writes the documents into several files of one form, or as .txt into one file each."""
     folder.mkdir(parents=True)
     if form == ".txt":
         for i, text in enumerate(documents):
