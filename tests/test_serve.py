@@ -865,6 +865,34 @@ def test_a_signal_ends_a_server_that_streams_and_its_log_holds_no_prompt(tmp_pat
     assert "cret" not in log.read_text() and "🦊" not in log.read_text()
 
 
+APP_THAT_LOADS_SLOWLY = """
+import time
+from common.program import report_user_errors
+import app, checkpoint, torch
+
+def load_model(*arguments):
+    print("loading", flush=True)
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        torch.ones(500, 500) @ torch.ones(500, 500)
+    return real_load_model(*arguments)
+
+real_load_model, checkpoint.load_model = checkpoint.load_model, load_model
+with report_user_errors():
+    app.main(app.AppConfig(model="bundled:shakespeare", port=%d))
+"""
+
+
+def test_ctrl_c_while_a_model_is_loaded_ends_the_page_with_one_word():
+    process = subprocess.Popen(
+        [sys.executable, "-c", APP_THAT_LOADS_SLOWLY % free_port()], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+
+
 def test_the_page_serves_the_api_too():
     with running_page() as url:
         client = openai.OpenAI(base_url=f"{url}v1", api_key="none", max_retries=0)

@@ -184,7 +184,7 @@ class Models:
     def load_in_background(self):
         """Starts to load the default model, so that it is ready when the first visitor writes."""
         def report_failure(future):
-            if future.exception():
+            if future.exception() and threading.main_thread().is_alive():
                 print(f"{self.default} could not be loaded: {future.exception()}", file=sys.stderr)
 
         self.future(self.default).add_done_callback(report_failure)
