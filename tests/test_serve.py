@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -482,6 +483,30 @@ def test_forty_streams_at_once_are_the_texts_that_each_would_be_alone(client, ur
     for seed in 0, 17, 39:
         single = client.chat.completions.create(**options, seed=seed)
         assert texts[seed] == single.choices[0].message.content
+
+
+# --------------------------------------------------------------------------------------------------
+# llm, a command line that can use any server with OpenAI's API
+
+@pytest.mark.parametrize("whole", [(), ("--no-stream",)])
+def test_llm_writes_and_chats(client, url, tmp_path, whole):
+    pytest.importorskip("llm")
+    models = [{"model_id": "writer", "model_name": "char", "api_base": url, "completion": True},
+              {"model_id": "talker", "model_name": "base", "api_base": url}]
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))  # JSON is YAML, too
+
+    def ask(*arguments: str) -> str:
+        options = "-o", "seed", "1", "-o", "max_tokens", "20", "-o", "temperature", "1", *whole
+        return subprocess.run(
+            [sys.executable, "-m", "llm", "prompt", *arguments, *options], check=True, text=True,
+            env={**os.environ, "LLM_USER_PATH": str(tmp_path)}, stdout=subprocess.PIPE).stdout
+
+    options = {"max_tokens": 20, "seed": 1}
+    written = client.completions.create(model="char", prompt="abc", **options)
+    assert ask("-m", "writer", "abc") == written.choices[0].text + "\n"
+    said = client.chat.completions.create(model="base", messages=HISTORY[:2], **options)
+    answer = ask("-m", "talker", "-s", HISTORY[0]["content"], HISTORY[1]["content"])
+    assert answer == said.choices[0].message.content + "\n"
 
 
 # --------------------------------------------------------------------------------------------------
