@@ -42,7 +42,9 @@ def read_text(path: Path) -> str:
 
 def write_json(path: Path, content: dict):
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    # UTF-8 has no lone surrogates; Python's escapes of them are also those of JSON
+    encoded = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(encoded))
 
 
 def parse_json(text: str):

@@ -18,7 +18,7 @@ import fineweb
 import prepare
 import shards
 from common.errors import UserError
-from common.files import sha256
+from common.files import read_json, sha256, write_json
 from corpus import encoding, reader, shard_writer, sources
 from corpus.shard_writer import ShardWriter
 from fineweb import FinewebConfig
@@ -615,6 +615,13 @@ def test_a_damaged_state_of_a_preparation_gets_one_sentence(tmp_path, damage):
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(UserError, match="is damaged: delete its folder"):
         open_writer()
+
+
+def test_a_state_can_contain_a_lone_surrogate(tmp_path):
+    state = {"name": "мир \ud800"}
+    write_json(tmp_path / "progress.json", state)
+    assert read_json(tmp_path / "progress.json") == state
+    assert "мир" in (tmp_path / "progress.json").read_text(encoding="utf-8")
 
 
 def test_an_output_folder_never_mixes_two_preparations(tmp_path):
